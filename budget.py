@@ -1,0 +1,519 @@
+"""Memory-adjusted FLOPs, counted by hand from a CLIP's shape: what a step costs, and how many steps a budget buys.
+
+Roth et al. 2024, "A Practitioner's Guide to Continual Multimodal Pretraining" (arXiv 2408.14471), sec. 3.2, app. C.
+Plain Python: no GPU, no profiler, no torch. `config` is any object with the fields of FIELDS. It stands alone; copy it:
+
+    import budget, clip
+    b16 = clip.CONFIGS["ViT-B-16"]
+    budget.step_flops(b16, 512, "lora", rank=4) / 1e9       # 54479.2515..., GFLOPs of one optimizer step
+    budget.peak_memory(b16, 512, "lora") / 2**30            # GiB, bf16 autocast and AdamW
+    budget.steps(b16, 512, "lora", tasks=20)                # steps a task that equal the paper's budget
+
+    MAF(method) = GFLOPs of one step * peak memory(method) / peak memory(full finetuning)                          (1)
+    steps a task = round((total / T - MAF spent once a task) / MAF of a step)                                      (2)
+
+FLOPs. A multiply-add is 2. Matrix products, convolutions and attention count, nothing elementwise does. Attention is
+full, not halved for the causal mask; its backward is 5 products against 2 forward, as flash attention does it, which
+recomputes q k^T. A backward counts only the gradients that autograd forms: none towards pixels, none for a frozen
+weight, none behind the first trained parameter. The contrastive logits count. GaLore's singular vectors of a p x q
+matrix, p >= q, count 2pq^2 for the Gram matrix and 9q^3 for its eigenvectors (Golub & Van Loan 2013, sec. 8.3), spread
+over its gap.
+
+EWC's Fisher pass, a forward and backward of every sampled batch, is spent once a task (task_flops). The authors charge
+it to every step, hence their 14 steps; (2) takes it off the task's budget first and leaves 1251 (at our memory, bf16).
+
+Memory. Bytes of live tensors, as torch.cuda.max_memory_allocated counts them; no CUDA context, no fragmentation.
+"""
+
+import math
+from dataclasses import dataclass
+
+FIELDS = (
+    "embed_dim", "image_size", "patch_size", "vision_width", "vision_layers", "vision_heads", "vision_mlp",
+    "context_length", "vocab_size", "text_width", "text_layers", "text_heads", "text_mlp", "quick_gelu",
+)  # fmt: skip
+PRECISIONS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of what a matmul reads and writes; weights are always fp32
+GAP, FISHER_SAMPLES = 200, 50_000  # GaLore's steps between two projections; EWC's samples a task (app. C)
+TASKS = (20, 50, 100, 200)  # lengths of stream that the paper budgets
+
+
+@dataclass(frozen=True)
+class Recipe:
+    vision: str = "all"  # what trains in the image tower: "all" "norms" "biases" "adapters", or "" for nothing
+    text: str = "all"  # the same of the text tower
+    scale: bool = True  # logit_scale trains
+    rank: int = 0  # the paper's; 0: the method has none
+    copies: int = 0  # tensors of the weights' size kept from task to task: Fisher, importance, anchor
+    penalty: bool = False  # a quadratic penalty on the weights is part of the loss
+
+
+METHODS = {
+    "finetune": Recipe(),
+    "locked-text": Recipe(text="", scale=False),
+    "locked-image": Recipe(vision=""),
+    "lnfit": Recipe("norms", "norms", scale=False),
+    "bitfit": Recipe("biases", "biases", scale=False),
+    "lora": Recipe("adapters", "adapters", scale=False, rank=4),
+    "dora": Recipe("adapters", "adapters", scale=False, rank=4),
+    "vera": Recipe("adapters", "adapters", scale=False, rank=4),
+    "galore": Recipe(rank=16),
+    "ewc": Recipe(copies=2, penalty=True),  # Fisher, anchor
+    "si": Recipe(copies=3, penalty=True),  # running omega, Omega, anchor
+    "merge": Recipe(), "ema-merge": Recipe(), "ft-merge": Recipe(), "zs-merge": Recipe(), "joint": Recipe(),
+}  # fmt: skip
+
+# Table 4, ViT-B/16, batch 512, 224 px: GFLOPs of a step | peak GiB, as nvidia-smi saw it | steps a task at T = 20.
+# The authors average three counts rounded to four digits; LoRA's 54479.2516 averages to 54479.251599999996 in floating
+# point and stands there cut to .2515. Their DoRA forms B@A twice, their VeRA multiplies by diagonal matrices in full.
+PAPER = {
+    "finetune": (63394.7585, 46.5917, 1420),
+    "ema-merge": (63394.7585, 46.5917, 1420),
+    "ft-merge": (63394.7585, 46.5917, 1420),
+    "zs-merge": (63394.7585, 46.5917, 1420),
+    "locked-text": (57254.6183, 37.5761, 1949),
+    "lnfit": (43165.5968, 30.5566, 3179),
+    "lora": (54479.2515, 40.5449, 1898),
+    "dora": (54479.8241, 40.6582, 1893),
+    "vera": (54479.3393, 40.5449, 1898),
+    "si": (63394.7585, 46.6523, 1418),
+    "ewc": (None, None, 14),
+}
+PAPER_BATCH = 512
+BUDGETS = {  # forward FLOPs of one image and one text -> GFLOPs in all: DataComp-Small's compute (sec. 3.2)
+    35_126_906_880 + 5_959_540_736: 1.8e9,  # ViT-B/16
+    8_817_623_040 + 5_959_540_736: 5.7e8,  # ViT-B/32
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True)
+class Tower:
+    name: str
+    tokens: int  # of one sample
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    stem: int  # inputs of the patch convolution; 0 for text
+    table: int  # rows of the token embedding; 0 for images
+
+    def linears(self):
+        """matmul of a block -> (inputs, outputs)."""
+        w, m = self.width, self.mlp
+        return {"in_proj": (w, 3 * w), "out_proj": (w, w), "c_fc": (w, m), "c_proj": (m, w)}
+
+    def adapted(self):
+        """The weights that carry an adapter, as (outputs, inputs): q, k and v of the fused in_proj, and c_proj."""
+        return [(self.width, self.width)] * 3 + [(self.width, self.mlp)]
+
+    def parameters(self, embed_dim):
+        """kind -> number of parameters. The kinds are what methods tell apart."""
+        w, m, deep = self.width, self.mlp, self.layers
+        norms = 2 * deep + (2 if self.stem else 1)  # ln_1, ln_2; ln_pre and ln_post, or ln_final
+        return {
+            "norm weights": norms * w,
+            "norm biases": norms * w,
+            "linear biases": deep * (3 * w + w + m + w),
+            "linear weights": deep * sum(i * o for i, o in self.linears().values()) + w * embed_dim,
+            "patch weights": self.stem * w,
+            "embeddings": (self.tokens + self.table + (1 if self.stem else 0)) * w,  # positions, words or class token
+        }
+
+    def matrices(self, embed_dim):
+        """[(rows, columns, how many)]: the tower's two-dimensional parameters, which GaLore projects."""
+        found = [(o, i, self.layers) for i, o in self.linears().values()]
+        found += [(self.width, embed_dim, 1), (self.tokens, self.width, 1)]
+        return found + ([(self.table, self.width, 1)] if self.table else [])
+
+
+def towers(config):
+    """-> (image tower, text tower). ValueError if the config lacks a field or does not describe a transformer."""
+    missing = [f for f in FIELDS if not hasattr(config, f)]
+    if missing:
+        raise ValueError(f"the config has no field {', '.join(missing)}; it needs {', '.join(FIELDS)}")
+    c = config
+    for name in FIELDS[:-1]:
+        if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
+            raise ValueError(f"the config's {name} must be a positive integer, not {getattr(c, name)!r}")
+    if c.image_size < c.patch_size:
+        raise ValueError(f"a patch of {c.patch_size} pixels does not fit into an image of {c.image_size}")
+    tokens = (c.image_size // c.patch_size) ** 2 + 1
+    vision = (c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp)
+    text = (c.text_width, c.text_layers, c.text_heads, c.text_mlp)
+    return (
+        Tower("vision", tokens, *vision, stem=3 * c.patch_size**2, table=0),
+        Tower("text", c.context_length, *text, stem=0, table=c.vocab_size),
+    )
+
+
+def check(config, batch_size, method, rank=0):
+    """-> (recipe, rank, image tower, text tower); rank 0 is the method's own. ValueError on what makes no sense."""
+    vision, text = towers(config)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"the batch size must be a positive integer, not {batch_size!r}")
+    if not isinstance(rank, int) or rank < 0:
+        raise ValueError(f"the rank must be a positive integer, or 0 for the method's own, not {rank!r}")
+    recipe, width = METHODS[method], min(vision.width, text.width)
+    rank = (rank or recipe.rank) if recipe.rank else 0  # a rank means nothing to a method that has none
+    if rank > width:
+        raise ValueError(f"rank {rank} is above the model's smallest width, {width}: {method} would not be low-rank")
+    return recipe, rank, vision, text
+
+
+# ----------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def flops(config, batch_size, method="finetune", rank=0, gap=GAP):
+    """Where the FLOPs of one optimizer step go: a list of rows, a row a kind of matmul, as dicts of
+    tower | blocks, "0" or "1-11" or "" | matmul | times: how many such there are | and of one of them: forward |
+    to_weight, the gradient of the weight | to_input, the gradient of the input | update: projections, SVD | total: of
+    all. Block 0 stands apart: with adapters nothing trains before its in_proj, whose input then needs no gradient."""
+    recipe, rank, vision, text = check(config, batch_size, method, rank)
+    if not isinstance(gap, int) or gap < 1:
+        raise ValueError(f"the gap between two SVDs must be a positive number of steps, not {gap!r}")
+    rows = []
+
+    def row(tower, blocks, matmul, times, forward, to_weight=0, to_input=0, update=0):
+        of = {"forward": forward, "to_weight": to_weight, "to_input": to_input, "update": update}
+        rows.append({"tower": tower, "blocks": blocks, "matmul": matmul, "times": times, **of})
+        rows[-1]["total"] = times * sum(of.values())
+
+    for tower, trains in ((vision, recipe.vision), (text, recipe.text)):
+        everything, adapters = trains == "all", trains == "adapters"
+        if tower.stem:
+            cost = 2 * batch_size * (tower.tokens - 1) * tower.stem * tower.width
+            row(tower.name, "", "conv1", 1, cost, everything * cost)  # pixels get no gradient
+        others = tower.layers - 1
+        for blocks, times in (("0", 1), (f"1-{others}" if others > 1 else "1", others)):
+            for matmul, (i, o) in tower.linears().items():
+                cost = 2 * batch_size * tower.tokens * i * o
+                adapted = adapters and matmul in ("in_proj", "c_proj")
+                behind = bool(trains) and not (adapters and matmul == "in_proj" and blocks == "0")
+                row(tower.name, blocks, matmul, times, cost, (everything or adapted) * cost, behind * cost)
+            cost = 2 * batch_size * tower.tokens**2 * tower.width  # q k^T; and as much for its product with v
+            row(tower.name, blocks, "attention", times, 2 * cost, 0, bool(trains) * 5 * cost)
+            if adapters:
+                cost = sum(2 * rank * i * o for o, i in tower.adapted())  # W + B A, materialised once a forward
+                row(tower.name, blocks, "adapter B A", times, cost, 2 * cost)  # gradients of B and of A
+        cost = 2 * batch_size * tower.width * config.embed_dim
+        row(tower.name, "", "projection", 1, cost, everything * cost, bool(trains) * cost)
+        if method == "galore":
+            update = sum(n * galore_update(r, c, rank, gap) for r, c, n in tower.matrices(config.embed_dim))
+            row(tower.name, "", "galore", 1, 0, update=update)
+    cost = 2 * batch_size**2 * config.embed_dim
+    # scale * image is one factor: it needs its gradient for a trained scale even where the image tower is frozen
+    needs = bool(recipe.vision or recipe.scale) + bool(recipe.text)
+    row("loss", "", "logits", 1, cost, 0, needs * cost)
+    return [r for r in rows if r["times"]]
+
+
+def galore_update(rows, columns, rank, gap):
+    """FLOPs a step spends on one gradient: into the rank's space and back, and its share of new singular vectors."""
+    p, q = max(rows, columns), min(rows, columns)
+    return 4 * p * q * min(rank, q) + (2 * p * q * q + 9 * q**3) // gap
+
+
+def step_flops(config, batch_size, method="finetune", rank=0, gap=GAP):
+    """FLOPs of one optimizer step on `batch_size` pairs. ValueError on an unknown method, a batch or a rank that makes
+    no sense."""
+    return sum(r["total"] for r in flops(config, batch_size, method, rank, gap))
+
+
+def task_flops(config, batch_size, method="finetune", fisher_samples=FISHER_SAMPLES):
+    """FLOPs spent once a task beside its steps: EWC's Fisher pass, a forward and backward of each sampled batch."""
+    check(config, batch_size, method)
+    if fisher_samples < 0:
+        raise ValueError(f"the Fisher pass cannot see {fisher_samples} samples")
+    return math.ceil(fisher_samples / batch_size) * step_flops(config, batch_size, method) if method == "ewc" else 0
+
+
+def forward_flops(config):
+    """-> (FLOPs of one image through its tower, of one text through its own), projections included."""
+    of = dict.fromkeys(("vision", "text", "loss"), 0)
+    for r in flops(config, 1):
+        of[r["tower"]] += r["times"] * r["forward"]
+    return of["vision"], of["text"]
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def parameters(config):
+    """How many parameters the model has; the one over is logit_scale."""
+    return sum(sum(t.parameters(config.embed_dim).values()) for t in towers(config)) + 1
+
+
+def trained_parameters(config, method="finetune", rank=0):
+    """How many parameters the optimizer holds."""
+    recipe, rank, vision, text = check(config, 1, method, rank)
+    in_vision = tower_trained(vision, recipe.vision, config.embed_dim, method, rank)
+    return in_vision + tower_trained(text, recipe.text, config.embed_dim, method, rank) + recipe.scale
+
+
+def tower_trained(tower, trains, embed_dim, method, rank):
+    """How many of them are the tower's."""
+    of, count = tower.parameters(embed_dim), 0
+    if trains != "adapters":
+        norms, biases = ("norm weights", "norm biases"), ("norm biases", "linear biases")
+        return sum(of[kind] for kind in {"": (), "all": of, "norms": norms, "biases": biases}[trains])
+    for rows, columns in tower.adapted():
+        # A [r, in] and B [out, r]; DoRA's magnitude is a number a row; VeRA trains d [r] and b [out] alone
+        count += rank + rows if method == "vera" else rank * (rows + columns) + rows * (method == "dora")
+    return tower.layers * count
+
+
+def frozen_factors(config, method, rank):
+    """Floats of VeRA's random A and B, one pair for all layers of a shape."""
+    _, rank, vision, text = check(config, 1, method, rank)
+    return sum(rank * (r + c) for r, c in {*vision.adapted(), *text.adapted()}) if method == "vera" else 0
+
+
+def kept(config, batch_size, method="finetune", precision="bf16", rank=0):
+    """What autograd keeps between forward and backward beside parameters and inputs, as kind -> bytes.
+
+    A trained linear layer keeps its input, a frozen one none; attention keeps q, k, v, its output, and a log-sum-exp
+    a row; GELU its input, QuickGELU x and sigmoid(1.702 x); LayerNorm its input, mean and deviation. Under autocast
+    the residual stream and with it every LayerNorm stays in fp32, and matmuls keep 16-bit copies of their weights."""
+    recipe, rank, vision, text = check(config, batch_size, method, rank)
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
+    size = PRECISIONS[precision]
+    of = tower_kept(config, vision, recipe.vision, batch_size, method, rank, size)
+    for kind, count in tower_kept(config, text, recipe.text, batch_size, method, rank, size).items():
+        of[kind] += count
+    return of | {"loss": loss_bytes(recipe, batch_size, config.embed_dim, size)}
+
+
+def tower_kept(config, tower, trains, batch_size, method, rank, size):
+    """The tower's share of it; `size` is the bytes of what a matmul reads."""
+    everything, adapters, image = trains == "all", trains == "adapters", bool(tower.stem)
+    t, w, m, deep = batch_size * tower.tokens, tower.width, tower.mlp, tower.layers
+    # ln_1 and ln_2, and of images ln_pre and ln_post, of texts ln_final. With adapters nothing trains before the first
+    # in_proj, so ln_pre and the first ln_1 keep nothing. ln_post keeps all tokens, but statistics of the class token
+    norms = 2 * deep + (1 + image if not adapters else 0)
+    linear = deep * t * (2 * w * everything + w * adapters + m * (everything or adapters)) + batch_size * w * everything
+    pixels = 3 * config.image_size**2 * batch_size * (image and everything and size == 2)  # in fp32 the input itself
+    of = {
+        "LayerNorm inputs": norms * t * (4 * w + 8) - 8 * (t - batch_size) * image,
+        "linear inputs": size * (linear + pixels),
+        "attention": deep * t * (size * 4 * w + 4 * tower.heads),
+        "GELU inputs": size * deep * t * m * (2 if config.quick_gelu else 1),
+        "adapters": adapters * deep * adapter_bytes(tower, method, rank),
+        "weight copies": copies_bytes(tower, trains, config.embed_dim, size),
+    }
+    return of if trains else dict.fromkeys(of, 0)
+
+
+def adapter_bytes(tower, method, rank):
+    """What the adapters of one block keep beside their parameters; they compute in fp32, under autocast too."""
+    if method == "dora":  # V = W + B A [out, in], its norm [out], and m / norm [out]
+        return sum(4 * rows * columns + 8 * rows for rows, columns in tower.adapted())
+    if method == "vera":  # diag(b) B [out, r] and diag(d) A [r, in]
+        return sum(4 * rank * (rows + columns) for rows, columns in tower.adapted())
+    return 0
+
+
+def copies_bytes(tower, trains, embed_dim, size):
+    """The weights as the backward's matmuls read them, where that is not the parameter itself: 16-bit copies, and the
+    adapted weights W' in any precision. The first adapted in_proj is not read: its input needs no gradient."""
+    total = 0
+    for matmul, (i, o) in tower.linears().items():
+        adapted = trains == "adapters" and matmul in ("in_proj", "c_proj")
+        if adapted or size == 2:
+            total += size * i * o * (tower.layers - (adapted and matmul == "in_proj"))
+    return total + (size == 2) * size * tower.width * (embed_dim + tower.stem * (trains == "all"))
+
+
+def loss_bytes(recipe, batch_size, embed_dim, size):
+    """The two normalisations, the factors of the logits, both softmaxes, and the positions of the end tokens."""
+    b, features, half = batch_size, batch_size * embed_dim, size == 2
+    trained = bool(recipe.vision) + bool(recipe.text)
+    total = trained * (size * features + 8 * b) + 16 * b * bool(recipe.text) + 4
+    total += features * (4 * recipe.scale + size * bool(recipe.text) + size * bool(recipe.vision or recipe.scale))
+    return total + (12 if half else 8) * b * b + 8 * b + 8
+
+
+def moment_bytes(config, method, rank):
+    """AdamW's two moments in fp32; GaLore's of a matrix live in its rank's space, beside the projection onto it."""
+    trained = trained_parameters(config, method, rank)
+    _, rank, vision, text = check(config, 1, method, rank)
+    if method != "galore":
+        return 8 * trained
+    matrices = vision.matrices(config.embed_dim) + text.matrices(config.embed_dim)
+    full = sum(r * c * n for r, c, n in matrices)
+    low = sum(n * min(rank, r, c) * (2 * max(r, c) + min(r, c)) for r, c, n in matrices)
+    return 8 * (trained - full) + 4 * low
+
+
+def memory(config, batch_size, method="finetune", precision="bf16", rank=0, timeline_copies=0):
+    """Bytes on the device at the peak of one optimizer step, as part -> bytes. `timeline_copies`: models that a merging
+    timeline keeps there too.
+
+    The peak is one of three moments: the start of the backward, with everything that the forward kept; where it goes
+    on to the images, with the text tower's gradients in place of what that kept; the update, with all gradients. The
+    last two matter to small batches. AdamW is fused: no temporaries."""
+    recipe, rank, vision, text = check(config, batch_size, method, rank)
+    of = kept(config, batch_size, method, precision, rank)
+    size, total, trained = PRECISIONS[precision], parameters(config), trained_parameters(config, method, rank)
+    adapters = trained + frozen_factors(config, method, rank) if recipe.vision == "adapters" else 0
+    always = {
+        "weights": 4 * (total + adapters),
+        "moments": moment_bytes(config, method, rank),
+        "method state": 4 * trained * recipe.copies,
+        "timeline": 4 * total * timeline_copies,
+        "inputs": batch_size * (12 * config.image_size**2 + 8 * config.context_length),
+    }
+    # a penalty is differentiated first, and whole: one tensor per weight, which becomes its gradient in place
+    penalty = 4 * trained * recipe.penalty
+    moments = [{"gradients": penalty, **of, "transient": transient(text, recipe.text, batch_size, size)}]
+    if recipe.vision:
+        images = tower_kept(config, vision, recipe.vision, batch_size, method, rank, size) | {"loss": 0}
+        done = tower_trained(text, recipe.text, config.embed_dim, method, rank)
+        # the last gradient of the text tower, the embedding's, is added to the penalty's and gives a third tensor
+        last = max(transient(vision, recipe.vision, batch_size, size), 8 * text.table * text.width * recipe.penalty)
+        moments.append({"gradients": penalty or 4 * done, **images, "transient": last})
+    moments.append({"gradients": 4 * trained} | dict.fromkeys((*of, "transient"), 0))
+    return always | max(moments, key=lambda parts: sum(parts.values()))
+
+
+def transient(tower, trains, batch_size, size):
+    """What the backward needs in the tower's last block: the two gradients around GELU, for one of which a trained
+    c_proj has freed its input by then, and under autocast the 16-bit gradient of c_proj's output."""
+    around = (2 if trains in ("norms", "biases") else 1) * tower.mlp
+    return bool(trains) * size * batch_size * tower.tokens * (around + (size == 2) * tower.width)
+
+
+def peak_memory(config, batch_size, method="finetune", precision="bf16", rank=0, timeline_copies=0):
+    """Bytes on the device at the peak of one optimizer step of AdamW; what torch.cuda.max_memory_allocated reports."""
+    return sum(memory(config, batch_size, method, precision, rank, timeline_copies).values())
+
+
+# ---------------------------------------------------------------------------------------------------------- budgets
+
+
+def mafs(config, batch_size, method="finetune", rank=0, precision="bf16", memory_ratio=None):
+    """GFLOPs of a step times the method's memory relative to full finetuning's (1); `memory_ratio` takes a measured or
+    published ratio in place of ours."""
+    ratio = memory_multiplier(config, batch_size, method, rank, precision) if memory_ratio is None else memory_ratio
+    if not ratio > 0:
+        raise ValueError(f"a ratio of two memories is above 0, not {ratio!r}")
+    return step_flops(config, batch_size, method, rank) / 1e9 * ratio
+
+
+def memory_multiplier(config, batch_size, method="finetune", rank=0, precision="bf16"):
+    """Peak memory of the method over that of full finetuning."""
+    of = [peak_memory(config, batch_size, name, precision, rank) for name in (method, "finetune")]
+    return of[0] / of[1]
+
+
+def steps_per_task(total_gflops, tasks, maf_gflops, task_maf_gflops=0.0):
+    """(2): optimizer steps that each of `tasks` tasks may take; `task_maf_gflops` is spent once a task beside them, as
+    EWC's Fisher pass. ValueError where the budget does not reach one step."""
+    if not (total_gflops > 0 and tasks >= 1 and maf_gflops > 0 and task_maf_gflops >= 0):
+        raise ValueError(f"a budget of {total_gflops} GFLOPs over {tasks} tasks at {maf_gflops} a step makes no sense")
+    steps = round((total_gflops / tasks - task_maf_gflops) / maf_gflops)
+    if steps < 1:
+        raise ValueError(
+            f"a budget of {total_gflops:g} GFLOPs does not reach one step in each of {tasks} tasks: a task costs "
+            f"{task_maf_gflops + maf_gflops:g} and has {total_gflops / tasks:g}; raise the budget or take fewer tasks"
+        )
+    return steps
+
+
+def default_budget(config):
+    """GFLOPs of a whole run: the paper's for B/16 and B/32; for any other model B/16's, in proportion to the forward
+    FLOPs of a pair, so that full finetuning sees as many samples."""
+    pair = sum(forward_flops(config))
+    reference = next(iter(BUDGETS))
+    return BUDGETS.get(pair, BUDGETS[reference] * pair / reference)
+
+
+def steps(config, batch_size, method, tasks, total_gflops=None, rank=0, precision="bf16", memory_ratio=None):
+    """Steps a task of `method` within a budget, the config's default if not given."""
+    maf = mafs(config, batch_size, method, rank, precision, memory_ratio)
+    once = maf * task_flops(config, batch_size, method) / step_flops(config, batch_size, method, rank)
+    total = default_budget(config) if total_gflops is None else total_gflops
+    return steps_per_task(total, tasks, maf, once)
+
+
+def table(config, batch_size, rank=0, precision="bf16", total_gflops=None):
+    """A row a method, as dicts: method | gflops of a step | memory_gib | multiplier | mafs | steps a task and samples
+    in all, by number of tasks, None where the budget does not reach one step | paper: the published gflops,
+    memory_gib, multiplier, mafs and steps at T = 20, with steps_of_ours, from our FLOPs at their memory; or None."""
+    total = default_budget(config) if total_gflops is None else total_gflops
+    if not total > 0:
+        raise ValueError(f"a budget must be above 0 GFLOPs, not {total}")
+    published = sum(forward_flops(config)) == next(iter(BUDGETS)) and batch_size == PAPER_BATCH
+    rows = []
+    for method, recipe in METHODS.items():
+        of = {"method": method, "gflops": step_flops(config, batch_size, method, rank) / 1e9}
+        of["memory_gib"] = peak_memory(config, batch_size, method, precision, rank) / 2**30
+        of["multiplier"] = memory_multiplier(config, batch_size, method, rank, precision)
+        of["mafs"] = of["gflops"] * of["multiplier"]
+        of["steps"] = {t: reachable(config, batch_size, method, t, total, rank, precision) for t in TASKS}
+        of["samples"] = {t: n and n * t * batch_size for t, n in of["steps"].items()}
+        known = published and method in PAPER and (not recipe.rank or rank in (0, recipe.rank))
+        of["paper"] = paper_row(config, method) if known else None
+        rows.append(of)
+    return rows
+
+
+def reachable(config, batch_size, method, tasks, *budget):
+    """steps(), or None where the budget does not reach one."""
+    try:
+        return steps(config, batch_size, method, tasks, *budget)
+    except ValueError:
+        return None
+
+
+def paper_row(config, method):
+    """The published row, its multiplier and MAFs derived from it."""
+    gflops, gib, at_20 = PAPER[method]
+    row = {"gflops": gflops, "memory_gib": gib, "multiplier": None, "mafs": None, "steps": at_20, "steps_of_ours": None}
+    if gib:
+        ratio = row["multiplier"] = gib / PAPER["finetune"][1]
+        row |= {"mafs": gflops * ratio, "steps_of_ours": steps(config, PAPER_BATCH, method, 20, memory_ratio=ratio)}
+    return row
+
+
+# --------------------------------------------------------------------------------------------------------- for people
+
+
+def table_text(rows):
+    """Two lines a method where the paper has it: ours, then the published row, "ours" being our FLOPs at its memory."""
+    tasks = list(rows[0]["steps"])
+    head = f"{'':13}{'GFLOPs/step':>13}{'GiB':>8}{'memory':>8}{'MAFs/step':>12}"
+    lines = [head + "".join(f"{f'T={t}':>8}" for t in tasks) + f"{'samples':>14}"]
+    for r in rows:
+        steps = "".join(f"{r['steps'][t] or '-':>8}" for t in tasks)
+        numbers = f"{r['gflops']:13.4f}{r['memory_gib']:8.2f}{r['multiplier']:8.3f}{r['mafs']:12.1f}"
+        lines.append(f"{r['method']:13}{numbers}{steps}{r['samples'][tasks[0]] or 0:>14,}")
+        if p := r["paper"]:
+            cells = ("gflops", 13, 4), ("memory_gib", 8, 2), ("multiplier", 8, 3), ("mafs", 12, 1)
+            numbers = "".join(f"{'-':>{w}}" if p[k] is None else f"{p[k]:{w}.{d}f}" for k, w, d in cells)
+            ours = f"   ({p['steps_of_ours']} with our FLOPs)" if p["steps_of_ours"] else ""
+            lines.append(f"{'  paper':13}{numbers}{p['steps']:>8}{ours}")
+    lines.append("steps a task for streams of T tasks; samples in all at the first T; memory: relative to finetune")
+    return "\n".join(lines)
+
+
+def explain_text(rows, parts, once):
+    """Where one step goes: rows of flops(), parts of memory(), and task_flops()."""
+    total = sum(r["total"] for r in rows)
+    heads = ("times", 6), ("forward", 13), ("to weight", 13), ("to input", 13), ("update", 11), ("share", 8)
+    lines = [f"{'GFLOPs of one':31}" + "".join(f"{head:>{width}}" for head, width in heads)]
+    for r in rows:
+        numbers = "".join(f"{r[k] / 1e9:{w}.4f}" for k, w in (("forward", 13), ("to_weight", 13), ("to_input", 13)))
+        name = f"{r['tower']:8}{r['blocks']:7}{r['matmul']:16}{r['times']:>6}"
+        lines.append(f"{name}{numbers}{r['update'] / 1e9:11.4f}{r['total'] / total:8.2%}")
+    lines.append(f"{'one step':31}{'':45}{total / 1e9:11.4f} GFLOPs")
+    if once:
+        lines.append(f"{'once a task':31}{'':45}{once / 1e9:11.4f} GFLOPs")
+    peak = sum(parts.values())
+    lines += ["", f"{'MiB at the peak':31}"]
+    lines += [f"{part:31}{count / 2**20:12.1f}{count / peak:8.2%}" for part, count in parts.items() if count]
+    return "\n".join([*lines, f"{'in all':31}{peak / 2**20:12.1f}"])
