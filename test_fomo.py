@@ -1,0 +1,2984 @@
+"""All tests, grouped by file. Oracles over snapshots: closed forms, other libraries, the papers' figures.
+
+    python -m pytest -q test_fomo.py
+"""
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import functools
+import gc
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import unicodedata
+import weakref
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import budget
+import clip
+import data
+import evaluate
+import fomo
+import merge
+import methods
+
+PARITY = clip.CLIPConfig(16, 32, 16, 128, 2, 2, 512, 8, 100, 64, 2, 2, 256)  # the parity model of the facts
+SMALL = clip.CLIPConfig(24, 32, 8, 128, 2, 2, 256, 10, 40, 64, 3, 1, 256, quick_gelu=True)  # OpenAI's 64-wide heads
+
+
+def clip_random(config, seed=0):
+    """A model whose biases and norms are random too, so that no transposed or swapped tensor stays unseen."""
+    torch.manual_seed(seed)
+    model = clip.CLIP(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return model
+
+
+def clip_same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def clip_inputs(config, batch=2, dtype=torch.float32):
+    g = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, config.image_size, config.image_size, generator=g).to(dtype)
+    tokens = torch.randint(1, config.vocab_size - 1, (batch, config.context_length), generator=g)
+    return images, tokens.index_fill(1, torch.tensor([config.context_length - 3]), config.vocab_size - 1)
+
+
+def clip_oracle(config):
+    """open_clip's model of the same architecture."""
+    open_clip = pytest.importorskip("open_clip")
+    c = clip._open_clip_config(config)["model_cfg"]
+    return open_clip.CLIP(**c)
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+CLIP_WIDE = clip._config(64, 56, 14, (160, 2, 2, 640), (128, 2, 2), context=16, vocab=300)  # heads 80 wide, as ViT-H's
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-H-like"])
+def test_features_and_loss_equal_open_clips(name, monkeypatch):
+    """Full width, all weights random, both activations: float32 to 1e-5, float64 to 1e-9."""
+    open_clip = pytest.importorskip("open_clip")
+    config = dataclasses.replace(clip.CONFIGS.get(name, CLIP_WIDE), vocab_size=1000)  # 48,408 rows nobody looks up
+    if name == "ViT-B-16":  # its widths, heads and 197 tokens; at full depth it would take as long as all other tests
+        config = dataclasses.replace(config, vision_layers=3, text_layers=3)
+    for init in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"):  # seconds, for weights that we replace
+        monkeypatch.setattr(torch.nn.init, init, lambda tensor, *_, **__: tensor)
+    state, g = {}, torch.Generator().manual_seed(0)
+    for key, value in clip.CLIP(config).state_dict().items():
+        scale = max(value.shape) ** -0.5 if value.ndim > 1 else 0.1
+        state[key] = torch.randn(value.shape, generator=g) * scale + 1.0 * (value.ndim < 2)
+    precisions = ((torch.float32, 1e-5), (torch.float64, 1e-9))
+    for quick_gelu, (dtype, tolerance) in itertools.product((False, True), precisions):
+        state = {k: v.to(dtype) for k, v in state.items()}
+        config = dataclasses.replace(config, quick_gelu=quick_gelu)
+        ours, theirs = clip.CLIP(config).eval(), clip_oracle(config).eval()
+        for model in (ours, theirs):
+            model.load_state_dict(state, strict=True, assign=True)
+        images, tokens = clip_inputs(config, dtype=dtype)
+        with torch.no_grad():
+            (a, b, scale), (x, y, s) = ours(images, tokens), theirs(images, tokens)
+        loss, want = clip.contrastive_loss(a, b, scale).item(), open_clip.ClipLoss()(x, y, s).item()
+        assert (a - x).abs().max() < tolerance and (b - y).abs().max() < tolerance, dtype
+        assert loss == pytest.approx(want, abs=tolerance, rel=tolerance)
+
+
+def test_parity_model_gives_the_published_numbers():
+    model = clip.CLIP(PARITY).double()
+    with torch.no_grad():
+        for k, (name, p) in enumerate(sorted(model.state_dict().items())):
+            flat = 0.05 * torch.sin(1.7 * torch.arange(p.numel(), dtype=torch.float64) + k)
+            p.copy_(flat.view(p.shape) + ("ln_" in name and name.endswith("weight")))
+        model.logit_scale.fill_(math.log(1 / 0.07))
+    assert sum(p.numel() for p in model.parameters()) == 606_209
+    images = torch.sin(0.37 * torch.arange(2 * 3 * 32 * 32, dtype=torch.float64)).view(2, 3, 32, 32)
+    tokens = torch.tensor([[98, 5, 7, 99, 0, 0, 0, 0], [98, 11, 12, 13, 14, 99, 0, 0]])
+    image, text, scale = model(images, tokens)
+    loss = clip.contrastive_loss(image, text, scale)
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    near = functools.partial(pytest.approx, abs=1e-8)  # the published digits
+    assert model.encode_image(images)[0, :3].tolist() == near([-0.01867604, -0.13052885, 0.05231189])
+    assert model.encode_text(tokens)[1, :3].tolist() == near([0.30361015, -0.12295130, -0.27192695])
+    assert (scale * image @ text.T).flatten().tolist() == near([-5.72081325, 1.34909602, -5.72034751, 1.34960202])
+    assert loss.item() == pytest.approx(2.1144708560, abs=1e-9) and norm == pytest.approx(341.44592808, abs=1e-6)
+
+
+def test_every_config_has_open_clips_parameters_and_published_counts():
+    open_clip = pytest.importorskip("open_clip")
+    millions = {"ViT-B-32": 151.28, "ViT-B-16": 149.62, "ViT-L-14": 427.62, "ViT-H-14": 986.11, "ViT-g-14": 1366.68,
+                "ViT-bigG-14": 2539.57}  # open_clip's model_profile table
+    with torch.device("meta"):
+        for name, config in clip.CONFIGS.items():
+            ours = {k: v.shape for k, v in clip.CLIP(config).state_dict().items()}
+            if name != "tiny":
+                theirs = open_clip.CLIP(**open_clip.get_model_config(name))
+                assert ours == {k: v.shape for k, v in theirs.state_dict().items()}, name
+                for tower, heads in ((theirs.visual, config.vision_heads), (theirs, config.text_heads)):
+                    assert tower.transformer.resblocks[0].attn.num_heads == heads
+            if name in millions:
+                assert round(sum(map(math.prod, ours.values())) / 1e6, 2) == millions[name]
+
+
+# -------------------------------------------------------------------------------------------------------- layouts
+
+
+def test_round_trips_are_bitwise(tmp_path):
+    model = clip_random(SMALL)
+    clip.save(model, tmp_path / "a.pt", "openai")
+    clip.save(clip.load(tmp_path / "a.pt"), tmp_path / "hf", "hf")
+    clip.save(clip.load(tmp_path / "hf"), tmp_path / "b.pt", "openai")
+    clip.save(clip.load(tmp_path / "b.pt"), tmp_path / "folder", "open_clip")
+    clip.save(clip.load(tmp_path / "folder"), tmp_path / "c.safetensors")
+    for name in ("a.pt", "hf", "b.pt", "folder", "c.safetensors"):
+        loaded = clip.load(tmp_path / name)
+        assert clip_same(loaded, model) and loaded.config == model.config, name
+        assert not loaded.training and loaded.logit_scale.dtype == torch.float32 and loaded.logit_scale.requires_grad
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("config", [SMALL, clip.CONFIGS["tiny"], CLIP_WIDE], ids=["small", "tiny", "wide"])
+def test_transformers_loads_our_hf_folder(tmp_path, config, quick_gelu):
+    transformers = pytest.importorskip("transformers")
+    model = clip_random(dataclasses.replace(config, quick_gelu=quick_gelu))
+    clip.save(model, tmp_path, "hf")
+    theirs, info = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    images, tokens = clip_inputs(model.config)
+    with torch.no_grad():
+        out = theirs.eval()(input_ids=tokens, pixel_values=images)
+        image, text, scale = model(images, tokens)
+    assert torch.allclose(out.logits_per_image, scale * image @ text.T, atol=1e-4)  # logits are about 14 times features
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert clip_same(clip.load(tmp_path / "theirs"), model)
+    assert clip.load(tmp_path / "theirs").config == model.config
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_open_clip_loads_our_folder_and_file_and_we_load_its(tmp_path, quick_gelu):
+    open_clip = pytest.importorskip("open_clip")
+    model = clip_random(dataclasses.replace(CLIP_WIDE, quick_gelu=quick_gelu))
+    clip.save(model, tmp_path / "folder")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}/folder").eval()  # strict: no key missing, none left over
+    images, tokens = clip_inputs(model.config)
+    with torch.no_grad():
+        assert torch.allclose(theirs.encode_image(images), model.encode_image(images), atol=1e-5)
+        assert torch.allclose(theirs.encode_text(tokens), model.encode_text(tokens), atol=1e-5)
+    clip.save(model, tmp_path / "a.safetensors")
+    again = open_clip.CLIP(**clip._open_clip_config(model.config)["model_cfg"])
+    open_clip.load_checkpoint(again, str(tmp_path / "a.safetensors"))
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in again.state_dict().items()},
+                "optimizer": torch.optim.AdamW(again.parameters()).state_dict()}, tmp_path / "epoch_3.pt")
+    assert clip_same(clip.load(tmp_path / "epoch_3.pt", config=model.config), model)
+
+
+def test_every_prefix_and_piece_of_noise_is_accepted(tmp_path):
+    model = clip_random(SMALL)
+    text = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+    state = {f"module._orig_mod.{'text.' * k.startswith(text)}{k}": v.half() for k, v in model.state_dict().items()}
+    state["module._orig_mod.logit_scale"] = model.logit_scale.detach().reshape(1)
+    torch.save({"state_dict": state}, tmp_path / "a.pt")
+    loaded = clip.load(tmp_path / "a.pt", config=SMALL)
+    assert loaded.logit_scale.shape == () and loaded.visual.proj.dtype == torch.float32
+    assert torch.equal(loaded.visual.proj, model.visual.proj.half().float())
+    clip.save(model, tmp_path / "hf", "hf")
+    old = dict(clip.read_tensors(tmp_path / "hf")) | {"text_model.embeddings.position_ids": torch.arange(10)[None]}
+    torch.save(old, tmp_path / "hf" / "pytorch_model.bin")
+    os.unlink(tmp_path / "hf" / "model.safetensors")
+    assert clip_same(clip.load(tmp_path / "hf"), model)
+
+
+def test_shards_with_an_index_are_one_mapping(tmp_path):
+    model = clip_random(SMALL)
+    clip.save(model, tmp_path, "hf")
+    tensors = dict(clip.read_tensors(tmp_path / "model.safetensors"))
+    half, where = len(tensors) // 2, {}
+    for i, names in enumerate((list(tensors)[:half], list(tensors)[half:]), 1):
+        clip.write_tensors({n: tensors[n] for n in names}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+        where |= dict.fromkeys(names, f"model-0000{i}-of-00002.safetensors")
+    os.unlink(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert clip_same(clip.load(tmp_path), model)
+    where["lost"] = "model-00001-of-00002.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ValueError, match="shards lack 1 tensors, first lost"):
+        clip.load(tmp_path)
+
+
+def test_names_of_any_layout_meet_for_merging(tmp_path):
+    model = clip_random(SMALL)
+    clip.save(model, tmp_path / "hf", "hf")
+    clip.save(model, tmp_path / "o.pt", "openai")
+    clip.save(model, tmp_path / "c.safetensors")
+    for path in ("hf", "o.pt", "c.safetensors"):
+        named = clip.openai_names(clip.read_tensors(tmp_path / path))
+        assert named.keys() == model.state_dict().keys()
+        assert all(torch.equal(named[k], v) for k, v in model.state_dict().items())
+
+
+def test_activation_and_heads_come_from_where_they_are_said_or_are_asked_for(tmp_path):
+    model = clip_random(SMALL)
+    clip.write_tensors(model.state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="heads"):
+        clip.load(tmp_path / "bare.safetensors")
+    config = dataclasses.replace(clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64)
+    clip.write_tensors(clip_random(config).state_dict(), tmp_path / "known.safetensors")
+    with pytest.raises(ValueError, match="quick_gelu="):
+        clip.load(tmp_path / "known.safetensors")
+    for quick in (False, True):
+        loaded = clip.load(tmp_path / "known.safetensors", quick_gelu=quick)
+        assert loaded.config == dataclasses.replace(config, quick_gelu=quick)
+    (tmp_path / "config.json").write_text(json.dumps(clip._hf_config(config)))
+    assert clip.load(tmp_path / "known.safetensors").config == config
+    assert clip.load(tmp_path / "known.safetensors", quick_gelu=True).config.quick_gelu  # the caller has the last word
+    with pytest.raises(ValueError, match="widths 128 and 64"):
+        clip.load(tmp_path / "bare.safetensors")  # a stranger's config.json beside it
+    old = {"vision_config": {}, "text_config": {}, "vision_config_dict": {"hidden_size": 384, "num_attention_heads": 6},
+           "text_config_dict": {"hidden_size": 384, "num_attention_heads": 6}}
+    (tmp_path / "config.json").write_text(json.dumps(old))  # first releases; hidden_act left at its default
+    assert clip.load(tmp_path / "known.safetensors").config.quick_gelu
+    foreign = {"vision_cfg": {"width": 384, "head_width": 64, "pool_type": "avg"}, "text_cfg": {"width": 384}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": foreign}))
+    with pytest.raises(ValueError, match="pool_type"):
+        clip.load(tmp_path / "known.safetensors")
+
+
+def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
+    state = clip_random(SMALL).state_dict()
+    other = {k: v for k, v in state.items() if k != "ln_final.bias"} | {"head.weight": torch.ones(2)}
+    clip.write_tensors(other, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"ln_final.bias missing, head.weight unexpected \(2 in all\)"):
+        clip.load(tmp_path / "a.safetensors", config=SMALL)
+    clip.write_tensors(state, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"visual.positional_embedding \[17, 128\], not \[65, 128\]"):
+        clip.load(tmp_path / "b.safetensors", config=dataclasses.replace(SMALL, image_size=64))
+    clip.write_tensors({"visual.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(ValueError, match="not a CLIP of two transformers"):
+        clip.load(tmp_path / "resnet.safetensors")
+    with pytest.raises(FileNotFoundError, match="nowhere.pt: no such file"):
+        clip.load(tmp_path / "nowhere.pt")
+    with pytest.raises(ValueError, match="QuickGELU"):
+        clip.save(clip_random(PARITY), tmp_path / "c.pt", "openai")
+
+
+def test_positions_are_resized_as_open_clip_does(tmp_path):
+    open_clip_model = pytest.importorskip("open_clip.model")
+    model = clip_random(SMALL)
+    clip.save(model, tmp_path / "a.safetensors")
+    larger = clip.load(tmp_path / "a.safetensors", image_size=56)
+    oracle = clip_oracle(dataclasses.replace(SMALL, image_size=56))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    open_clip_model.resize_pos_embed(state, oracle)
+    assert torch.equal(larger.visual.positional_embedding, state["visual.positional_embedding"])
+    assert larger.config.image_size == 56 and larger.encode_image(torch.zeros(1, 3, 56, 56)).shape == (1, 24)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def test_torchscript_archive_is_read_without_running_its_code(tmp_path):
+    model = clip_random(SMALL).half()
+    for name, value in zip(clip.SCALARS, (32, 10, 40)):
+        model.register_buffer(name, torch.tensor(value))
+
+    class Marked(torch.nn.Module):  # an archive whose unpickling in torch.jit.load would run code: __setstate__
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.inner(x)
+
+        @torch.jit.export
+        def __getstate__(self):
+            return (self.inner.weight, self.training)
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, bool]):
+            raise RuntimeError("foreign code ran")
+
+    images, tokens = clip_inputs(SMALL)
+    archive = torch.jit.trace_module(model.float(), {"forward": (images, tokens)}, strict=False, check_trace=False)
+    archive.half().save(tmp_path / "ViT.pt")
+    with zipfile.ZipFile(tmp_path / "ViT.pt") as z:
+        assert any("/code/" in n for n in z.namelist())
+    loaded = clip.load(tmp_path / "ViT.pt")
+    assert loaded.config == SMALL  # QuickGELU and 64-wide heads, by OpenAI's rule
+    want = archive.state_dict()
+    assert all(torch.equal(v, want[k].float()) for k, v in loaded.state_dict().items())
+    torch.jit.script(Marked()).save(tmp_path / "marked.pt")
+    with pytest.raises(Exception, match="foreign code ran"):
+        torch.jit.load(tmp_path / "marked.pt")
+    assert isinstance(clip.read_tensors(tmp_path / "marked.pt"), clip.Tensors)
+
+
+def test_pickles_run_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"state_dict": {"a": torch.arange(3.0)}, "args": Evil()}, tmp_path / "evil.pt")
+    assert clip.read_tensors(tmp_path / "evil.pt")["a"].tolist() == [0, 1, 2]
+    with zipfile.ZipFile(tmp_path / "raw.pt", "w") as z:
+        z.writestr("x/data.pkl", pickle.dumps(Evil()))
+    assert len(clip.read_tensors(tmp_path / "raw.pt")) == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torch_zips_give_views_and_dtypes_back(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {"turned": base.T, "part": base[1:3, 2:5], "half": base.half(), "brain": base.bfloat16(),
+               "none": torch.zeros(0, 3), "flag": torch.tensor([True, False]), "count": torch.tensor(7),
+               "wide": torch.ones(1, 3).expand(5, 3),
+               "weight": torch.nn.Parameter(base.double())}
+    torch.save(tensors, tmp_path / "a.pt")
+    read = clip.read_tensors(tmp_path / "a.pt")
+    assert list(read) == list(tensors)
+    for k, v in tensors.items():
+        assert read[k].dtype == v.dtype and torch.equal(read[k], v.detach()), k
+
+
+def test_safetensors_are_written_byte_for_byte_as_the_package_does(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    g = torch.Generator().manual_seed(0)
+    tensors = {f"{i}.é": torch.randn(i, 3, generator=g).to(d) for i, d in enumerate(clip.DTYPES.values())}
+    tensors["turned"] = torch.randn(4, 5, generator=g).T.contiguous()
+    for metadata in ({}, {"format": "pt"}):
+        clip.write_tensors(tensors, tmp_path / "ours", metadata)
+        safetensors.save_file(tensors, tmp_path / "theirs", metadata or None)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+        read = clip.read_tensors(tmp_path / "theirs")
+        assert read.metadata == metadata and all(torch.equal(read[k], v) for k, v in tensors.items())
+    assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
+    with pytest.raises(ValueError, match="complex64 of complex"):
+        clip.write_tensors({"a": torch.ones(1), "complex": torch.ones(1, dtype=torch.complex64)}, tmp_path / "ours")
+    assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
+
+
+def clip_bytes(header, data=b"\0" * 8):
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + data
+
+
+def clip_entry(a, b, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [a, b]}
+
+
+CLIP_FAULTS = {
+    "empty": (b"", "neither a torch zip nor safetensors"),
+    "short": (b"\1\0\0", "nor safetensors"),
+    "huge header": ((1 << 62).to_bytes(8, "little") + b"{}", "header of 4611686018427387904 bytes"),
+    "not json": (clip_bytes(b"{nope"), "JSONDecodeError"),
+    "a list": (clip_bytes([1, 2]), "broken safetensors header"),
+    "unknown dtype": (clip_bytes({"a": clip_entry(0, 8, dtype="F31")}), "F31"),
+    "no offsets": (clip_bytes({"a": {"dtype": "F32", "shape": [2]}}), "data_offsets"),
+    "truncated": (clip_bytes({"a": clip_entry(0, 8)}, b"\0" * 5), "torn file"),
+    "too long": (clip_bytes({"a": clip_entry(0, 8)}, b"\0" * 9), "torn file"),
+    "overlap": (clip_bytes({"a": clip_entry(0, 8), "b": clip_entry(4, 12)}, b"\0" * 12), "tensor b"),
+    "hole": (clip_bytes({"a": clip_entry(0, 8), "b": clip_entry(12, 20)}, b"\0" * 20), "tensor b"),
+    "wrong size": (clip_bytes({"a": clip_entry(0, 8, (3,))}), "tensor a"),
+    "negative": (clip_bytes({"a": clip_entry(0, 8, (-1, -2))}), "tensor a"),
+    "not a torch zip": (b"PK\3\4" + b"\0" * 40, "BadZipFile"),
+}
+
+
+@pytest.mark.parametrize("fault", CLIP_FAULTS)
+def test_malformed_files_name_themselves_and_their_fault(tmp_path, fault):
+    data, words = CLIP_FAULTS[fault]
+    (tmp_path / "w.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=words) as e:
+        clip.load(tmp_path / "w.safetensors")
+    assert f"{tmp_path}/w.safetensors" in str(e.value)
+
+
+def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
+    with pytest.raises(ValueError, match="a folder with 0 files"):
+        clip.load(tmp_path)
+    torch.save({"a": torch.ones(4)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="b.pt.*compressed.*torch.save"):
+        clip.read_tensors(tmp_path / "b.pt")
+    with zipfile.ZipFile(tmp_path / "c.pt", "w") as z:
+        z.writestr("readme", "hello")
+    with pytest.raises(ValueError, match="c.pt: not a torch file"):
+        clip.read_tensors(tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="a folder with 3 files"):
+        clip.load(tmp_path)
+    config = dataclasses.replace(clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64)
+    (tmp_path / "f").mkdir()
+    clip.write_tensors(clip.CLIP(config).state_dict(), tmp_path / "f" / "model.safetensors")
+    (tmp_path / "f" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not JSON"):
+        clip.load(tmp_path / "f")
+
+
+CLIP_PEAK = """
+import sys, torch, clip
+def kib(field): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+before = kib("VmRSS")
+model = clip.load(sys.argv[1])
+size = sum(p.nbytes for p in model.parameters())
+print((kib("VmHWM") - before) * 1024 / size, size)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from Linux's /proc")
+def test_loading_costs_one_model_of_memory(tmp_path):
+    """VmHWM is the peak of everything resident, mapped file pages included, and starts anew with the subprocess."""
+    config = clip.CONFIGS["ViT-B-16"]
+    with torch.device("meta"):
+        model = clip.CLIP(config)
+    path = tmp_path / "a.safetensors"
+    clip.save(model.to_empty(device="cpu"), path)
+    del model
+    out = subprocess.run([sys.executable, "-c", CLIP_PEAK, str(path)], capture_output=True, text=True, check=True,
+                         cwd=Path(clip.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    path.unlink()
+    ratio, size = map(float, out.stdout.split())
+    assert size == 149_620_737 * 4 and ratio < 1.2, ratio
+
+
+# ------------------------------------------------------------------------------------------------------ downloads
+
+
+class ClipServer(http.server.BaseHTTPRequestHandler):
+    files, seen, cut, ranges = {}, [], None, True  # cut: hang up after so many bytes of a body
+
+    def do_GET(self):
+        self.seen.append((self.path, self.headers.get("Range")))
+        body = self.files.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        asked = int((self.headers.get("Range") or "bytes=0-")[6:].rstrip("-")) if self.ranges else 0
+        self.send_response(206 if asked or self.ranges else 200)
+        self.send_header("Content-Length", str(len(body) - asked))
+        self.end_headers()
+        self.wfile.write(body[asked:][: self.cut])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def clip_server(monkeypatch):
+    handler = type("Handler", (ClipServer,), {"files": {}, "seen": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        handler.url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", handler.url)
+        monkeypatch.setenv("CLIP_MIRROR", handler.url)
+        yield handler
+        server.shutdown()
+
+
+def test_download_resumes_verifies_and_is_cached(clip_server, tmp_path):
+    body = random.Random(0).randbytes(3_000_000)
+    sha = hashlib.sha256(body).hexdigest()
+    clip_server.files["/w.pt"], spec = body, f"{clip_server.url}/w.pt#sha256={sha}"
+    clip_server.cut = 1_200_000
+    with pytest.raises(OSError, match="broke off after 1200000 of 3000000 bytes"):
+        clip.fetch(spec, tmp_path)
+    clip_server.cut = None
+    path = clip.fetch(spec, tmp_path)
+    assert clip_server.seen[-1][1] == "bytes=1199999-" and Path(path).read_bytes() == body
+    assert clip.fetch(spec, tmp_path) == path and len(clip_server.seen) == 2  # from the cache, without a question
+    assert [p.name for p in Path(path).parent.iterdir()] == ["w.pt"]
+
+
+def test_a_whole_part_and_a_server_without_ranges_end_well(clip_server, tmp_path):
+    body = random.Random(0).randbytes(100_000)
+    clip_server.files["/w.pt"] = body
+    for n, (part, ranges) in enumerate(itertools.product((body, body[:70_000]), (True, False))):
+        clip_server.ranges, spec = ranges, f"{clip_server.url}/w.pt#sha256={hashlib.sha256(body).hexdigest()}"
+        path = Path(clip.fetch(spec, tmp_path / str(n)))
+        path.rename(f"{path}.part")
+        Path(f"{path}.part").write_bytes(part)
+        assert Path(clip.fetch(spec, tmp_path / str(n))).read_bytes() == body
+
+
+def test_a_wrong_checksum_leaves_nothing(clip_server, tmp_path):
+    clip_server.files["/w.pt"] = b"not what was published"
+    with pytest.raises(ValueError, match="its sha256 is .* not the expected 0000"):
+        clip.fetch(f"{clip_server.url}/w.pt#sha256={'0' * 64}", tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    with pytest.raises(ValueError, match="sha256"):
+        clip.fetch("openai:ViT-B-32".replace("openai:", f"{clip_server.url}/w.pt#md5="), tmp_path)
+    file, sha256 = clip.OPENAI["ViT-B-32"]
+    clip_server.files[f"/{sha256}/{file}"] = b"an impostor"
+    with pytest.raises(ValueError, match=f"not the expected {sha256}"):
+        clip.load("openai:ViT-B-32", cache=tmp_path)
+
+
+def test_hub_repositories_come_with_their_config(clip_server, tmp_path):
+    model = clip_random(SMALL)
+    clip.save(model, tmp_path / "hf", "hf")
+    weights = (tmp_path / "hf/model.safetensors").read_bytes()
+    sha = hashlib.sha256(weights).hexdigest()
+    listing = {"siblings": [{"rfilename": "README.md"}, {"rfilename": "config.json"},
+                            {"rfilename": "model.safetensors", "lfs": {"sha256": sha}}]}
+    clip_server.files |= {"/api/models/org/repo?blobs=true": json.dumps(listing).encode(),
+                          "/org/repo/resolve/main/model.safetensors": weights,
+                          "/org/repo/resolve/main/config.json": (tmp_path / "hf/config.json").read_bytes()}
+    for spec in ("hf:org/repo", "hf:org/repo/model.safetensors"):
+        loaded = clip.load(spec, cache=tmp_path / spec.replace("/", "_"))
+        assert clip_same(loaded, model) and loaded.config == SMALL
+    asked = len(clip_server.seen)
+    clip.load("hf:org/repo", cache=tmp_path / "hf:org_repo")
+    assert len(clip_server.seen) == asked  # cached: works offline
+    with pytest.raises(ValueError, match="hf:org/repo has no other.pt; it has README.md, config.json"):
+        clip.load("hf:org/repo/other.pt", cache=tmp_path / "x")
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("hf:org", "no such file or folder, nor hf:ORG/REPO"), ("hf:org/../../etc/passwd", "no such file"),
+    ("openai:RN50", "ViT-B-32"), ("http://example.com/w.pt", "expected https://"),
+    ("https://x.org/w#sha256=12", "64 hexadecimal")])
+def test_wrong_specs_say_what_is_expected(spec, words, tmp_path):
+    with pytest.raises((ValueError, OSError), match=words):
+        clip.load(spec, cache=tmp_path)
+
+
+def test_without_a_network_the_sentence_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(OSError, match="cannot be reached .* offline, give a local file's path"):
+        clip.load("hf:org/repo", cache=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.fixture(scope="module")
+def clip_bpe():
+    return Path(pytest.importorskip("open_clip").__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer(clip_bpe):
+    return clip.Tokenizer(clip_bpe)
+
+
+CLIP_IDS = {
+    "a photo of a cat": "320 1125 539 320 2368", "  Hello   WORLD!! ": "3306 1002 748",
+    "it's 2024": "585 568 273 271 273 275",
+    "café naïve": "15304 1097 35689 563", "&lt;b&gt; &amp;amp; fish": "283 321 285 261 2759", "x²": "343 41175",
+    "__init__.py": "3838 42670 2355 269 7504", "don’t": "847 713",
+}
+
+
+@pytest.mark.parametrize("text", CLIP_IDS)
+def test_published_ids(clip_tokenizer, text):
+    assert clip_tokenizer.encode(text) == [int(i) for i in CLIP_IDS[text].split()]
+
+
+def clip_corpus():
+    rng = random.Random(0)
+    words = ["a", "photo", "the", "Dog's", "CATS", "don't", "we're", "I'll", "12", "3.5", "café", "x_y", "__init__",
+             "(big)", '"quote"', "re-do", "@home", "#tag", "50%", "C++", "O'Neil"]
+    yield from (" ".join(rng.choice(words) for _ in range(rng.randint(1, 12))) for _ in range(1500))
+    chars = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
+    for i in range(0, len(chars), 128):  # every block that this Python's Unicode knows
+        block = chars[i : i + 128]
+        yield from (f"{''.join(rng.choices(block, k=6))} {rng.choice(words)}{rng.choice(block)}" for _ in range(2))
+    yield from (f"x&#{i};y&#x{i:x}; &amp;#{i};" for i in range(400))
+    yield from (f"a{chr(i)}b{chr(i)}{chr(i)} '{chr(i)}" for i in range(0x500))  # controls, accents, quotes
+    yield from CLIP_STRINGS
+
+
+CLIP_STRINGS = (
+    "❤️ 👩\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e007f 😀😀", "ＬＯＵＤ　ﾊﾝｶｸ", "“it’s” „so“", "ﬁne ﬂuﬀ",
+    "\x1b[31mred\x1b[0m", "a\u200bb\ufeffc", "line\r\nbreak\x0c\x0bx", "\ud83d\ude00 \ud83d x", "e\u0301 n\u0303",
+    "itâ€™s cafÃ© Â©2020 â€œokâ€\x9d ðŸ˜€", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "&eacute;&amp;amp;lt; &nbsp;x", "<b>&amp;amp;lt;</b>",
+    "NESCAFÉ® „Spaß“ «CAFÉ»", "1½ Ⅷ ٣ 二 x²y", "İstanbul ſt K Å", "&notit; &amp &copy2020", "a" * 300, "_'s_'S 'Re",
+)
+
+
+def test_tokenizer_equals_open_clips_on_a_corpus(clip_tokenizer):
+    """What may differ: captions where ftfy guesses another encoding (we stop at Windows-1252 and intact sequences), and
+    U+0345, which the regex package counts as a letter because it folds to an iota."""
+    oracle, ftfy = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer(), pytest.importorskip("ftfy")
+    corpus = list(clip_corpus())
+    different = [s for s in corpus if clip_tokenizer.encode(s) != oracle.encode(s)]
+    guessed = [s for s in different if ftfy.fix_encoding(ftfy.fixes.unescape_html(s)) != ftfy.fixes.unescape_html(s)]
+    print("\n".join(map(ascii, different)))
+    assert len(corpus) >= 5000 and len(different) <= 10
+    assert all("\u0345" in s for s in different if s not in guessed), [ascii(s) for s in different if s not in guessed]
+    plain = [s for s in corpus if s.isascii()][:200]
+    assert torch.equal(clip_tokenizer(plain, 12), oracle(plain, 12))  # truncated, the end token kept
+
+
+def test_control_literals_in_a_caption_are_text(clip_tokenizer):
+    oracle = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
+    for text in ("<start_of_text> a cat <end_of_text>", "<|startoftext|>x<|endoftext|>"):
+        assert max(clip_tokenizer.encode(text)) < clip_tokenizer.start
+        assert clip_tokenizer.decode(clip_tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
+    assert oracle.encode("<end_of_text>") == [49407]  # what an attacker wants
+
+
+def test_merges_txt_gives_the_same_ids(clip_tokenizer, clip_bpe, tmp_path):
+    lines = gzip.decompress(clip_bpe.read_bytes()).decode().split("\n")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines[1:48_895]) + "\n")
+    other = clip.Tokenizer(tmp_path / "merges.txt")
+    assert other.merges == clip_tokenizer.merges and other.vocab_size == clip_tokenizer.vocab_size == 49_408
+    assert (other.start, other.end) == (49_406, 49_407)
+    clip.save(clip_random(SMALL), tmp_path / "a.safetensors")
+    assert clip.find_bpe(tmp_path / "a.safetensors") == str(tmp_path / "merges.txt")
+
+
+def test_merges_are_fetched_with_downloaded_weights_and_missed_beside_local_ones(clip_server, clip_bpe, tmp_path):
+    clip_server.files[f"/{clip.OPENAI['bpe'][1]}/{clip.OPENAI['bpe'][0]}"] = clip_bpe.read_bytes()
+    clip_server.files["/w.pt"] = b"weights"
+    path = clip.find_bpe(f"{clip_server.url}/w.pt", tmp_path)
+    assert Path(path).read_bytes() == clip_bpe.read_bytes()
+    (tmp_path / "local.pt").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="openai:bpe"):
+        clip.find_bpe(tmp_path / "local.pt")
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"\x1f\x8b123", "gzip"), (b"#version\na b c\n", "'a b c'"), (b"#version\nq zz\n", "'q zz'"),
+    (b"#version\n", "no merges"), (b"#v\na b\na b\n", "twice"), (b"#v\n\xff\n", "Unicode")])
+def test_a_merges_file_that_is_none_is_named(tmp_path, content, words):
+    (tmp_path / "m.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as e:
+        clip.Tokenizer(tmp_path / "m.txt")
+    assert "m.txt" in str(e.value)
+
+
+def test_decode_inverts_encode_and_stops_at_the_end(clip_tokenizer):
+    for text in ("a photo of a cat", "café 😀 naïve", "x ² y"):
+        assert clip_tokenizer.decode(clip_tokenizer.encode(text)) == text
+        assert clip_tokenizer.decode(clip_tokenizer([text])[0]) == text
+    for text in ("Any  bytes\n\0 stay é😀 ", ""):
+        assert clip.Tokenizer().decode(clip.Tokenizer()([text])[0]) == text
+
+
+def test_a_long_caption_is_cut_or_refused(clip_tokenizer):
+    for tokenizer in (clip_tokenizer, clip.Tokenizer()):
+        row = tokenizer(["cat dog " * 50], context_length=10)[0].tolist()
+        assert row[0] == tokenizer.start and row[-1] == tokenizer.end and tokenizer.end not in row[:-1]
+        with pytest.raises(ValueError, match="the context holds 8"):
+            tokenizer(["cat dog " * 50], context_length=10, truncate=False)
+        with pytest.raises(TypeError, match="NoneType"):
+            tokenizer([None])
+
+
+def test_hundred_thousand_captions_in_ten_seconds(clip_bpe):
+    rng, syllables = random.Random(0), ["ka", "to", "mi", "re", "lon", "fish", "sun", "er", "ing", "blue", "tra", "qu"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(20_000)]  # a hard case
+    captions = [f"A photo of {' '.join(rng.choices(words, k=8))}, it's No. {i}" for i in range(100_000)]
+    tokenizer, start = clip.Tokenizer(clip_bpe), time.process_time()
+    tokens = tokenizer(captions)
+    assert tokens.shape == (100_000, 77) and time.process_time() - start < 10
+
+
+# ------------------------------------------------------------------------------------------------------------ data.py
+
+
+@pytest.fixture(scope="module")
+def world():
+    return data.toy(0, train=90, test=80)
+
+
+def write_flux(world, root, tar=False, broken=()):
+    """Three toy datasets in FoMo-in-Flux's layout: LETTERS and ARROWS to adapt to, DIGITS held out and the pool."""
+    (root / "00_info").mkdir(parents=True)
+    for d in world.adaptation + world.heldout:
+        if d.name not in ("LETTERS", "ARROWS", "DIGITS"):
+            continue
+        for split, name in ((d.train, "train"), (d.test, "test")):
+            items = {}
+            for i in range(len(split)):
+                path, label = f"{name}/{d.classes[split.labels[i]]}/{i:03}.png", int(split.labels[i])
+                file = root / d.name / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(split.image(i)).save(file)
+                items[path] = {"classname": d.classes[label], "target": label, "default_caption": None,
+                               "primer_caption": d.prompts[label], "synthetic_caption": None,
+                               "synthetic_merged_caption": [split.captions[i]]}  # fmt: skip
+            (root / "00_info" / f"{d.name}_{name}.json").write_text(json.dumps(items))
+        (root / "00_info" / f"{d.name}_classnames.json").write_text(json.dumps(d.classes))
+        if tar:
+            with tarfile.open(root / f"{d.name}.tar", "w") as archive:
+                archive.add(root / d.name, d.name)
+            shutil.rmtree(root / d.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def flux(world, tmp_path_factory):
+    return write_flux(world, tmp_path_factory.mktemp("flux") / "root")
+
+
+def test_toy_world_has_the_sets_and_concepts_that_were_asked_for(world):
+    assert len(world.adaptation) >= 8 and len(world.heldout) >= 5
+    assert len(data.concepts(world.adaptation)) > 200
+    for group in (world.adaptation, world.heldout):
+        assert [d.kind for d in group].count("retrieval") == 1
+    for d in world.adaptation + world.heldout:
+        assert len(d.prompts) == len(d.classes) == len(set(d.classes)) and len(d.train) == 90 and len(d.test) == 80
+        assert d.train.image(0).shape == (32, 32, 3) and all(isinstance(c, str) and c for c in d.train.captions)
+
+
+def test_toy_world_is_a_function_of_its_seed(world):
+    again, other = data.toy(0, train=90, test=80), data.toy(1, train=90, test=80)
+    for a, b, c in zip(world.adaptation, again.adaptation, other.adaptation):
+        assert np.array_equal(a.test.pixels, b.test.pixels) and a.test.captions == b.test.captions
+        assert not np.array_equal(a.test.pixels, c.test.pixels)
+
+
+def test_toy_pool_knows_all_held_out_classes_and_three_in_five_of_the_others(world):
+    heldout, adaptation = world.pool.splits[: len(world.heldout)], world.pool.splits[len(world.heldout) :]
+    for d, part in zip(world.heldout, heldout):
+        assert part is d.train
+    for d, part in zip(world.adaptation, adaptation):
+        assert len(set(part.labels)) == len(d.classes) * 3 // 5
+        assert not np.array_equal(part.pixels[0], d.train.pixels[part.labels[0]])
+
+
+def test_concat_finds_each_parts_own_picture(world):
+    splits = [world.adaptation[0].train, world.heldout[0].test]
+    both = data.Concat(splits)
+    assert len(both) == 170 and np.array_equal(both.image(90), splits[1].image(0))
+    assert np.array_equal(both.image(89), splits[0].image(89)) and both.captions[90] == splits[1].captions[0]
+
+
+@pytest.mark.parametrize("batch, ratios, counts", [
+    (512, (0.33, 0.34, 0.33), [169, 175, 168]),  # facts of the paper's code
+    (512, (0.33, 0.67, 0), [169, 343, 0]),
+    (100, (0.1, 0.2, 0.7), [10, 20, 70]),  # .7 * 100 is 70 although the float is below
+    (7, (0, 0.5, 0.5), [1, 3, 3]),
+])  # fmt: skip
+def test_a_batch_splits_by_floor_then_the_rest_in_order(batch, ratios, counts):
+    assert data.split_batch(batch, ratios) == counts and sum(counts) == batch
+
+
+def mixture_of(world, **options):
+    chunks = data.tasks(data.order(data.concepts(world.adaptation), "random", 3), 5)
+    return data.Mixture(world, chunks, **{"batch_size": 100, "seed": 3, **options}), chunks
+
+
+def test_batches_hold_update_buffer_and_pool_samples_of_the_right_tasks(world):
+    mixture, chunks = mixture_of(world)
+    splits = {d.name: d for d in world.adaptation}
+    for task in range(5):
+        now, before = set(chunks[task]), {c for chunk in chunks[:task] for c in chunk}
+        ids = mixture.ids(task, 2)
+        drawn = [(n, splits[n].classes[splits[n].train.labels[i]]) for n, i in ids if n != "pool"]
+        p, d, b = mixture.counts(task)
+        assert len(ids) - len(drawn) == p and sum(c in now for c in drawn) == d and sum(c in before for c in drawn) == b
+    assert mixture.counts(0)[2] == 0 and sum(mixture.counts(0)) == 100
+
+
+def test_without_a_pool_the_first_task_trains_on_its_own_data_alone(world):
+    mixture, _ = mixture_of(dataclasses.replace(world, pool=None), ratios=(0, 0.5, 0.5))
+    assert mixture.counts(0) == [0, 100, 0] and mixture.counts(1) == [0, 50, 50]
+
+
+def test_a_source_is_seen_whole_before_anything_repeats(world):
+    mixture, _ = mixture_of(world, ratios=(0, 1, 0))
+    n = mixture.ends[1]
+    seen = [i for step in range(3 * n // 100 + 1) for i in mixture.ids(0, step)]
+    assert len(set(seen[:n])) == n and len(set(seen[n : 2 * n])) == n and seen[:n] != seen[n : 2 * n]
+
+
+def test_replay_sees_only_its_share_of_the_pool(world):
+    mixture, _ = mixture_of(world, ratios=(1, 0, 0), replay=40)
+    assert len({i for step in range(5) for _, i in mixture.ids(1, step)}) == 40
+
+
+def test_ids_are_a_function_of_seed_task_and_step(world):
+    (a, _), (b, _), (c, _) = mixture_of(world), mixture_of(world), mixture_of(world, seed=4)
+    assert b.ids(3, 7) == a.ids(3, 7) == a.ids(3, 7) != c.ids(3, 7)
+    assert a.ids(3, 7) != a.ids(3, 8) and a.ids(3, 7) != a.ids(2, 7)
+
+
+def test_batches_are_equal_whatever_the_number_of_workers(world):
+    mixture, _ = mixture_of(world, batch_size=16)
+    alone, two = (list(data.loader(world, mixture, 1, 4, 32, workers=w)) for w in (0, 2))
+    late = list(data.loader(world, mixture, 1, 4, 32, start=3))
+    for (images, captions), (images2, captions2) in zip(alone, two, strict=True):
+        assert torch.equal(images, images2) and captions == captions2 and images.dtype == torch.uint8
+    assert torch.equal(late[0][0], alone[3][0]) and len(late) == 1
+    assert not torch.equal(alone[0][0], alone[1][0])
+
+
+def test_loading_leaves_torchs_random_state_alone(world):
+    mixture, _ = mixture_of(world, batch_size=4)
+    before = torch.get_rng_state()
+    next(iter(data.loader(world, mixture, 1, 1, 32)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_test_pictures_are_resized_on_the_short_side_and_cropped_in_the_centre():
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 200  # the middle third is what stays
+    [batch] = data.test_loader(data.Pictures(wide[None], np.zeros(1, int), ["a"]), [0], 10)
+    assert batch.shape == (1, 3, 10, 10) and (batch > 150).all()
+
+
+def test_tasks_are_contiguous_and_the_first_ones_are_longer():
+    chunks = data.tasks([("A", str(i)) for i in range(18381)], 20)  # FoMo-in-Flux's own numbers
+    assert [len(c) for c in chunks] == [920] + 19 * [919]
+    assert [c for chunk in chunks for c in chunk] == [("A", str(i)) for i in range(18381)]
+    with pytest.raises(ValueError, match="3 concepts cannot make 4 tasks"):
+        data.tasks([("A", "x")] * 3, 4)
+
+
+def test_streams_survive_writing_and_reading(tmp_path):
+    stream = [("A", "snow+++storm"), ("B", "naïve 猫"), ("A", "")]
+    data.write_stream(stream, tmp_path / "s.json")
+    assert data.read_stream(tmp_path / "s.json") == stream
+
+
+def test_random_order_permutes_by_the_seed():
+    concepts = [("A", str(i)) for i in range(50)]
+    a, b, c = (data.order(concepts, "random", seed) for seed in (0, 0, 1))
+    assert a == b != c and sorted(a) == sorted(c) == sorted(concepts) and a != concepts
+
+
+def test_folders_and_tars_hold_the_same_world(world, flux, tmp_path):
+    tars = write_flux(world, tmp_path / "tars", tar=True)
+    a, b = (data.fomo_in_flux(r, heldout=["DIGITS"], pool=["DIGITS"]) for r in (flux, tars))
+    assert [d.name for d in a.adaptation] == ["ARROWS", "LETTERS"] and [d.name for d in a.heldout] == ["DIGITS"]
+    letters = next(d for d in world.adaptation if d.name == "LETTERS")
+    assert a.adaptation[1].prompts == letters.prompts and a.adaptation[1].kind == "classification"
+    for x, y in zip(a.adaptation + a.heldout, b.adaptation + b.heldout):
+        assert x.train.captions == y.train.captions and np.array_equal(x.test.labels, y.test.labels)
+        assert all(x.test.image(i).tobytes() == y.test.image(i).tobytes() for i in range(len(x.test)))
+    assert len(a.pool) == 90 and data.fingerprint(a.pool) == data.fingerprint(b.pool)
+
+
+def test_a_set_without_class_prompts_is_a_retrieval_set(world, tmp_path):
+    root = write_flux(world, tmp_path / "root")
+    file = root / "00_info" / "DIGITS_test.json"
+    items = json.loads(file.read_text())
+    for item in items.values():
+        item |= {"primer_caption": None, "default_caption": ["one sentence", "another"]}
+    file.write_text(json.dumps(items))
+    digits = data.fomo_in_flux(root, heldout=["DIGITS"]).heldout[0]
+    assert digits.kind == "retrieval" and digits.test.captions[0] == ["one sentence", "another"]
+
+
+def spoil(root, how):
+    info = root / "00_info" / "LETTERS_train.json"
+    items = json.loads(info.read_text())
+    first = min(items)
+    if how == "json":
+        info.write_text('{"a": ')
+    elif how == "list":
+        info.write_text("[]")
+    elif how == "caption":
+        items[first]["synthetic_merged_caption"] = [3]
+    elif how == "target":
+        items[first]["target"] = 26
+    elif how == "picture":
+        (root / "LETTERS" / first).unlink()
+    elif how == "tar":
+        shutil.rmtree(root / "LETTERS")
+        (root / "LETTERS.tar").write_bytes(b"no tar at all" * 99)
+    if how in ("caption", "target"):
+        info.write_text(json.dumps(items))
+
+
+@pytest.mark.parametrize("how, says", [
+    ("json", "LETTERS_train.json is not valid JSON"), ("list", "holds a JSON list, expected a dict"),
+    ("caption", "the caption of train/A/000.png is .*, expected text"),
+    ("target", "target 26 of train/A/000.png is outside"), ("tar", "LETTERS.tar is not an uncompressed tar"),
+    ("picture", r"lists train/A/000.png, which is not in .*1 of 90"),
+])  # fmt: skip
+def test_a_spoilt_dataset_is_named_in_a_sentence(world, tmp_path, how, says):
+    root = write_flux(world, tmp_path / "root")
+    spoil(root, how)
+    with pytest.raises((ValueError, OSError), match=says):
+        data.fomo_in_flux(root, heldout=["DIGITS"])
+
+
+@pytest.mark.parametrize("stream, says", [
+    ([("NOWHERE", "x")], "names the dataset NOWHERE; those to adapt to: .*LETTERS"),
+    ([("LETTERS", "ß")], r"names LETTERS\+\+\+ß, but LETTERS has no training sample"),
+    ([("LETTERS", "A"), ("LETTERS", "A")], r"LETTERS\+\+\+A more than once"),
+])  # fmt: skip
+def test_a_stream_that_does_not_fit_the_data_is_refused(world, stream, says):
+    with pytest.raises(ValueError, match=says):
+        data.Mixture(world, [stream], 10)
+
+
+# -------------------------------------------------------------------------------------------------------- evaluate.py
+
+
+def test_a_perfect_classifier_scores_100_and_a_random_one_about_chance():
+    g = torch.Generator().manual_seed(0)
+    weights = F.normalize(torch.randn(10, 64, generator=g), dim=-1)
+    labels = np.arange(5000) % 10
+    assert evaluate.accuracy(7 * weights[labels], weights, labels) == 100
+    score = evaluate.accuracy(torch.randn(5000, 64, generator=g), weights, labels)
+    assert abs(score - 10) < 4 * 100 * math.sqrt(0.1 * 0.9 / 5000)  # four standard deviations of a binomial
+
+
+def test_classifier_is_the_normalised_text_features():
+    table = {"a": [3.0, 4.0], "b": [0.0, 2.0]}
+    weights = evaluate.classifier(lambda prompts: torch.tensor([table[p] for p in prompts]), ["a", "b"])
+    assert torch.allclose(weights, torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+
+
+def test_recall_equals_a_direct_count_with_several_texts_a_picture():
+    g = torch.Generator().manual_seed(1)
+    image, text, owner = torch.randn(1100, 4, generator=g), torch.randn(2300, 4, generator=g), np.arange(2300) % 1100
+    similarity = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    t2i = [owner[j] in similarity[:, j].topk(5).indices.tolist() for j in range(2300)]
+    i2t = [bool({i} & set(owner[similarity[i].topk(5).indices.numpy()].tolist())) for i in range(1100)]
+    expected = 100 * np.mean(t2i), 100 * np.mean(i2t)
+    assert evaluate.recall_at_k(image, text, owner) == pytest.approx(expected)
+    assert evaluate.recall_at_k(image[:3], text[:3], [0, 1, 2]) == (100, 100)  # fewer than five to choose from
+
+
+def test_means_weigh_every_dataset_the_same():
+    assert evaluate.knowledge_accumulation({"a": 10.0, "b": 50.0}) == 30
+    assert evaluate.zero_shot_retention({"a": 10.0, "b": 50.0, "c": 90.0}) == 50
+    assert evaluate.geometric_mean(38.47, 67.93) == pytest.approx(51.12, abs=0.005)  # the paper's B/32, zero-shot
+
+
+def test_forgetting_is_the_mean_drop_from_the_best():
+    history = [{"a": 10, "b": 60}, {"a": 50, "b": 40}, {"a": 40, "b": 50}]
+    assert evaluate.forgetting(history) == 10 and evaluate.forgetting(history[:1]) == 0
+
+
+def test_subsets_are_class_balanced_of_the_papers_size_and_a_function_of_the_seed():
+    labels = np.repeat([0, 1, 2, 3], [2000, 30, 500, 3])
+    ids = evaluate.balanced_subset(labels, 0)
+    assert len(ids) == 300 and len(set(ids)) == 300
+    assert np.bincount(labels[ids])[[1, 3]].tolist() == [30, 3] and abs(np.diff(np.bincount(labels[ids])[[0, 2]])) <= 1
+    assert np.array_equal(ids, evaluate.balanced_subset(labels, 0))
+    assert not np.array_equal(ids, evaluate.balanced_subset(labels, 1))
+    sizes = [(100, 10, 100), (1000, 200, 400), (9000, 3, 900)]  # all; 2 a class; a tenth
+    assert [len(evaluate.balanced_subset(np.arange(n) % c, 0)) for n, c, _ in sizes] == [s for *_, s in sizes]
+
+
+def test_the_picture_has_its_stars_where_the_scores_are(tmp_path):
+    runs = {"merge": [(70.0, 40.0), (72.0, 45.0)], "joint": [(65.0, 60.0)]}
+    evaluate.plot(runs, tmp_path / "p.png")
+    pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(int)
+    inside = pixels[evaluate.TOP + 3 : -evaluate.BOTTOM - 3, evaluate.LEFT + 3 : -evaluate.RIGHT - 3]
+    gold = np.argwhere((abs(inside - (0xF5, 0xB8, 0)) < 8).all(-1)).mean(0)
+    black = np.argwhere((inside < 8).all(-1)).mean(0)  # the golden star's outline is in it too, but is thin
+    assert gold[0] < black[0] and gold[1] < black[1]  # joint is above theta_0 (KA) and left of it (ZS)
+    with pytest.raises(ValueError, match="not a number"):
+        evaluate.plot({"merge": [(math.nan, 1.0)]}, tmp_path / "q.png")
+
+
+# ------------------------------------------------------------------------------------------------------------ fomo.py
+
+HERE = Path(fomo.__file__).parent
+SMALL = shlex.split("--model tiny --tasks 3 --steps 3 --batch-size 16 --pretrain-steps 4 --workers 0")
+
+
+def flux_options(root, tmp, *more):
+    """A small run on disk; the tests' theta_0 are kept in one cache."""
+    world = ["--data", str(root), "--heldout", "DIGITS", "--pool", "DIGITS"]
+    return [*world, "--cache", str(tmp.parent / "cache"), *SMALL, *more]
+
+
+def scores(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return {k: results[k] for k in ("theta_0", "tasks", "final")}
+
+
+def launch(*options):
+    return subprocess.Popen([sys.executable, str(HERE / "fomo.py"), *options], stdout=subprocess.DEVNULL)
+
+
+def test_a_run_writes_all_that_the_readme_promises(flux, tmp_path, capsys):
+    assert fomo.main(flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["theta_0", *(f"{scores(tmp_path / 'run')['theta_0'][k]:.1f}" for k in ("ka", "zs", "gm"))] in table
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files == {"config.json", "log.jsonl", "results.json", "picture.png", "model.safetensors"}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [row["task"] for row in results["tasks"]] == [1, 2, 3] and results["config"]["method"] == "merge"
+    for row in (results["theta_0"], *results["tasks"], results["final"]):
+        d = row["datasets"]
+        assert row["ka"] == pytest.approx((d["LETTERS"] + d["ARROWS"]) / 2) and row["zs"] == d["DIGITS"]
+        assert row["gm"] == pytest.approx(math.sqrt(row["ka"] * row["zs"]))
+    assert results["chance"]["ka"] == pytest.approx((100 / 26 + 100 / 8) / 2)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in rows].count("step") == 9 and [r["event"] for r in rows].count("evaluation") == 4
+    deployed = clip.load(tmp_path / "run" / "model.safetensors")
+    world = data.fomo_in_flux(flux, heldout=["DIGITS"])
+    c = fomo.resolve(fomo.parse(flux_options(flux, tmp_path)))
+    again = fomo.Learner(deployed, clip.Tokenizer(), c).score_all(world, True, 0, "again")
+    assert again == results["final"]
+
+
+def test_a_killed_run_goes_on_after_its_last_task_and_ends_the_same(flux, tmp_path):
+    options = flux_options(flux, tmp_path, "--steps", "12")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert fomo.main([*options, "--out", str(whole)]) == 0
+    process = launch(*options, "--out", str(cut))
+    deadline = time.time() + 100
+    while time.time() < deadline and process.poll() is None:
+        if (cut / "log.jsonl").exists() and '"task": 2, "step": 0' in (cut / "log.jsonl").read_text():
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert (cut / "state.pt").exists() and not (cut / "results.json").exists()
+    assert fomo.main([*options, "--out", str(cut)]) == 0
+    assert scores(cut) == scores(whole)
+    same = [(p / "model.safetensors").read_bytes() for p in (cut, whole)]
+    assert same[0] == same[1]
+    kept = [[json.loads(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (cut, whole)]
+    assert [{**r, "seconds": 0} for r in kept[0]] == [{**r, "seconds": 0} for r in kept[1]]
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS))
+def test_every_method_keeps_what_it_learnt_between_tasks_and_resumes_bitwise(flux, tmp_path, monkeypatch, method):
+    options = flux_options(flux, tmp_path, "--method", method, "--lr", "1e-2", "--tasks", "2")
+    starts, ends, train = [], [], fomo.train
+
+    def watched(learner, m, batches, steps, rate, title, log):
+        starts.append(m.plain(learner.model))
+        train(learner, m, batches, steps, rate, title, log)
+        ends.append(m.plain(learner.model))
+
+    def stopped(learner, m, batches, steps, rate, title, log):
+        if title.startswith("task 2"):
+            raise KeyboardInterrupt
+        train(learner, m, batches, steps, rate, title, log)
+
+    fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")])  # theta_0 is in the cache
+    monkeypatch.setattr(fomo, "train", watched)
+    assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    assert any(not torch.equal(starts[0][k], ends[0][k]) for k in starts[0])
+    assert all(torch.equal(starts[1][k], ends[0][k]) for k in starts[1])
+    monkeypatch.setattr(fomo, "train", stopped)
+    assert fomo.main([*options, "--out", str(tmp_path / "cut")]) == 130
+    monkeypatch.setattr(fomo, "train", train)
+    assert fomo.main([*options, "--out", str(tmp_path / "cut")]) == 0
+    assert scores(tmp_path / "cut") == scores(tmp_path / "whole")
+    a, b = (clip.read_tensors(tmp_path / p / "model.safetensors") for p in ("cut", "whole"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_same_seed_gives_the_same_scores_and_another_another_order(flux, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert fomo.main(flux_options(flux, tmp_path, "--seed", seed, "--out", str(tmp_path / name))) == 0
+    a, b, c = (scores(tmp_path / name) for name in "abc")
+    losses = [[r["loss"] for r in map(json.loads, (tmp_path / n / "log.jsonl").read_text().splitlines()) if "loss" in r]
+              for n in "abc"]  # fmt: skip
+    assert a == b and losses[0] == losses[1] != losses[2]
+    assert a["theta_0"] == c["theta_0"]
+
+
+def test_merge_is_the_ema_of_what_the_tasks_end_with(flux, tmp_path, monkeypatch):
+    ends, plain = [], methods.Method.plain
+    monkeypatch.setattr(methods.Method, "plain", lambda self, model: ends.append(plain(self, model)) or ends[-1])
+    options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"), "--merge-weight", ".8")
+    assert fomo.main(options) == 0
+    learner = fomo.load_learner(c := fomo.resolve(fomo.parse(options)))
+    fomo.pretrain(learner, fomo.load_world(c))
+    expected = {k: v.double() for k, v in learner.model.state_dict().items()}
+    for theta in ends:
+        expected = {k: 0.8 * v + 0.2 * theta[k].double() for k, v in expected.items()}
+    deployed = clip.read_tensors(tmp_path / "run" / "model.safetensors")
+    for name, value in expected.items():  # three float32 updates
+        torch.testing.assert_close(deployed[name].double(), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("init", merge.SOURCES)
+@pytest.mark.parametrize("deploy", merge.SOURCES[1:])
+def test_every_cell_of_the_time_grid_runs_and_resumes(flux, tmp_path, monkeypatch, init, deploy):
+    options = flux_options(flux, tmp_path, "--lr", "1e-2", "--merge-init", init, "--merge-deploy", deploy,
+                           "--merge-technique", "ties", "--merge-options", "density=0.5", "scale=0.9")  # fmt: skip
+    train = fomo.train
+
+    def stopped(learner, m, batches, steps, rate, title, log):
+        if title.startswith("task 3"):
+            raise KeyboardInterrupt
+        train(learner, m, batches, steps, rate, title, log)
+
+    fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")])  # theta_0 is in the cache
+    assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(fomo, "train", stopped)
+    assert fomo.main([*options, "--out", str(tmp_path / "cut")]) == 130
+    monkeypatch.setattr(fomo, "train", train)
+    assert fomo.main([*options, "--out", str(tmp_path / "cut")]) == 0
+    a, b = ((tmp_path / p / "model.safetensors").read_bytes() for p in ("cut", "whole"))
+    assert a == b and ("all" in (init, deploy)) == (tmp_path / "cut" / "experts").exists()
+
+
+def test_joint_is_one_run_over_everything_and_zero_shot_none(flux, tmp_path):
+    for method in ("joint", "zero-shot", "finetune"):
+        assert fomo.main(flux_options(flux, tmp_path, "--method", method, "--out", str(tmp_path / method))) == 0
+    joint, zero = scores(tmp_path / "joint"), scores(tmp_path / "zero-shot")
+    assert [row["steps"] for row in joint["tasks"]] == [9] and zero["tasks"] == []
+    assert zero["final"] == zero["theta_0"] == joint["theta_0"]
+    runs = [str(tmp_path / m) for m in ("joint", "zero-shot", "finetune")]
+    assert fomo.main(["report", *runs, "-o", str(tmp_path / "report.png")]) == 0
+    assert Image.open(tmp_path / "report.png").size == (evaluate.WIDTH, evaluate.HEIGHT)
+
+
+def test_tars_and_folders_give_the_same_scores(world, flux, tmp_path):
+    tars = write_flux(world, tmp_path / "tars", tar=True)
+    for root, name in ((flux, "a"), (tars, "b")):
+        assert fomo.main(flux_options(root, tmp_path, "--out", str(tmp_path / name))) == 0
+    assert scores(tmp_path / "a") == scores(tmp_path / "b")
+
+
+def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp_path, capsys):
+    stream = tmp_path / "stream.json"
+    data.write_stream([("DIGITS", "one"), ("LETTERS", "B"), ("ARROWS", "up"), ("LETTERS", "A")], stream)
+    assert fomo.main(flux_options(flux, tmp_path, "--out", str(tmp_path / "r"), "--stream", str(stream))) == 0
+    assert "1 of the stream's 4 concepts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--data", "/nowhere"], "/nowhere is not a folder"),
+    (["--tasks", "99"], "34 concepts cannot make 99 tasks"),
+    (["--steps", "0"], "--steps must be at least 1"),
+    (["--budget", "1e-6"], "does not reach one step"),
+    (["--mixture", "a/b"], "--mixture is P/D/B"),
+    (["--mixture", ".5/.5/.5"], "three shares that sum to 1"),
+    (["--heldout", "NOPE"], "no dataset NOPE in .*; there are: ARROWS, DIGITS, LETTERS"),
+    (["--heldout", "DIGITS", "LETTERS", "ARROWS"], "no dataset of .* is to adapt to"),
+    (["--stream", "STREAM"], "names the dataset NOWHERE"),
+    (["--stream", "BROKEN"], "is not valid JSON"),
+    (["--stream", "MISSING"], "is not there"),
+    (["--weights", "MISSING"], "MISSING"),
+    (["--model", "ViT-B-16"], "ViT-B-16 is not trained from nothing"),
+    (["--pool"], "--pool names the datasets"),
+    (["--schedule", "cosine", "--meta", "continued"], "--schedule cosine has --meta none"),
+    (["--merge-technique", "ties", "--merge-options", "density=0"], "density must be in"),
+    (["--merge-options", "magic=1"], "linear has no option 'magic'"),
+    (["--method", "lora", "--rank", "0"], "option rank must be finite and at least 1"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence_exit_2_and_no_folder(flux, tmp_path, capsys, options, says):
+    (tmp_path / "STREAM").write_text('["NOWHERE+++x", "LETTERS+++A", "LETTERS+++B"]')
+    (tmp_path / "BROKEN").write_text('["A+++x"')
+    options = [str(tmp_path / o) if o in ("STREAM", "BROKEN", "MISSING") else o for o in options]
+    base = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
+    if "--budget" in options:  # which --steps would override
+        at = base.index("--steps")
+        del base[at : at + 2]
+    assert fomo.main([*base, *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(says, error) and error.startswith("fomo: ") and not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_does_not_decode_stops_the_run_and_leaves_no_folder(world, tmp_path, capsys):
+    root = write_flux(world, tmp_path / "root")
+    bad = min((root / "LETTERS" / "train").rglob("*.png"))
+    bad.write_bytes(bad.read_bytes()[:60])
+    options = flux_options(root, tmp_path, "--steps", "12", "--tasks", "1", "--out", str(tmp_path / "run"))
+    assert fomo.main(options) == 2
+    assert f"{bad} does not decode as an image" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_and_a_foreign_folder_are_not_touched(flux, tmp_path, capsys):
+    options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"), "--method", "zero-shot")
+    assert fomo.main(options) == 0
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    assert fomo.main(options) == 2 and "holds a finished run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    assert fomo.main([*options, "--out", str(tmp_path / "mine")]) == 2
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, capsys):
+    options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
+    monkeypatch.setattr(evaluate, "plot", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert fomo.main(options) == 2 and "No space left" in capsys.readouterr().err
+    assert fomo.main([*options, "--lr", "1e-4"]) == 2
+    assert "--lr was 0.0005, is 0.0001" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert fomo.main(options) == 0  # nothing was lost: the picture was drawn without training again
+
+
+def test_a_torn_state_is_named(flux, tmp_path, monkeypatch, capsys):
+    options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
+    monkeypatch.setattr(evaluate, "plot", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert fomo.main(options) == 130
+    state = tmp_path / "run" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert fomo.main(options) == 2 and "state.pt cannot be read" in capsys.readouterr().err
+
+
+def test_unknown_and_ill_typed_options_are_errors(capsys):
+    for options in (["--metod", "merge"], ["--lr", "fast"], ["--method", "magic"], ["--tasks", "2.5"]):
+        with pytest.raises(SystemExit) as e:
+            fomo.main(options)
+        assert e.value.code == 2
+    assert "invalid" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- the house itself
+
+
+def test_each_module_imports_alone_in_an_empty_folder(tmp_path):
+    names = ["budget", "clip", "data", "evaluate", "merge", "methods"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        shutil.copy(HERE / f"{name}.py", tmp_path / name)
+    code = f"""
+import importlib, sys
+for name in {names}:
+    sys.path.insert(0, {str(tmp_path)!r} + "/" + name)
+    importlib.import_module(name)
+    del sys.path[0], sys.modules[name]  # the next one must not find it
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_but_the_promised_packages_is_imported():
+    allowed = {"torch", "torchvision", "PIL", "numpy", "tqdm"} | set(sys.stdlib_module_names)
+    own = {"clip", "data", "methods", "merge", "budget", "evaluate"}
+    for file in HERE.glob("*.py"):
+        if file.name == "test_fomo.py":
+            continue
+        roots = {n.split(".")[0] for node in ast.walk(ast.parse(file.read_text()))
+                 for n in ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                           [node.module] if isinstance(node, ast.ImportFrom) else [])}  # fmt: skip
+        assert roots <= allowed | (own if file.name == "fomo.py" else set()), file.name
+
+
+def test_the_readmes_commands_exist_and_parse():
+    lines = map(str.strip, (HERE / "README.md").read_text().splitlines())
+    commands = [line for line in lines if line.startswith("python ")]
+    assert "python fomo.py --method merge" in commands
+    for command in commands:
+        program, *argv = shlex.split(command.split("#")[0])[1:]
+        if program == "fomo.py" and argv and argv[0] not in fomo.COMMANDS:
+            fomo.parse(argv)
+        else:
+            assert program in ("-m", "fomo.py"), command
+
+
+def test_the_readme_states_the_size_of_the_code():
+    lines = {p.name: len(p.read_text().splitlines()) for p in HERE.glob("*.py")}
+    table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE))
+    assert {name: int(n) for name, n in table.items()} == lines
+
+
+# ---------------------------------------------------------------------------------------------------------- budget
+
+BUDGET_B16 = clip.CONFIGS["ViT-B-16"]
+BUDGET_SHALLOW = {"vision_layers": 2, "text_layers": 3}
+BUDGET_CONFIGS = {
+    "tiny": (clip.CONFIGS["tiny"], 5),
+    "ViT-S-32, shallow": (dataclasses.replace(clip.CONFIGS["ViT-S-32"], **BUDGET_SHALLOW), 2),
+    "80-wide heads": (dataclasses.replace(clip.CONFIGS["ViT-H-14"], **BUDGET_SHALLOW), 3),
+}
+BUDGET_DISTINCT = ["finetune", "locked-text", "locked-image", "lnfit", "bitfit", "lora", "dora", "vera"]
+
+
+class BudgetAdapter(nn.Module):
+    """The adapters' formulas, written here a second time: on `pieces` matrices stacked in one weight, in fp32."""
+
+    def __init__(self, method, weight, rank, pieces):
+        super().__init__()
+        self.method, trained = method, method != "vera"
+        self.A = nn.Parameter(torch.zeros(pieces, rank, weight.shape[1]), requires_grad=trained)
+        self.B = nn.Parameter(torch.zeros(pieces, len(weight) // pieces, rank), requires_grad=trained)
+        if method == "vera":
+            self.d = nn.Parameter(torch.ones(pieces, rank, 1))
+            self.b = nn.Parameter(torch.ones(pieces, len(weight) // pieces, 1))
+        if method == "dora":
+            self.m = nn.Parameter(torch.ones(len(weight)))
+
+    def forward(self, weight):
+        with torch.autocast("cuda" if weight.is_cuda else "cpu", enabled=False):
+            b, a = (self.b * self.B, self.d * self.A) if self.method == "vera" else (self.B, self.A)
+            v = weight + (b @ a).flatten(0, 1)
+            return (self.m / v.detach().norm(dim=1))[:, None] * v if self.method == "dora" else v
+
+
+def budget_model(config, method, rank=4):
+    """A real CLIP with what the method trains, and nothing else, requiring gradients."""
+    model, recipe = clip.CLIP(config), budget.METHODS[method]
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    for name, p in model.named_parameters():
+        trains = recipe.vision if name.startswith("visual.") else recipe.text
+        fits = {"all": True, "norms": id(p) in norms, "biases": name.endswith("bias")}
+        p.requires_grad_(fits.get(trains, False))
+    model.logit_scale.requires_grad_(recipe.scale)
+    if recipe.vision == "adapters":
+        for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
+            for owner, name, pieces in ((block.attn, "in_proj_weight", 3), (block.mlp.c_proj, "weight", 1)):
+                adapter = BudgetAdapter(method, getattr(owner, name), rank, pieces)
+                parametrize.register_parametrization(owner, name, adapter)
+    return model
+
+
+def budget_batch(config, size):
+    pixels = config.image_size
+    return torch.zeros(size, 3, pixels, pixels), torch.zeros(size, config.context_length, dtype=torch.long)
+
+
+def budget_flash(q, k, v, is_causal):
+    """The kernel that CUDA picks; without a GPU, F.scaled_dot_product_attention would not."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+
+
+def budget_counted(config, size, method):
+    """FlopCounterMode's count of a real forward and backward; on the meta device, which computes shapes alone."""
+    with torch.device("meta"):
+        model, batch = budget_model(config, method), budget_batch(config, size)
+        with FlopCounterMode(display=False) as counter:
+            loss = clip.contrastive_loss(*model(*batch))
+            if budget.METHODS[method].penalty:
+                constants = [p.detach() for p in model.parameters()]
+                loss = loss + methods.Quadratic.apply(1.0, constants, constants, *model.parameters())
+            loss.backward()
+    return counter.get_total_flops()
+
+
+# what the paper publishes
+
+
+@pytest.mark.parametrize("method", [m for m, row in budget.PAPER.items() if row[0]])
+def test_budget_counts_the_published_gflops_of_a_step(method):
+    ours, published = budget.step_flops(BUDGET_B16, 512, method) / 1e9, budget.PAPER[method][0]
+    same_algorithm = method not in ("dora", "vera")
+    assert ours == pytest.approx(published, abs=1e-4 if same_algorithm else 1e-4 * published)
+
+
+def test_budget_explains_the_published_gflops_of_the_adapters_digit_by_digit():
+    towers = budget.towers(BUDGET_B16)
+    cells = [(t.layers, out, inside) for t in towers for out, inside in t.adapted()]
+    product = sum(n * 2 * 4 * o * i for n, o, i in cells) / 1e9  # B @ A of every adapted weight, rank 4
+    base = budget.step_flops(BUDGET_B16, 512, "lora") / 1e9 - 3 * product  # forward, and the gradients of A and of B
+    lora = round(base + 3 * product, 4)
+    assert (lora + lora + lora) / 3 < lora and str((lora + lora + lora) / 3).startswith("54479.2515")
+    assert round(base + 4 * product, 4) == budget.PAPER["dora"][0]  # B @ A once more, for the norm
+    # ((diag(b) B) diag(d)) A from left to right, each with the gradients that frozen A and B leave
+    full = sum(n * 2 * (2 * o * o * 4 + 3 * o * 4 * 4 + 2 * o * 4 * i) for n, o, i in cells) / 1e9
+    assert round(base + full, 4) == budget.PAPER["vera"][0]
+
+
+def test_budget_gives_all_published_step_counts_with_the_published_memory():
+    full = budget.PAPER["finetune"][1]
+    for method, (_, gib, at_20) in budget.PAPER.items():
+        if gib:
+            assert budget.steps(BUDGET_B16, 512, method, 20, memory_ratio=gib / full) == at_20, method
+
+
+def test_budget_charges_the_fisher_pass_once_a_task_where_the_paper_charges_every_step():
+    step, once = budget.step_flops(BUDGET_B16, 512, "ewc"), budget.task_flops(BUDGET_B16, 512, "ewc")
+    assert once == 98 * step  # 50,000 samples in batches of 512
+    ratio = budget.memory_multiplier(BUDGET_B16, 512, "ewc")
+    assert budget.steps_per_task(1.8e9, 20, (step + once) / 1e9 * ratio) == budget.PAPER["ewc"][2] == 14
+    assert budget.steps(BUDGET_B16, 512, "ewc", 20, memory_ratio=1.0) == round(9e7 / 63394.7585) - 98
+    assert budget.steps(BUDGET_B16, 512, "ewc", 20) == pytest.approx(1303, rel=0.05)  # at their memory, unpublished
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("method", [m for m, row in budget.PAPER.items() if row[1]])
+def test_budget_memory_multiplier_is_near_the_published_one(method, precision):
+    ours = budget.memory_multiplier(BUDGET_B16, 512, method, precision=precision)
+    assert ours == pytest.approx(budget.PAPER[method][1] / budget.PAPER["finetune"][1], rel=0.08)
+
+
+@pytest.mark.parametrize(
+    "name, parameters, image, text",
+    [
+        ("ViT-S-16", 62_257_537, 9_197_291_520, 3_379_562_496),
+        ("ViT-B-32", 151_277_313, 8_817_623_040, 5_959_540_736),
+        ("ViT-B-16", 149_620_737, 35_126_906_880, 5_959_540_736),
+        ("ViT-L-14", 427_616_513, 162_025_537_536, 13_299_683_328),
+        ("ViT-g-14", 1_366_678_273, 534_063_050_752, 47_091_384_320),
+    ],
+)
+def test_budget_knows_the_sizes_of_the_models(name, parameters, image, text):
+    assert budget.parameters(clip.CONFIGS[name]) == parameters
+    assert budget.forward_flops(clip.CONFIGS[name]) == (image, text)
+
+
+# agreement with what torch does
+
+
+@pytest.mark.parametrize("name", BUDGET_CONFIGS)
+@pytest.mark.parametrize("method", [*BUDGET_DISTINCT, "galore", "ewc", "si"])
+def test_budget_equals_flop_counter_on_the_real_model(method, name, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", budget_flash)
+    config, size = BUDGET_CONFIGS[name]
+    updates = sum(r["times"] * r["update"] for r in budget.flops(config, size, method))  # no part of the backward
+    assert budget_counted(config, size, method) == budget.step_flops(config, size, method) - updates
+
+
+@pytest.mark.parametrize("method", ["merge", "ema-merge", "ft-merge", "zs-merge", "joint"])
+def test_budget_merging_and_joint_training_step_as_finetuning_does(method):
+    for config, size in BUDGET_CONFIGS.values():
+        assert budget.flops(config, size, method) == budget.flops(config, size)
+        assert budget.memory(config, size, method) == budget.memory(config, size)
+
+
+@pytest.mark.parametrize("method", BUDGET_DISTINCT)
+def test_budget_exceeds_unfused_attention_by_one_product_of_each_backward(method):
+    config, size = BUDGET_CONFIGS["tiny"]  # the maths backend keeps q k^T, which flash attention forms anew
+    towers, recipe = budget.towers(config), budget.METHODS[method]
+    trains = zip(towers, (recipe.vision, recipe.text))
+    recomputed = sum(t.layers * 2 * size * t.tokens**2 * t.width for t, how in trains if how)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert budget_counted(config, size, method) == budget.step_flops(config, size, method) - recomputed
+
+
+def test_budget_equals_flop_counter_on_galore_s_projections():
+    config, rank = BUDGET_CONFIGS["80-wide heads"][0], 16
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        matrices = [p.detach() for p in clip.CLIP(config).parameters() if p.ndim == 2]
+        for g in matrices:
+            g = g if g.shape[0] >= g.shape[1] else g.T
+            torch.mm(g.T, g)  # the Gram matrix
+            basis = g.new_empty(g.shape[1], rank)
+            torch.mm(torch.mm(g, basis), basis.T)
+    eigenvectors = sum(9 * min(g.shape) ** 3 for g in matrices)  # eigh is none of the counter's matrix products
+    rows = budget.flops(config, 1, "galore", rank, gap=1)
+    assert sum(r["update"] for r in rows) == counter.get_total_flops() + eigenvectors
+
+
+def budget_kept(config, size, method, cuda=False):
+    """Bytes that autograd saves in a real forward, once per storage, beside parameters, buffers and the batch. With
+    cuda, under bf16 autocast on a pretended GPU: shapes and dtypes of CUDA's kernels, and no numbers."""
+    model, batch = budget_model(config, method), budget_batch(config, size)
+    own, seen, alive = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch)}, {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and tensor.dtype != torch.uint64:  # flash attention's random state, 24 bytes
+            seen[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    if cuda:  # torch.autocast itself refuses without a GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            clip.contrastive_loss(*model(*batch))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(seen.values()), trained, sum(p.numel() for p in model.parameters()) - trained
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("method", BUDGET_DISTINCT)
+def test_budget_activations_are_the_bytes_that_autograd_saves(method, quick_gelu):
+    config = dataclasses.replace(clip.CONFIGS["tiny"], quick_gelu=quick_gelu)
+    for size in (3, 8):
+        saved, trained, _ = budget_kept(config, size, method)
+        assert sum(budget.kept(config, size, method, "fp32").values()) == saved
+        assert budget.trained_parameters(config, method) == trained
+
+
+@pytest.mark.parametrize("method", BUDGET_DISTINCT)
+def test_budget_activations_under_bf16_autocast_are_those_of_cuda_s_kernels(method, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", budget_flash)
+    with FakeTensorMode(), torch.device("cuda"):
+        for config, size in BUDGET_CONFIGS.values():
+            saved, trained, _ = budget_kept(config, size, method, cuda=True)
+            assert sum(budget.kept(config, size, method, "bf16").values()) == saved
+            assert budget.trained_parameters(config, method) == trained
+
+
+class BudgetLive(TorchDispatchMode):
+    """Bytes of all storages alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return out
+
+    def _free(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def budget_peak(config, size, method, half):
+    """Peak bytes of a whole second step, AdamW included, without computing it. CUDA's autocast keeps LayerNorms in
+    fp32, the CPU's does not: they are given what they would get there."""
+    layer_norm, recipe = F.layer_norm, budget.METHODS[method]
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), BudgetLive() as live:
+        if half:
+            patch.setattr(F, "layer_norm", lambda x, *rest: layer_norm(x.float(), *rest))
+        model, batch = budget_model(config, method), budget_batch(config, size)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        state = [[torch.zeros_like(p) for p in trained] for _ in range(recipe.copies)]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
+                loss = clip.contrastive_loss(*model(*batch))
+            loss = loss + methods.Quadratic.apply(1.0, *state[:2], *trained) if recipe.penalty else loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        live.peak = live.now
+        step()
+    return live.peak
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["finetune", "locked-text", "lnfit", "lora", "dora", "ewc"])
+def test_budget_peak_memory_is_that_of_a_whole_step(method, precision):
+    config = dataclasses.replace(BUDGET_B16, **BUDGET_SHALLOW)
+    for size, tolerance in ((64, 0.01), (8, 0.05)):  # with 8 pairs the gradients of the blocks done so far matter
+        real = budget_peak(config, size, method, precision == "bf16")
+        assert budget.peak_memory(config, size, method, precision) == pytest.approx(real, rel=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a GPU")
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("method", ["finetune", "locked-text", "lnfit", "lora", "ewc", "si"])
+def test_budget_peak_memory_is_what_a_gpu_allocates(method, size):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    with torch.device("cuda"):
+        model, batch, recipe = budget_model(BUDGET_B16, method), budget_batch(BUDGET_B16, size), budget.METHODS[method]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        state = [[torch.zeros_like(p) for p in trained] for _ in range(recipe.copies)]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = clip.contrastive_loss(*model(*batch))
+        loss = loss + methods.Quadratic.apply(1.0, *state[:2], *trained) if recipe.penalty else loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    measured = torch.cuda.max_memory_allocated() - before
+    assert budget.peak_memory(BUDGET_B16, size, method, "bf16") == pytest.approx(measured, rel=0.05)
+
+
+# its own arithmetic
+
+
+def test_budget_a_locked_tower_costs_its_forward_alone():
+    full, locked = (budget.flops(BUDGET_B16, 8, m) for m in ("finetune", "locked-text"))
+    text = [r for r in locked if r["tower"] == "text"]
+    assert sum(r["total"] for r in text) == 8 * budget.forward_flops(BUDGET_B16)[1]
+    assert [r for r in locked if r["tower"] == "vision"] == [r for r in full if r["tower"] == "vision"]
+
+
+def test_budget_steps_times_mafs_spend_the_budget_of_every_method():
+    for method in budget.METHODS:
+        steps = budget.steps(BUDGET_B16, 512, method, 20)
+        maf = budget.mafs(BUDGET_B16, 512, method)
+        once = budget.task_flops(BUDGET_B16, 512, method) / 1e9 * budget.memory_multiplier(BUDGET_B16, 512, method)
+        assert abs(20 * (steps * maf + once) - 1.8e9) <= 20 * maf / 2
+
+
+def test_budget_default_is_the_paper_s_and_scales_with_the_forward_pass():
+    assert [budget.default_budget(clip.CONFIGS[n]) for n in ("ViT-B-16", "ViT-B-32")] == [1.8e9, 5.7e8]
+    other = clip.CONFIGS["ViT-L-14"]
+    scale = sum(budget.forward_flops(other)) / sum(budget.forward_flops(BUDGET_B16))
+    assert budget.default_budget(other) == pytest.approx(1.8e9 * scale)
+
+
+def test_budget_counts_a_timeline_s_copies_and_galore_s_low_rank_moments():
+    finetune = budget.memory(BUDGET_B16, 64)
+    merged = budget.peak_memory(BUDGET_B16, 64, "merge", timeline_copies=2)
+    assert merged - sum(finetune.values()) == 8 * 149_620_737
+    shapes = [p.shape for p in budget_meta_parameters(BUDGET_B16)]
+    moments = sum(
+        4 * 16 * (2 * max(s) + min(s)) if len(s) == 2 else 8 * torch.Size(s).numel() for s in shapes
+    )  # two moments in the rank's space, and the projection
+    assert budget.memory(BUDGET_B16, 64, "galore", rank=16)["moments"] == moments
+
+
+def budget_meta_parameters(config):
+    with torch.device("meta"):
+        return list(clip.CLIP(config).parameters())
+
+
+def test_budget_table_has_the_paper_beside_it_only_where_the_paper_measured():
+    rows = {r["method"]: r for r in budget.table(BUDGET_B16, 512, rank=4)}
+    assert list(rows) == list(budget.METHODS)
+    assert {m for m, r in rows.items() if r["paper"]} == set(budget.PAPER)
+    assert all(r["paper"]["steps_of_ours"] in (None, r["paper"]["steps"]) for r in rows.values() if r["paper"])
+    assert rows["lora"]["samples"][50] == rows["lora"]["steps"][50] * 50 * 512
+    assert budget.table(BUDGET_B16, 512, rank=64)[list(rows).index("lora")]["paper"] is None
+    assert not any(r["paper"] for r in budget.table(BUDGET_B16, 256) + budget.table(clip.CONFIGS["ViT-B-32"], 512))
+    assert budget.table(BUDGET_B16, 512, total_gflops=1e6)[0]["steps"] == {20: 1, 50: None, 100: None, 200: None}
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: budget.step_flops(BUDGET_B16, -1), "batch size"),
+        (lambda: budget.step_flops(BUDGET_B16, 1.5), "batch size"),
+        (lambda: budget.step_flops(BUDGET_B16, 1, "fintune"), "unknown method 'fintune'"),
+        (lambda: budget.step_flops(BUDGET_B16, 1, "lora", 513), "rank 513 is above .* 512"),
+        (lambda: budget.step_flops(BUDGET_B16, 1, "lora", -4), "rank"),
+        (lambda: budget.step_flops(BUDGET_B16, 1, "galore", gap=0), "gap"),
+        (lambda: budget.step_flops(object(), 1), "no field embed_dim"),
+        (lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, text_layers=0), 1), "text_layers"),
+        (lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, patch_size=300), 1), "patch of 300"),
+        (lambda: budget.peak_memory(BUDGET_B16, 1, precision="int8"), "unknown precision 'int8'"),
+        (lambda: budget.mafs(BUDGET_B16, 1, memory_ratio=0), "ratio"),
+        (lambda: budget.task_flops(BUDGET_B16, 1, "ewc", -1), "samples"),
+        (lambda: budget.steps_per_task(1e5, 20, 63394.7), "does not reach one step"),
+        (lambda: budget.steps_per_task(1.8e9, 0, 63394.7), "makes no sense"),
+        (lambda: budget.table(BUDGET_B16, 512, total_gflops=0), "above 0"),
+    ],
+)
+def test_budget_says_what_is_wrong_in_a_sentence(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def test_budget_of_all_methods_and_configs_takes_under_50_ms_without_torch():
+    configs = {name: dataclasses.asdict(c) for name, c in clip.CONFIGS.items() if name != "tiny"}
+    program = """if True:
+        import json, sys, time, types, budget
+        configs = [types.SimpleNamespace(**c) for c in json.load(sys.stdin).values()]
+        def count():
+            start = time.process_time()
+            for c in configs:
+                for m in budget.METHODS:
+                    budget.step_flops(c, 512, m), budget.peak_memory(c, 512, m)
+            return time.process_time() - start
+        print(json.dumps([len(configs), min(count() for _ in range(3)), "torch" in sys.modules]))"""
+    folder = os.path.dirname(os.path.abspath(budget.__file__))
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, input=json.dumps(configs), capture_output=True, text=True, cwd=folder, check=True)
+    count, seconds, torch_too = json.loads(run.stdout)
+    assert (count, torch_too) == (9, False) and seconds < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------- merge.py
+
+MERGE_A, MERGE_B = torch.tensor([1.0, -2, 0.1, 3, 0, -0.5]), torch.tensor([2.0, 1, -0.2, -1, 0.4, -0.6])
+MERGE_DETERMINISTIC = [t for t in merge.TECHNIQUES if t not in ("dare", "random")]
+MERGE_CELLS = list(itertools.product(merge.SOURCES, merge.SOURCES[1:]))
+MERGE_SUMS = ("task-arithmetic", "ties", "dare", "breadcrumbs")  # weights multiply the task vectors
+
+
+def merge_one(technique, base, experts, weights=None, **options):
+    return merge.merge(technique, {"w": base}, [{"w": e} for e in experts], weights, **options)["w"]
+
+
+def merge_close(x, y, tolerance=1e-6):
+    torch.testing.assert_close(x.double(), torch.as_tensor(y, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+
+
+def merge_ranks(tau):
+    """[n] -> place of each entry by magnitude, largest first, of equal ones the first."""
+    ranks = torch.empty(len(tau), dtype=torch.long)
+    ranks[torch.sort(tau.abs(), descending=True, stable=True).indices] = torch.arange(len(tau))
+    return ranks
+
+
+def merge_elect(tau, function):
+    """[k, n], entry by entry, as the TIES paper says it."""
+    merged = []
+    for column in tau.T.tolist():
+        sign = 1 if sum(column) >= 0 else -1
+        agreeing = [x for x in column if x * sign > 0] or [0.0]
+        how = {"mean": sum(agreeing) / len(agreeing), "sum": sum(agreeing), "max": sign * max(map(abs, agreeing))}
+        merged.append(how[function])
+    return torch.tensor(merged, dtype=torch.float64)
+
+
+def merge_slerp(a, b, t):
+    if a.norm() == 0 or b.norm() == 0 or abs(cosine := float(a @ b / a.norm() / b.norm())) > 0.9995:
+        return (1 - t) * a + t * b
+    angle = math.acos(cosine)
+    return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
+
+
+def merge_oracle(technique, base, experts, w=None, **o):
+    """The definitions, on float64 [n] and [k, n], everything at once."""
+    k, n = experts.shape
+    tau, w = experts - base, torch.tensor(w or [1.0] * k, dtype=torch.float64)[:, None]
+    if technique == "linear":
+        return (w / w.sum() * experts).sum(0)
+    if technique == "slerp":
+        merged = experts[0]
+        for i in range(1, k):
+            merged = merge_slerp(merged, experts[i], float(w[i] / w[: i + 1].sum()))
+        return merged
+    if technique == "ties":
+        keep = torch.stack([merge_ranks(t) < max(1, round(o.get("density", 0.2) * n)) for t in tau])
+        merged = merge_elect(w * tau * keep, o.get("function", "mean"))
+    elif technique == "breadcrumbs":
+        ranks = torch.stack([merge_ranks(t) for t in tau])
+        first, last = round(o.get("top", 0.01) * n), n - round(o.get("bottom", 0.85) * n)
+        merged = (w * tau * (ranks >= first) * (ranks < last)).sum(0)
+    elif technique == "magmax":
+        merged = torch.tensor([max(reversed(c), key=abs) for c in tau.T.tolist()], dtype=torch.float64)
+    elif technique == "model-stock":
+        cosines = [float(a @ b / (a.norm() * b.norm())) if a.norm() * b.norm() > 0 else 0.0
+                   for a, b in itertools.combinations(tau, 2)]  # fmt: skip
+        c = max(0.0, sum(cosines) / len(cosines))
+        merged = k * c / (1 + (k - 1) * c) * tau.mean(0)
+    elif technique == "tall-mask":
+        votes = (tau.abs() > o.get("strictness", 0.4) * (tau.sum(0) - tau).abs()).sum(0)
+        merged = tau.sum(0) * (votes >= min(o.get("agree", 2), k))
+    else:
+        merged = (w * tau).sum(0)
+    return base + o.get("scale", 1.0) * merged
+
+
+def merge_random(kind, k=3, n=400, dtype=torch.float64, seed=0):
+    """base [n] and k experts [n]. On the grid, sums are exact in float32 too, and equal magnitudes, zero entries and
+    sums of zero abound."""
+    g = torch.Generator().manual_seed(seed)
+    base, tau = torch.randn(n, generator=g, dtype=torch.float64), torch.randn(k, n, generator=g, dtype=torch.float64)
+    if kind == "grid":
+        base, tau = (base * 4).round() / 4, (tau * 2).round() / 4
+    elif kind == "equal experts":
+        tau = tau[:1].expand(k, n).clone()
+    elif kind == "no task vectors":
+        tau.zero_()
+    elif kind == "one zero":
+        tau[1] = 0
+    elif kind == "opposed":  # every cosine negative; sums near zero but not at it, where rounding would elect
+        tau = tau - 0.9 * tau.mean(0)
+    return base.to(dtype), (base + tau).to(dtype)
+
+
+MERGE_CASES = [
+    ("linear", {}), ("slerp", {}), ("task-arithmetic", {"scale": 0.3}), ("ties", {}), ("ties", {"density": 1}),
+    ("ties", {"density": 0.5, "function": "sum", "scale": 0.5}), ("ties", {"density": 0.37, "function": "max"}),
+    ("breadcrumbs", {}), ("breadcrumbs", {"top": 0.2, "bottom": 0.3}), ("breadcrumbs", {"top": 0}), ("magmax", {}),
+    ("model-stock", {}), ("tall-mask", {}), ("tall-mask", {"strictness": 1.0, "agree": 3}),
+]  # fmt: skip
+
+
+class TestMergeTechniques:
+    @pytest.mark.parametrize("technique, expected", [
+        ("task-arithmetic", [3, -1, -0.1, 2, 0.4, -1.1]), ("magmax", [2, -2, -0.2, 3, 0.4, -0.6]),
+    ])  # fmt: skip
+    def test_published_sums(self, technique, expected):
+        merge_close(merge_one(technique, torch.zeros(6), [MERGE_A, MERGE_B]), expected)
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_ties_keeps_exactly_three_of_six(self, whole):
+        """A keeps 1 -2 3, B keeps 2 1 -1, so no -.5 and -.6: these are the fourth."""
+        merged = merge_one("ties", torch.zeros(6), [MERGE_A, MERGE_B], density=0.5, whole=whole)
+        merge_close(merged, [1.5, -2, 0, 3, 0, 0])
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_ties_value_of_the_official_code_is_that_of_one_entry_more(self, whole):
+        """(1.5, -2, 0, 3, 0, -.55), which facts.md gives for 3 of 6, is the official code's k + 1 = 4 of 6."""
+        merged = merge_one("ties", torch.zeros(6), [MERGE_A, MERGE_B], density=4 / 6, whole=whole)
+        merge_close(merged, [1.5, -2, 0, 3, 0, -0.55])
+
+    def test_published_slerp_and_model_stock(self):
+        zero = torch.zeros(2)
+        slerp = merge_one("slerp", zero, [torch.tensor([1.0, 0]), torch.tensor([0, 2.0])])
+        merge_close(slerp, [0.70710678, 1.41421356])
+        stock = merge_one("model-stock", zero, [torch.tensor([1.0, 0]), torch.tensor([1.0, 1])])
+        merge_close(stock, [0.82842712, 0.41421356])
+
+    @pytest.mark.parametrize("piece", [64, 2**18])
+    @pytest.mark.parametrize("kind", ["gauss", "grid", "equal experts", "no task vectors", "one zero", "opposed"])
+    @pytest.mark.parametrize("technique, options", MERGE_CASES)
+    def test_agrees_with_its_definition(self, monkeypatch, technique, options, kind, piece):
+        monkeypatch.setattr(merge, "PIECE", piece)
+        base, experts = merge_random(kind)
+        expected = merge_oracle(technique, base, experts, **options)
+        merge_close(merge_one(technique, base, experts, **options), expected, 1e-12)
+        if kind == "grid":  # float32 sums are exact here, so every decision falls as in float64
+            merge_close(merge_one(technique, base.float(), experts.float(), **options), expected, 1e-5)
+
+    @pytest.mark.parametrize("technique, options", MERGE_CASES)
+    def test_float32_stays_near_its_definition(self, technique, options):
+        base, experts = merge_random("gauss", dtype=torch.float32)
+        merged = merge_one(technique, base, experts, **options)
+        assert merged.dtype == torch.float32
+        merge_close(merged, merge_oracle(technique, base.double(), experts.double(), **options), 1e-5)
+
+    @pytest.mark.parametrize("technique, options", [c for c in MERGE_CASES if c[0] != "model-stock"])
+    def test_one_expert(self, technique, options):
+        base, experts = merge_random("gauss", k=1)
+        expected = merge_oracle(technique, base, experts, **options)
+        merge_close(merge_one(technique, base, experts, **options), expected, 1e-12)
+
+    @pytest.mark.parametrize("technique", ["linear", "slerp", *MERGE_SUMS])
+    def test_weights(self, technique):
+        weights, options = [0.2, 0.5, 0.3], {"drop": 0} if technique == "dare" else {}
+        base, experts = merge_random("gauss")
+        expected = merge_oracle(technique, base, experts, weights)
+        merge_close(merge_one(technique, base, experts, weights, **options), expected, 1e-12)
+
+    @pytest.mark.parametrize("technique", [t for t in MERGE_DETERMINISTIC if t not in ("slerp", "magmax")])
+    def test_order_of_experts_does_not_matter(self, technique):
+        base, experts = merge_random("gauss", k=4)
+        for order in ([3, 1, 0, 2], [1, 2, 3, 0]):
+            merge_close(merge_one(technique, base, experts[order]), merge_one(technique, base, experts), 1e-12)
+
+    def test_later_expert_wins_a_tie_in_magmax(self):
+        a, b = torch.tensor([1.0, -2]), torch.tensor([-1.0, 2])
+        assert torch.equal(merge_one("magmax", torch.zeros(2), [a, b]), b)
+        assert torch.equal(merge_one("magmax", torch.zeros(2), [b, a]), a)
+
+    @pytest.mark.parametrize("density", [0.1, 0.5, 1])
+    def test_ties_agrees_with_peft(self, density):
+        """Per tensor, top-k of 400 entries. Unweighted: peft elects before it weights, we and mergekit after."""
+        ties = pytest.importorskip("peft.utils.merge_utils").ties
+        base, experts = merge_random("gauss")
+        theirs = base + ties(list(experts - base), torch.ones(3), density)
+        merge_close(merge_one("ties", base, experts, density=density), theirs, 1e-6)
+
+
+class TestMergeRandomness:
+    def test_dare_entries_are_dropped_or_rescaled_and_the_mean_stays(self):
+        n, drop = 100_000, 0.75
+        merged = merge_one("dare", torch.zeros(n), [torch.ones(n)], drop=drop)
+        assert set(merged.tolist()) == {0.0, 4.0}
+        assert abs(float(merged.mean()) - 1) < 5 * 4 * math.sqrt(drop * (1 - drop) / n)  # five standard errors
+
+    def test_dare_masks_of_experts_are_independent(self):
+        n = 100_000
+        merged = merge_one("dare", torch.zeros(n), [torch.ones(n), torch.full((n,), 10.0)], drop=0.5)
+        counts = Counter(merged.tolist())  # 0, 2, 20, 22: a quarter each
+        assert sorted(counts) == [0, 2, 20, 22]
+        assert all(abs(c / n - 0.25) < 5 * math.sqrt(0.25 * 0.75 / n) for c in counts.values())
+
+    @pytest.mark.parametrize("function", ["mean", "sum", "max"])
+    def test_dare_without_drops_is_its_aggregation(self, function):
+        base, experts = merge_random("grid")
+        merge_close(merge_one("dare", base, experts, drop=0), merge_oracle("task-arithmetic", base, experts), 1e-12)
+        elected = merge_oracle("ties", base, experts, density=1, function=function)
+        merge_close(merge_one("dare", base, experts, drop=0, elect=True, function=function), elected, 1e-12)
+
+    def test_random_takes_each_entry_from_one_expert_with_its_probability(self):
+        n, weights = 100_000, [0.5, 0.0, 0.2, 0.3]
+        merged = merge_one("random", torch.zeros(n), [torch.full((n,), float(i)) for i in range(1, 5)], weights)
+        for i, p in enumerate(weights, 1):
+            assert abs(float((merged == i).float().mean()) - p) <= 5 * math.sqrt(p * (1 - p) / n)
+        assert (merged > 0).all()
+
+    @pytest.mark.parametrize("technique", ["dare", "random"])
+    def test_masks_depend_on_seed_and_name_only(self, monkeypatch, technique):
+        base, experts = merge_random("gauss", dtype=torch.float32)
+        def both(names, **o):
+            return merge.merge(technique, {n: base for n in names}, [{n: e for n in names} for e in experts], **o)
+        merged = both("ab")
+        assert not torch.equal(merged["a"], merged["b"])
+        assert not torch.equal(merged["a"], both("ab", seed=1)["a"])
+        monkeypatch.setattr(merge, "PIECE", 100)
+        assert torch.equal(merged["a"], both("cba")["a"])
+        double = merge_one(technique, torch.zeros(400, dtype=torch.float64), experts.double())
+        merge_close(merge_one(technique, torch.zeros(400), experts), double)  # whatever the dtype
+
+
+class TestMergeCut:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("kind", ["gauss", "grid", "tiny and huge", "zeros"])
+    def test_is_the_stable_top_k(self, kind, dtype):
+        tau = {"gauss": torch.randn(5000, dtype=dtype), "grid": torch.randn(5000, dtype=dtype).round(),
+               "tiny and huge": torch.randn(5000, dtype=dtype) * 10.0 ** torch.randint(-44, 38, (5000,)),
+               "zeros": torch.zeros(5000, dtype=dtype)}[kind].to(dtype)  # fmt: skip
+        for k in (1, 2, 999, 4999, 5000):
+            cut, more = merge.Cut(k, dtype), True
+            while more:
+                for piece in tau.split(700):
+                    cut.count(piece)
+                more = cut.narrow()
+            kept = torch.cat([cut.trim(piece) for piece in tau.split(700)])
+            assert torch.equal(kept, tau * (merge_ranks(tau) < k))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("kind", ["gauss", "grid"])
+    def test_ties_over_the_whole_vector_has_one_threshold(self, monkeypatch, kind, dtype):
+        """Tensors of unlike scale, so that per tensor differs; ties go to the largest tensor, then the first entry."""
+        monkeypatch.setattr(merge, "PIECE", 64)
+        base, experts = merge_random(kind, n=600, dtype=dtype)
+        experts = base + (experts - base) * torch.cat([torch.full((100,), 4.0), torch.full((500,), 0.5)]).to(dtype)
+        def cut(x):
+            return {"small": x[:100].reshape(4, 25), "large": x[100:]}
+        merged = merge.merge("ties", cut(base), [cut(e) for e in experts], density=0.3, whole=True)
+        by_size = torch.cat([torch.arange(100, 600), torch.arange(100)])
+        expected = merge_oracle("ties", base.double()[by_size], experts.double()[:, by_size], density=0.3)
+        merge_close(torch.cat([merged["large"], merged["small"].flatten()]), expected, 1e-6)
+        apart = merge.merge("ties", cut(base), [cut(e) for e in experts], density=0.3)
+        assert not torch.allclose(apart["large"], merged["large"])
+
+    def test_whole_vector_of_mixed_precision(self):
+        base = {"a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(3)}
+        expert = {"a": torch.tensor([1 + 1e-12, 0.1, 1.0], dtype=torch.float64), "b": torch.tensor([1.0, 3.0, 0.2])}
+        merged = merge.merge("ties", base, [expert], density=1 / 3, whole=True)
+        assert merged["a"].tolist() == [1 + 1e-12, 0, 0] and merged["b"].tolist() == [0, 3, 0]
+
+
+class TestMergeTensors:
+    @pytest.mark.parametrize("technique", merge.TECHNIQUES)
+    def test_inputs_stay_and_outputs_are_new(self, technique):
+        g = torch.Generator().manual_seed(0)
+        def some():
+            return {"w": torch.randn(8, 5, generator=g), "scale": torch.randn((), generator=g), "ids": torch.arange(6),
+                    "half": torch.randn(9, generator=g).bfloat16(), "empty": torch.zeros(0, 3)}  # fmt: skip
+        models = [some() for _ in range(4)]
+        before = [{n: t.clone() for n, t in m.items()} for m in models]
+        merged = merge.merge(technique, models[0], models[1:])
+        assert list(merged) == list(models[0])
+        for name, t in merged.items():
+            assert (t.dtype, t.shape) == (models[0][name].dtype, models[0][name].shape)
+            t.fill_(7)
+        for model, old in zip(models, before):
+            assert all(torch.equal(model[n], old[n]) for n in old)
+
+    @pytest.mark.parametrize("technique", merge.TECHNIQUES)
+    def test_scalars_are_averaged_and_integers_are_the_bases(self, technique):
+        def model(x):
+            return {"logit_scale": torch.tensor(x), "bias": torch.tensor([x]), "ids": torch.tensor([int(x)])}
+        merged = merge.merge(technique, model(1.0), [model(4.0), model(6.0)])
+        assert (merged["logit_scale"], merged["bias"], merged["ids"]) == (torch.tensor(5.0), torch.tensor([5.0]), 1)
+
+    def test_sixteen_bit_files_are_averaged_in_float32(self):
+        """Twenty times 1 + 2^-7: summed up in bfloat16 the small part is lost at once."""
+        experts = [torch.full((3,), 1 + 2**-7, dtype=torch.bfloat16)] * 20
+        assert torch.equal(merge_one("linear", torch.zeros(3, dtype=torch.bfloat16), experts), experts[0])
+        base = torch.zeros(3, dtype=torch.float32)
+        assert torch.equal(merge_one("linear", base, [e.half() for e in experts[:2]]), experts[0].float())
+
+    @pytest.mark.parametrize("technique, options", [
+        *[(t, {}) for t in merge.TECHNIQUES], ("ties", {"whole": True}), ("dare", {"elect": True}),
+    ])  # fmt: skip
+    def test_reads_every_expert_as_rarely_as_it_can(self, technique, options):
+        reads = Counter()
+        class Lazy(dict):
+            def __getitem__(self, name):
+                reads[id(self), name] += 1
+                return super().__getitem__(name)
+        base = {"a": torch.zeros(5), "b": torch.zeros(2, 2)}
+        experts = [Lazy(a=torch.ones(5), b=torch.eye(2)) for _ in range(3)]
+        merge.merge(technique, base, experts, **options)
+        times = 3 if options.get("whole") else 2 if technique == "tall-mask" else 1
+        assert set(reads.values()) == {times} and len(reads) == 6
+
+    @pytest.mark.parametrize("technique", [t for t in merge.TECHNIQUES if t not in merge.THETA])
+    def test_lines_scales_the_merged_task_vector_of_each_layer(self, technique):
+        names = [*(f"visual.resblocks.{i}.w" for i in range(3)), "resblocks.0.w", "resblocks.1.w", "proj"]
+        g = torch.Generator().manual_seed(0)
+        base, *experts = [{n: torch.randn(30, generator=g, dtype=torch.float64) for n in names} for _ in range(3)]
+        plain = merge.merge(technique, base, experts)
+        scaled = merge.merge(technique, base, experts, lines=(0.5, 0.5, "linear"), scale=2.0)
+        for name, factor in zip(names, [0.5, 0.75, 1, 0.5, 1, 0.5]):
+            merge_close(scaled[name] - base[name], 2 * factor * (plain[name] - base[name]), 1e-12)
+
+    def test_layer_scales_count_each_towers_own_depth(self):
+        names = [*(f"visual.transformer.resblocks.{i}.mlp.c_fc.weight" for i in range(3)),
+                 *(f"transformer.resblocks.{i}.ln_1.bias" for i in range(5)),
+                 "one.0.w", "visual.conv1.weight", "0.w", "1.w"]  # fmt: skip
+        scales = list(merge.layer_scales(names, 0.5, 0.5).values())
+        assert scales == [0.5, 0.75, 1, 0.5, 0.625, 0.75, 0.875, 1, 0.5, 0.5, 0.5, 1]
+        merge_close(torch.tensor(list(merge.layer_scales(names[:3], 1, 2, "quadratic").values())), [1, 1.5, 3])
+        merge_close(torch.tensor(list(merge.layer_scales(names[:3], 1, 2, "sqrt").values())), [1, 1 + 2**0.5, 3])
+
+    def test_peak_memory_is_below_twice_the_model(self, tmp_path):
+        """Three experts of 74 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter, each technique in a
+        process of its own."""
+        config = clip._config(256, 224, 16, (512, 4, 8, 2048), (256, 4, 4), vocab=8000)
+        for i in range(4):
+            torch.manual_seed(i)
+            model = clip.CLIP(config).state_dict()
+            clip.write_tensors(model, tmp_path / f"{i}.safetensors")
+        script = """
+import os, sys, clip, merge, torch
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+models = [clip.read_tensors(f"{sys.argv[1]}/{i}.safetensors") for i in range(4)]
+merge.merge("ties", {"w": torch.zeros(9)}, [{"w": torch.ones(9)}], whole=True)  # libraries load on first use
+for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whole": True}), ("dare", {"elect": True})]:
+    if os.fork() == 0:
+        before = status("VmRSS")
+        merged = merge.merge(technique, models[0], models[1:], **options)
+        print(technique, status("VmHWM") - before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+        if not os.path.exists("/proc/self/status"):
+            pytest.skip("peak memory is read from Linux' /proc")
+        command, env = [sys.executable, "-c", script, str(tmp_path)], {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True,
+                              cwd=os.path.dirname(merge.__file__), env=env)  # fmt: skip
+        size = sum(t.nbytes for t in model.values())
+        peaks = [int(line.split()[1]) / size for line in done.stdout.splitlines()]
+        assert len(peaks) == 12 and max(peaks) < 2, done.stdout + done.stderr
+        assert min(peaks) > 0.9  # or it was not measured: the result alone is 1
+
+    @pytest.mark.parametrize("message, call", [
+        ("needs an expert", lambda m: merge.merge("ties", m, [])),
+        ("two experts", lambda m: merge.merge("model-stock", m, [m])),
+        ("technique must be one of", lambda m: merge.merge("tise", m, [m])),
+        ("tensor b is only in the expert 1", lambda m: merge.merge("linear", m, [m, {**m, "b": m["w"]}])),
+        ("tensor w is only in the base", lambda m: merge.merge("linear", m, [{}])),
+        (r"tensor w is torch.float32 \[2\] in expert 0", lambda m: merge.merge("linear", m, [{"w": torch.zeros(2)}])),
+        ("tensor w is torch.int64", lambda m: merge.merge("linear", m, [{"w": torch.arange(3)}])),
+        ("weights must sum to one for linear", lambda m: merge.merge("linear", m, [m, m], [0.5, 0.6])),
+        ("one per expert", lambda m: merge.merge("ties", m, [m, m], [1])),
+        ("magmax takes no weights", lambda m: merge.merge("magmax", m, [m], [1])),
+        ("not be negative", lambda m: merge.merge("slerp", m, [m, m], [1.5, -0.5])),
+        (r"density must be in \(0, 1\], got 0", lambda m: merge.merge("ties", m, [m], density=0)),
+        (r"density must be in \(0, 1\], got 1.5", lambda m: merge.merge("ties", m, [m], density=1.5)),
+        ("drop must be", lambda m: merge.merge("dare", m, [m], drop=1)),
+        ("sum must be below 1", lambda m: merge.merge("breadcrumbs", m, [m], top=0.2)),
+        ("function must be mean, sum or max", lambda m: merge.merge("ties", m, [m], function="median")),
+        ("linear has no option 'density'", lambda m: merge.merge("linear", m, [m], density=0.5)),
+        ("linear has no option 'lines'", lambda m: merge.merge("linear", m, [m], lines=(1, 1, "linear"))),
+        ("lines must", lambda m: merge.merge("ties", m, [m], lines=(1, 1, "cubic"))),
+        ("init must be one of", lambda m: merge.Timeline(m, init="zero")),
+        ("deploy must be one of", lambda m: merge.Timeline(m, deploy="zero-shot")),
+        ("weight must be in", lambda m: merge.Timeline(m, weight=1.1)),
+        ("density must be", lambda m: merge.Timeline(m, technique="ties", density=2)),
+        ("expert_weights must be uniform", lambda m: merge.Timeline(m, technique="magmax", expert_weights="sqrt")),
+        ("expert_weights must be one of", lambda m: merge.Timeline(m, expert_weights="square")),
+        ("tensor w is only in the base", lambda m: merge.Timeline(m).add({})),
+        (r"tensor w is \[4\] in the new expert", lambda m: merge.Timeline(m).add({"w": torch.zeros(4)})),
+        ("the state is of a timeline that keeps",
+         lambda m: merge.Timeline(m).load_state(merge.Timeline(m, deploy="all").state())),
+    ])  # fmt: skip
+    def test_wrong_input_is_named(self, message, call):
+        with pytest.raises(ValueError, match=message):
+            call({"w": torch.zeros(3)})
+
+
+def merge_train(timeline, steps):
+    """Adds steps[t] to what task t starts from. -> deployed values, as floats."""
+    deployed = []
+    for step in steps:
+        theta = timeline.start()
+        timeline.add({"w": theta["w"] + step})
+        deployed.append(float(timeline.deploy()["w"][0]))
+    return deployed
+
+
+class TestMergeTimeline:
+    # theta_0 = 0, the tasks add 8, 16, 32, w = .5. Starts: zero-shot 0 0 0, latest 0 8 24, ema 0 4 12, all 0 8 16.
+    @pytest.mark.parametrize("init, deploy, expected", [
+        ("zero-shot", "latest", [8, 16, 32]), ("zero-shot", "ema", [4, 10, 21]), ("zero-shot", "all", [8, 12, 56 / 3]),
+        ("latest", "latest", [8, 24, 56]), ("latest", "ema", [4, 14, 35]), ("latest", "all", [8, 16, 88 / 3]),
+        ("ema", "latest", [8, 20, 44]), ("ema", "ema", [4, 12, 28]), ("ema", "all", [8, 14, 24]),
+        ("all", "latest", [8, 24, 48]), ("all", "ema", [4, 14, 31]), ("all", "all", [8, 16, 80 / 3]),
+    ])  # fmt: skip
+    def test_cell_by_hand(self, init, deploy, expected):
+        timeline = merge.Timeline({"w": torch.zeros(2, dtype=torch.float64)}, init, deploy, weight=0.5)
+        assert float(timeline.start()["w"][0]) == float(timeline.deploy()["w"][0]) == 0
+        assert merge_train(timeline, [8, 16, 32]) == pytest.approx(expected, rel=1e-14)
+
+    @pytest.mark.parametrize("name, expected", [
+        ("finetune", [1, 3, 7]), ("zs-merge", [0.1, 0.29, 0.661]), ("offline-merge", [1, 1.5, 7 / 3]),
+        ("ema-merge", [0.1, 0.1 + 0.2, 0.3 + 0.4]),  # a step enters with 1 - w: .9 m + .1 (m + step)
+        ("ft-merge", [0.1, 0.1 * 2.1, 0.1 * 4.21]),  # .9 * 0 + .1 (m + step)
+    ])  # fmt: skip
+    def test_named_methods(self, name, expected):
+        """Steps 1, 2, 4 from 0 with w = .9; zs-merge, whose experts they are, is the published .1, .29, .661."""
+        timeline = merge.Timeline({"w": torch.zeros(2, dtype=torch.float64)}, **merge.TIMELINES[name], weight=0.9)
+        assert merge_train(timeline, [1, 2, 4]) == pytest.approx(expected, rel=1e-14)
+
+    def test_anchored_merge_pulls_to_a_base_that_is_not_zero(self):
+        timeline = merge.Timeline({"w": torch.full((2,), 10.0)}, **merge.TIMELINES["ft-merge"], weight=0.75)
+        assert merge_train(timeline, [4, 4]) == [11, 11.25]  # .75 * 10 + .25 * 14, then start from 11
+
+    @pytest.mark.parametrize("init, deploy", MERGE_CELLS)
+    @pytest.mark.parametrize("technique", merge.TECHNIQUES)
+    def test_every_technique_runs_in_every_cell(self, technique, init, deploy):
+        base = clip.CLIP(clip._config(8, 8, 4, (8, 2, 2, 16), (8, 2, 2), 4, 20)).state_dict()
+        g, timeline = torch.Generator().manual_seed(0), merge.Timeline(base, init, deploy, technique)
+        for _ in range(3):
+            timeline.add({n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in timeline.start().items()})
+        deployed = timeline.deploy()
+        assert all(t.isfinite().all() for t in deployed.values())
+        assert not torch.equal(deployed["visual.proj"], base["visual.proj"])
+
+    @pytest.mark.parametrize("technique", [t for t in MERGE_DETERMINISTIC if t != "linear"])
+    def test_ema_of_another_technique_chains_it(self, technique):
+        base, thetas = merge_random("gauss")
+        timeline = merge.Timeline({"w": base}, "zero-shot", "ema", technique, weight=0.7)
+        average = technique == "slerp"
+        running = base
+        for t, theta in enumerate(thetas):
+            timeline.add({"w": theta})
+            if average:
+                running = merge_slerp(running, theta, 0.3)
+            elif t == 0:  # theta_0 has no task vector: the first is alone
+                running = theta if technique == "model-stock" else merge_oracle(technique, base, theta[None])
+            else:
+                running = merge_oracle(technique, base, torch.stack([running, theta]))
+            merge_close(timeline.deploy()["w"], running, 1e-12)
+
+    def test_random_chain_draws_anew_at_every_task(self):
+        """With w = .5 twice the same draw would leave theta_1 nothing, or its half whole; anew, a quarter is left."""
+        n = 10_000
+        timeline = merge.Timeline({"w": torch.zeros(n)}, technique="random", weight=0.5)
+        for value in (1.0, 2.0):
+            timeline.add({"w": torch.full((n,), value)})
+        shares = [float((timeline.deploy()["w"] == v).float().mean()) for v in (0, 1, 2)]
+        assert shares == pytest.approx([0.25, 0.25, 0.5], abs=5 * 0.5 / math.sqrt(n))
+
+    @pytest.mark.parametrize("how, raw", [
+        ("uniform", [1, 1, 1]), ("linear", [1, 2, 3]), ("sqrt", [1, 2**0.5, 3**0.5]), ("quadratic", [1, 4, 9]),
+        ("cubic", [1, 8, 27]), ("fifth", [1, 32, 243]), ("tenth", [1, 1024, 59049]), ("exponential", [2, 4, 8]),
+        ("logarithmic", [math.log(2), math.log(3), math.log(4)]),
+    ])  # fmt: skip
+    def test_expert_weights_grow(self, how, raw):
+        expected = [x / sum(raw) for x in raw]
+        assert merge.expert_weights(3, how) == pytest.approx(expected)
+        assert merge.expert_weights(3, how, reverse=True) == pytest.approx(expected[::-1])
+        assert merge.expert_weights(2, how, include_base=True) == pytest.approx(expected)
+
+    def test_expert_weights_of_a_merge_of_all(self):
+        def deployed(**o):
+            timeline = merge.Timeline({"w": torch.full((2,), 6.0)}, "zero-shot", "all", **o)
+            return merge_train(timeline, [6, 12])[-1]  # experts 12 and 18 over a base of 6
+        assert deployed(expert_weights="linear") == pytest.approx(16)
+        assert deployed(expert_weights="linear", reverse=True) == pytest.approx(14)
+        assert deployed(include_base=True) == pytest.approx(12)
+        assert deployed(expert_weights="linear", include_base=True) == pytest.approx((6 + 24 + 54) / 6)
+        assert deployed(technique="task-arithmetic") == pytest.approx(6 + 6 + 12)
+        # sums get k times the weights: 2/3 and 4/3
+        assert deployed(technique="task-arithmetic", expert_weights="linear") == pytest.approx(6 + 4 + 16)
+
+    @pytest.mark.parametrize("init, deploy", MERGE_CELLS)
+    def test_what_goes_in_or_out_is_not_the_running_state(self, init, deploy):
+        base, plain = {"w": torch.ones(3)}, {"w": torch.ones(3)}
+        one, two = merge.Timeline(base, init, deploy), merge.Timeline(plain, init, deploy)
+        base["w"].fill_(99)
+        for step in (1.0, 2.0, 3.0):
+            start, other = one.start(), two.start()
+            assert torch.equal(start["w"], other["w"])
+            two.add({"w": other["w"] + step})
+            start["w"] += step
+            one.add(start)
+            start["w"].fill_(99)
+            one.start()["w"].fill_(99)
+            out, state = one.deploy(), one.state()
+            assert torch.equal(out["w"], two.deploy()["w"])
+            for kept in (out, state["running"], state["latest"], *state["experts"]):
+                for t in kept.values():
+                    t.fill_(99)
+
+    @pytest.mark.parametrize("technique", ["linear", "ties", "random"])
+    @pytest.mark.parametrize("init, deploy", MERGE_CELLS)
+    def test_state_survives_saving_bitwise(self, init, deploy, technique):
+        g = torch.Generator().manual_seed(0)
+        base = {"w": torch.randn(50, generator=g).bfloat16(), "v": torch.randn(40, generator=g), "ids": torch.arange(3)}
+        steps = [{"w": torch.randn(50, generator=g), "v": torch.randn(40, generator=g), "ids": 0} for _ in range(4)]
+        whole, broken = (merge.Timeline(base, init, deploy, technique) for _ in range(2))
+        for t, step in enumerate(steps):
+            for timeline in (whole, broken):
+                timeline.add({n: (x + step[n]).to(x.dtype) for n, x in timeline.start().items()})
+            if t == 1:
+                file = io.BytesIO()
+                torch.save(broken.state(), file)
+                broken = merge.Timeline(base, init, deploy, technique)
+                file.seek(0)
+                broken.load_state(torch.load(file, weights_only=True))
+        a, b = whole.deploy(), broken.deploy()
+        assert all(torch.equal(a[n], b[n]) and a[n].dtype == base[n].dtype for n in base)
+
+    def test_experts_on_disk_serve_a_run_that_was_killed_between_adding_and_saving(self, tmp_path):
+        base, thetas = merge_random("gauss", dtype=torch.float32)
+        memory = merge.Timeline({"w": base}, "all", "all", expert_weights="linear")
+        disk = merge.Timeline({"w": base}, "all", "all", expert_weights="linear", store=fomo.ExpertFiles(tmp_path))
+        for theta in thetas[:2]:
+            memory.add({"w": theta})
+            disk.add({"w": theta})
+        state = disk.state()
+        assert state["experts"] == [] and len(disk.store) == 2
+        disk.add({"w": thetas[1] * 7})  # and dies before the next state is saved
+        resumed = merge.Timeline({"w": base}, "all", "all", expert_weights="linear", store=fomo.ExpertFiles(tmp_path))
+        resumed.load_state(state)
+        assert torch.equal(resumed.start()["w"], memory.start()["w"])
+        memory.add({"w": thetas[2]})
+        resumed.add({"w": thetas[2]})
+        assert len(resumed.store) == 3 and torch.equal(resumed.deploy()["w"], memory.deploy()["w"])
+        for i in (2, 1, 0):
+            (tmp_path / f"expert-{i + 1:03d}.safetensors").unlink()
+        with pytest.raises(ValueError, match="holds 0 experts of the 3 tasks"):
+            resumed.add({"w": thetas[2]})
+
+    @pytest.mark.parametrize("technique", ["linear", "slerp", "ties"])
+    def test_running_merge_of_a_16_bit_base_is_kept_in_float32(self, technique):
+        """A hundred steps of 2^-10 / 10 each: bfloat16 would round every one of them away."""
+        timeline = merge.Timeline({"w": torch.ones(4, dtype=torch.bfloat16)}, "zero-shot", "ema", technique)
+        for _ in range(100):
+            timeline.add({"w": torch.full((4,), 1 + 2**-6, dtype=torch.bfloat16)})
+        assert timeline.running["w"].dtype == torch.float32 and timeline.deploy()["w"].dtype == torch.bfloat16
+        assert float(timeline.deploy()["w"][0]) == 1 + 2**-6  # 1 + 2^-6 (1 - .9^100)
+
+    def test_ema_update_is_in_place_and_costs_less_than_two_copies(self):
+        theta = {str(i): torch.randn(2**21) for i in range(16)}  # 134 MB
+        timeline, copy = merge.Timeline(theta), {n: t.clone() for n, t in theta.items()}
+        places = {n: t.data_ptr() for n, t in timeline.running.items()}
+        def seconds(f):
+            began = time.perf_counter()
+            f()
+            return time.perf_counter() - began
+        def copying():
+            for n, t in copy.items():
+                t.copy_(theta[n])
+        updates, copies = zip(*[(seconds(lambda: timeline.add(theta)), seconds(copying)) for _ in range(15)])
+        assert {n: t.data_ptr() for n, t in timeline.running.items()} == places
+        assert min(updates) < 2 * min(copies)  # the best of 15: what the machine can do, whoever else is using it
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("technique", merge.TECHNIQUES)
+    def test_on_a_gpu_as_on_the_cpu(self, technique):
+        base, thetas = merge_random("grid", dtype=torch.float32)
+        deployed = []
+        for device in ("cpu", "cuda"):
+            timeline = merge.Timeline({"w": base.to(device)}, "all", "ema", technique)
+            for theta in thetas:
+                timeline.add({"w": theta.to(device)})
+            assert timeline.start()["w"].device.type == timeline.deploy()["w"].device.type == device
+            deployed.append(timeline.deploy()["w"].cpu())
+        merge_close(*deployed, 1e-5)
+
+
+class TestMergeCommand:
+    def write(self, folder):
+        torch.manual_seed(0)
+        models = [{"w": torch.randn(20, 5), "logit_scale": torch.tensor(4.0)} for _ in range(3)]
+        paths = [str(folder / f"{i}.safetensors") for i in range(3)]
+        for model, path in zip(models, paths):
+            clip.write_tensors(model, path, {"config": json.dumps({"of": path})})
+        return models, paths
+
+    def test_merges_files_and_keeps_the_bases_metadata(self, tmp_path, capsys):
+        models, paths = self.write(tmp_path)
+        out = str(tmp_path / "out.safetensors")
+        argv = ["--technique", "ties", "--density", ".5", "--scale", "2", "--weights", "1", "3"]
+        fomo.merge_command([*paths, *argv, "-o", out])
+        merged = clip.read_tensors(out)
+        expected = merge.merge("ties", models[0], models[1:], [1, 3], density=0.5, scale=2)
+        assert all(torch.equal(merged[n], expected[n]) for n in expected) and len(merged) == 2
+        assert json.loads(merged.metadata["config"]) == {"of": paths[0]}
+        assert "2 experts" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("technique, argv, options", [
+        ("ties", ["--whole"], {"whole": True}),
+        ("dare", ["--elect", "--drop", ".5", "--seed", "3"], {"elect": True, "drop": 0.5, "seed": 3}),
+        ("magmax", ["--lines", ".1", ".2", "sqrt"], {"lines": (0.1, 0.2, "sqrt")}),
+        ("breadcrumbs", ["--top", ".1", "--bottom", ".2"], {"top": 0.1, "bottom": 0.2}),
+        ("tall-mask", ["--strictness", ".9", "--agree", "1"], {"strictness": 0.9, "agree": 1}),
+    ])  # fmt: skip
+    def test_options_reach_the_technique(self, tmp_path, technique, argv, options):
+        models, paths = self.write(tmp_path)
+        out = str(tmp_path / "out.safetensors")
+        fomo.merge_command([*paths, "--technique", technique, *argv, "-o", out])
+        expected = merge.merge(technique, models[0], models[1:], **options)["w"]
+        assert torch.equal(clip.read_tensors(out)["w"], expected)
+
+    def test_never_overwrites_and_leaves_nothing_behind_on_errors(self, tmp_path):
+        _, paths = self.write(tmp_path)
+        before = sorted(os.listdir(tmp_path))
+        content = (tmp_path / "0.safetensors").read_bytes()
+        with pytest.raises(ValueError, match="exists"):
+            fomo.merge_command([*paths, "-o", paths[0]])
+        with pytest.raises(ValueError, match="density"):
+            fomo.merge_command([*paths, "--technique", "ties", "--density", "0", "-o", str(tmp_path / "x")])
+        assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "0.safetensors").read_bytes() == content
+
+
+# ------------------------------------------------------------------------------------------------------ methods
+
+METHODS_ADAPTERS = ("lora", "dora", "vera")
+
+
+def methods_model(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return clip.CLIP(clip.CONFIGS["tiny"]).to(dtype)
+
+
+def methods_batch(seed, n=8, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 256, (n, 12), generator=g)
+    tokens[:, 0], tokens[:, -1] = 256, 257
+    return torch.randn(n, 3, 32, 32, generator=g).to(dtype), tokens
+
+
+def methods_loss(model, batch):
+    return clip.contrastive_loss(*model(*batch))
+
+
+def methods_train(method, model, task, batch, loss=methods_loss, steps=3, lr=1e-3, seen=None, batches=None):
+    """The loop of fomo.py in small: one task on one batch. seen collects each step's clipped gradients; batches are
+    what after_task reads."""
+    optimizer = method.optimizer(model, lr=lr)
+    method.before_task(model, task)
+    for _ in range(steps):
+        (loss(model, batch) + method.penalty(model)).backward()
+        torch.nn.utils.clip_grad_norm_(method.trained.values(), 1.0)
+        method.after_backward(model, lr)
+        if seen is not None:
+            seen.append([p.grad.clone() for p in method.trained.values()])
+        optimizer.step()
+        optimizer.zero_grad()
+    method.after_task(model, batches or [(batch, 8)], loss)
+
+
+def methods_ready(name, model, **options):
+    method = methods.METHODS[name](**options)
+    method.prepare(model)
+    return method
+
+
+def methods_distance(a, b):
+    return math.sqrt(sum((a[k].double() - b[k].double()).square().sum().item() for k in a))
+
+
+def methods_expected(name, model):
+    """Which parameters a method changes, by module type and not by the name patterns under test."""
+    names = [n for n, _ in model.named_parameters()]
+    blocks = [m for m, module in model.named_modules() if isinstance(module, clip.Block)]
+    norms = [m for m, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    image = [n for n in names if n.split(".")[0] == "visual"]
+    if name in METHODS_ADAPTERS:
+        return {f"{b}.{leaf}" for b in blocks for leaf in ("attn.in_proj_weight", "mlp.c_proj.weight")}
+    return set({
+        "locked-text": image, "locked-image": [n for n in names if n not in image],
+        "lnfit": [f"{m}.{leaf}" for m in norms for leaf in ("weight", "bias")],
+        "bitfit": [n for n in names if n.split(".")[-1] in ("bias", "in_proj_bias")],
+    }.get(name, names))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_step_changes_exactly_the_intended_parameters(name):
+    model = methods_model()
+    expected, before = methods_expected(name, model), copy.deepcopy(model.state_dict())
+    method = methods_ready(name, model)
+    method.load(model, before)
+    methods_train(method, model, 0, methods_batch(1), steps=1)
+    after = method.plain(model)
+    assert list(after) == list(before)
+    assert {n for n in before if not torch.equal(before[n], after[n])} == expected
+    assert expected and (name not in METHODS_ADAPTERS or len(expected) == 2 * 5)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_optimizer_holds_what_is_trained_and_decays_only_matrices(name):
+    model = methods_model()
+    method = methods_ready(name, model)
+    groups = method.optimizer(model, weight_decay=0.2).param_groups
+    held = {id(p) for g in groups for p in g["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in method.trained.values()}
+    assert all(g["weight_decay"] == (0.2 if p.ndim >= 2 else 0) for g in groups for p in g["params"])
+    assert all(g["betas"] == (0.9, 0.999) and g["eps"] == 1e-8 and g["lr"] == 1e-5 for g in groups)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_second_task_starts_from_what_the_first_taught(name):
+    """The authors' EWC and SI restart every task from the first weights."""
+    model, first, second = methods_model(), methods_batch(1), methods_batch(2)
+    start = copy.deepcopy(model.state_dict())
+    method = methods_ready(name, model)
+    method.load(model, start)
+    loss0 = methods_loss(model, first).item()
+    methods_train(method, model, 0, first, steps=12, lr=3e-3)
+    taught = method.plain(model)
+    methods_train(method, model, 1, second, steps=2, lr=0.0)
+    assert all(torch.equal(taught[k], v) for k, v in method.plain(model).items())
+    methods_train(method, model, 2, second, steps=1, lr=1e-6)
+    kept = method.plain(model)
+    assert 0 < methods_distance(kept, taught) < 0.05 * methods_distance(taught, start)
+    assert methods_loss(model, first).item() < loss0 - 0.05  # measured: lower by 0.13 (vera) to 2.34 (galore)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_run_resumed_after_a_task_ends_in_identical_bits(name):
+    def fresh():
+        model = methods_model()
+        method = methods_ready(name, model, seed=3)
+        return method, model
+
+    method, model = fresh()
+    method.load(model, methods_model(7).state_dict())
+    methods_train(method, model, 0, methods_batch(1))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "method": method.state()}, file)
+    file.seek(0)
+    methods_train(method, model, 1, methods_batch(2))
+
+    saved = torch.load(file, weights_only=True)
+    again, other = fresh()
+    other.load_state_dict(saved["model"])
+    again.load_state(saved["method"])
+    methods_train(again, other, 1, methods_batch(2))
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_plain_weights_are_detached_copies(name):
+    model = methods_model()
+    method = methods_ready(name, model)
+    plain = method.plain(model)
+    for t in plain.values():
+        assert not t.requires_grad
+        t.zero_()
+    assert methods_distance(method.plain(model), plain) > 1
+
+
+def test_a_penalty_that_nothing_has_earned_yet_is_zero():
+    for name in methods.METHODS:
+        model = methods_model()
+        method = methods_ready(name, model)
+        method.before_task(model, 0)
+        assert method.penalty(model) == 0
+
+
+def test_options_are_one_flat_set_and_are_checked():
+    galore, lora = (methods.METHODS[n](rank=None, scale=None, si_c=1, seed=2) for n in ("galore", "lora"))
+    assert (galore.rank, galore.scale, lora.rank, lora.scale) == (16, 2.0, 4, 1.0)
+    with pytest.raises(TypeError, match="no option 'rnk'; they have rank, scale"):
+        methods.Method(rnk=4)
+    for wrong in ({"rank": 4.0}, {"gap": "200"}, {"seed": True}):
+        with pytest.raises(TypeError, match="must be int"):
+            methods.Method(**wrong)
+    for wrong in ({"rank": 0}, {"si_xi": 0.0}, {"ewc_lambda": -1.0}, {"scale": math.nan}, {"si_c": math.inf}):
+        with pytest.raises(ValueError, match="finite and at least"):
+            methods.Method(**wrong)
+
+
+def test_a_model_that_the_patterns_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match="no parameter fits the name patterns"):
+        methods_ready("lora", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="is not 3 matrices stacked"):
+        methods_on_linear("lora", nn.Linear(4, 5), pieces=3)
+    with pytest.raises(ValueError, match=r"first at bias \(1 in all\)"):
+        model = nn.Linear(2, 2)
+        methods_ready("finetune", model).load(model, {"weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="no state of EWC"):
+        methods_ready("ewc", nn.Linear(2, 2)).load_state({})
+
+
+# ----------------------------------------------------------------------------------------------------- adapters
+
+
+def methods_on_linear(name, linear, pieces=1, **options):
+    """A method that adapts the weight of one linear layer: patterns are class attributes to override."""
+    kind = methods.METHODS[name]
+    method = type("OnLinear", (kind,), {"adapt": {"weight": pieces}})(**options)
+    method.prepare(linear)
+    return method, linear.parametrizations.weight[0]
+
+
+def methods_shake(adapter):
+    """Adapters somewhere off their start, where every gradient is non-zero."""
+    with torch.no_grad():
+        for i, p in enumerate(adapter.parameters()):
+            p += 0.3 * torch.sin(torch.arange(p.numel(), dtype=p.dtype) + i).view(p.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", METHODS_ADAPTERS)
+def test_adapters_start_as_the_identity(name, dtype):
+    model, batch = methods_model(dtype=dtype), methods_batch(1, dtype=dtype)
+    before, features = copy.deepcopy(model.state_dict()), model(*batch)
+    method = methods_ready(name, model)
+    assert all(torch.equal(before[k], v) for k, v in method.plain(model).items())
+    assert all(torch.equal(a, b) for a, b in zip(features, model(*batch)))
+
+
+@pytest.mark.parametrize("name", METHODS_ADAPTERS)
+def test_merged_weights_give_the_features_of_the_adapted_model(name):
+    model, batch = methods_model(), methods_batch(1)
+    method = methods_ready(name, model)
+    methods_train(method, model, 0, batch, steps=5, lr=1e-2)
+    merged = clip.CLIP(model.config)
+    merged.load_state_dict(method.plain(model))
+    with torch.no_grad():
+        for a, b, c in zip(model(*batch), merged(*batch), methods_model()(*batch)):
+            assert torch.allclose(a, b, rtol=0, atol=1e-6)
+            assert a.ndim == 0 or (a - c).abs().max() > 1e-3  # the adapters did learn
+
+
+@pytest.mark.parametrize("rank", [1, 5, 200])
+@pytest.mark.parametrize("name", METHODS_ADAPTERS)
+def test_adapters_have_the_parameters_of_the_formula(name, rank):
+    method = methods_ready(name, methods_model(), rank=rank)
+    width, mlp, blocks = 96, 384, 5
+    matrices = 3 * rank * (width + width) + rank * (mlp + width)
+    outputs = 3 * width + width
+    expected = {"lora": matrices, "dora": matrices + outputs, "vera": 3 * rank + rank + outputs}[name]
+    assert sum(p.numel() for p in method.trained.values()) == blocks * expected
+
+
+@pytest.mark.parametrize("name", METHODS_ADAPTERS)
+def test_loading_other_weights_starts_the_adapters_afresh(name):
+    model, other = methods_model(), methods_model(5).state_dict()
+    method = methods_ready(name, model)
+    fresh = copy.deepcopy({n: p for n, p in method.trained.items() if not n.endswith(".m")})  # m is the weights' norm
+    methods_train(method, model, 0, methods_batch(1))
+    method.load(model, other)
+    assert all(torch.equal(other[k], v) for k, v in method.plain(model).items())
+    assert all(torch.equal(p, method.trained[n]) for n, p in fresh.items())
+    methods_train(method, model, 1, methods_batch(1))
+    assert all(torch.equal(other[k], methods_model(5).state_dict()[k]) for k in other)  # not aliased
+
+
+@pytest.mark.parametrize("name", METHODS_ADAPTERS)
+def test_the_fused_projection_has_one_adapter_for_each_of_q_k_v(name):
+    linear = nn.Linear(4, 6, bias=False).double()
+    weight = linear.weight.detach().clone()
+    _, a = methods_on_linear(name, linear, pieces=3, rank=2, scale=0.7)
+    methods_shake(a)
+    expected = []
+    for i, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 6))):
+        if name == "vera":
+            delta = torch.diag(a.b[rows]) @ a.B @ torch.diag(a.d[2 * i : 2 * i + 2]) @ a.A
+        else:
+            delta = a.B[i] @ a.A[i]
+        v = weight[rows] + 0.7 * delta
+        expected.append(torch.diag(a.m[rows] / v.detach().norm(dim=1)) @ v if name == "dora" else v)
+    expected, given = torch.cat(expected), torch.sin(torch.arange(24.0).double()).view(6, 4)
+    assert torch.allclose(linear.weight, expected, rtol=0, atol=1e-14)
+    gradients = [torch.autograd.grad((w * given).sum(), list(a.parameters())) for w in (linear.weight, expected)]
+    assert all(g.any() and torch.allclose(g, h, rtol=0, atol=1e-13) for g, h in zip(*gradients))
+
+
+@pytest.mark.parametrize("name", METHODS_ADAPTERS)
+def test_adapters_agree_with_peft(name):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(7, 6)
+    ours = copy.deepcopy(base[0])
+    _, a = methods_on_linear(name, ours, rank=3, scale=0.5)
+    methods_shake(a)
+    if name == "vera":
+        config = peft.VeraConfig(r=3, target_modules=["0"])
+        theirs = peft.get_peft_model(base, config)
+        layer = theirs.base_model.model[0]
+        layer.vera_A["default"], layer.vera_B["default"] = a.A.clone(), 0.5 * a.B
+        pairs = [(layer.vera_lambda_d["default"], a.d, 1), (layer.vera_lambda_b["default"], a.b, 1)]
+    else:
+        config = peft.LoraConfig(r=3, lora_alpha=1.5, target_modules=["0"], use_dora=name == "dora")
+        theirs = peft.get_peft_model(base, config)
+        layer = theirs.base_model.model[0]
+        pairs = [(layer.lora_A["default"].weight, a.A, 0), (layer.lora_B["default"].weight, a.B, 0)]
+        if name == "dora":
+            pairs.append((layer.lora_magnitude_vector["default"].weight, a.m, 1))
+    with torch.no_grad():
+        for their, our, whole in pairs:
+            their.copy_(our if whole else our[0])
+    y, z = ours(x), theirs(x)
+    assert torch.allclose(y, z, rtol=0, atol=1e-6)
+    for out in (y, z):
+        out.square().mean().backward()
+    for their, our, whole in pairs:
+        grad = our.grad if whole else our.grad[0]
+        assert grad.abs().max() > 1e-3
+        assert torch.allclose(their.grad, grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS_ADAPTERS)
+def test_an_adapted_weight_is_computed_once_a_forward_and_freed_after_the_step(name):
+    model = methods_model()
+    method = methods_ready(name, model)
+    made = []
+    for adapter in method.adapted.values():
+        adapter.register_forward_hook(lambda module, args, out: made.append(weakref.ref(out)))
+    loss = methods_loss(model, methods_batch(1))
+    assert len(made) == len(method.adapted) == 10
+    loss.backward()
+    del loss
+    gc.collect()
+    assert not any(ref() is not None for ref in made)
+
+
+@pytest.mark.parametrize("name", METHODS_ADAPTERS)
+def test_autocast_does_not_round_the_adapted_weight(name):
+    model = methods_model()
+    method = methods_ready(name, model)
+    for adapter in method.adapted.values():
+        methods_shake(adapter)
+    plain = method.plain(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.visual.transformer.resblocks[1].attn.in_proj_weight,
+                           plain["visual.transformer.resblocks.1.attn.in_proj_weight"])  # fmt: skip
+        loss = methods_loss(model, methods_batch(1))
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in method.trained.values())
+
+
+def test_vera_matrices_are_one_for_all_layers_of_a_shape_and_frozen():
+    model = methods_model()
+    method = methods_ready("vera", model, seed=1)
+    adapters = list(method.adapted.values())
+    assert len({a.A.data_ptr() for a in adapters}) == len({a.B.data_ptr() for a in adapters}) == 2
+    assert not any(n.endswith((".A", ".B")) for n in method.trained)
+    other = methods_ready("vera", methods_model(), seed=2)
+    assert not torch.equal(adapters[0].A, next(iter(other.adapted.values())).A)
+
+
+def test_random_matrices_are_kaiming_uniform():
+    _, a = methods_on_linear("lora", nn.Linear(400, 300), rank=8)
+    bound = math.sqrt(6 / ((1 + 8) * 400))  # gain^2 = 2 / (1 + a^2) with a = sqrt(r); bound = gain sqrt(3 / fan_in)
+    assert 0.99 * bound < a.A.abs().max() <= bound and a.A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    _, v = methods_on_linear("vera", nn.Linear(400, 300), rank=8)
+    assert v.B.abs().max() <= math.sqrt(6 / 8) and v.A.std().item() == pytest.approx(math.sqrt(2 / 400), rel=0.05)
+
+
+def test_dora_keeps_a_row_of_zeros_finite():
+    linear = nn.Linear(4, 3)
+    with torch.no_grad():
+        linear.weight[1] = 0
+    methods_on_linear("dora", linear)
+    linear(torch.ones(2, 4)).sum().backward()
+    assert torch.equal(linear.weight[1], torch.zeros(4))
+    assert all(p.grad.isfinite().all() for p in linear.parametrizations.weight[0].parameters())
+
+
+# ------------------------------------------------------------------------------------------------- ewc and si
+
+
+def methods_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def methods_mse(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def methods_regression(seed, n=8):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=g).double(), torch.randn(n, 3, generator=g).double()
+
+
+def methods_values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def methods_check_penalty(method, model, weight, importance, anchor):
+    """Value and gradient against autograd on weight / 2 sum importance (theta - anchor)^2, somewhere off the anchor."""
+    here = methods_values(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.cos(torch.arange(p.numel()).double()).view(p.shape)
+    theta = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    expected = sum(weight / 2 * (f * (t - a) ** 2).sum() for f, t, a in zip(importance, theta, anchor))
+    expected.backward()
+    value = method.penalty(model)
+    (3 * value).backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12) and value > 0
+    for p, t in zip(model.parameters(), theta):
+        assert torch.allclose(p.grad, 3 * t.grad, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        for p, h in zip(model.parameters(), here):
+            p.copy_(h)
+            p.grad = None
+
+
+def test_ewc_equals_its_formula_over_three_tasks():
+    model = methods_net()
+    method = methods_ready("ewc", model, ewc_lambda=2.5, ewc_gamma=0.5)
+    fisher = [torch.zeros_like(p) for p in model.parameters()]
+    for task in range(3):
+        batches = [methods_regression(10 * task + i) for i in range(3)]
+        methods_train(method, model, task, batches[0], methods_mse, batches=[(b, 8) for b in batches])
+        for f in fisher:
+            f *= 0.5
+        for batch in batches:
+            methods_mse(model, batch).backward()
+            for f, p in zip(fisher, model.parameters()):
+                f += p.grad**2 / 3
+            model.zero_grad()
+        for f, mine in zip(fisher, method.root_fisher.values()):
+            assert torch.allclose(f, mine**2, rtol=1e-12, atol=0)
+        methods_check_penalty(method, model, 2.5, fisher, methods_values(model))
+
+
+def test_ewc_stops_at_its_number_of_samples_and_needs_one_batch():
+    model = methods_net()
+
+    def sizes(samples, offered):
+        method, read = methods_ready("ewc", model, fisher_samples=samples), []
+        method.after_task(model, ((methods_regression(read.append(i) or i), 8) for i in range(offered)), methods_mse)
+        batches = [methods_regression(i) for i in read]
+        return method, batches
+
+    for samples, used in ((24, 3), (31, 3), (5, 1), (1000, 6)):
+        method, batches = sizes(samples, 6)
+        squares = [torch.autograd.grad(methods_mse(model, b), list(model.parameters())) for b in batches[:used]]
+        for i, root in enumerate(method.root_fisher.values()):
+            assert torch.allclose(root**2, sum(g[i] ** 2 for g in squares) / used, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="got none"):
+        sizes(24, 0)
+
+
+def test_ewc_holds_important_weights_back():
+    def drift(lam):
+        model = methods_net()
+        method = methods_ready("ewc", model, ewc_lambda=lam)
+        methods_train(method, model, 0, methods_regression(0), methods_mse, steps=30, lr=1e-2)
+        before = methods_mse(model, methods_regression(0)).item()
+        methods_train(method, model, 1, methods_regression(1), methods_mse, steps=30, lr=1e-2)
+        return methods_mse(model, methods_regression(0)).item() - before
+
+    assert drift(1e4) < 0.5 * drift(0.0)
+
+
+def test_si_equals_its_formula_over_three_tasks():
+    model, lr = methods_net(), 1e-2
+    method = methods_ready("si", model, si_c=0.8, si_xi=0.1)
+    importance = [torch.zeros_like(p) for p in model.parameters()]
+    for task in range(3):
+        start, seen = methods_values(model), []
+        methods_train(method, model, task, methods_regression(task), methods_mse, steps=5, lr=lr, seen=seen)
+        for i, (big, p, s) in enumerate(zip(importance, methods_values(model), start)):
+            omega = sum(lr * step[i] ** 2 for step in seen)
+            big += omega / ((p - s) ** 2 + 0.1)
+            assert torch.allclose(big, list(method.root_omega.values())[i] ** 2, rtol=1e-12, atol=0)
+        anchor = methods_values(model)
+        method.before_task(model, task + 1)
+        methods_check_penalty(method, model, 2 * 0.8, importance, anchor)
+
+
+def test_si_path_under_sgd_is_the_loss_won():
+    """The variant lr * g^2 is the paper's -g * dtheta where the step is -lr * g; the sum is then the loss's fall."""
+    model, batch, lr = methods_net(), methods_regression(0), 1e-3
+    method = methods_ready("si", model)
+    method.before_task(model, 0)
+    before = methods_mse(model, batch).item()
+    for _ in range(200):
+        model.zero_grad()
+        methods_mse(model, batch).backward()
+        method.after_backward(model, lr)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+    won = before - methods_mse(model, batch).item()
+    assert won > 0.02
+    assert sum(w.sum().item() for w in method.path.values()) == pytest.approx(won, rel=2e-3)  # first order in lr
+
+
+# ------------------------------------------------------------------------------------------------------- galore
+
+
+def methods_gradients(shapes, steps):
+    g = torch.Generator().manual_seed(0)
+    return [[torch.randn(s, generator=g, dtype=torch.float64) for s in shapes] for _ in range(steps)]
+
+
+def methods_galore(weights, gradients, lr=1e-2, eps=1e-8, weight_decay=0.2, **options):
+    """Runs the optimizer on given gradients; -> parameters, optimizer."""
+    model = nn.ParameterList([nn.Parameter(w.clone()) for w in weights])
+    method = methods_ready("galore", model, **options)
+    optimizer = method.optimizer(model, lr=lr, eps=eps, weight_decay=weight_decay)
+    for step in gradients:
+        for p, g in zip(model, step):
+            p.grad = g.clone()
+        optimizer.step()
+    return list(model), optimizer
+
+
+METHODS_SHAPES = [(7, 4), (4, 7), (5, 5), (6,), (2, 3, 2)]
+
+
+def test_galore_equals_the_published_rule_over_several_refreshes():
+    gradients, lr, decay, rank, gap, scale = methods_gradients(METHODS_SHAPES, 11), 1e-2, 0.2, 2, 4, 0.7
+    weights = methods_gradients(METHODS_SHAPES, 1)[0]
+    got, _ = methods_galore(weights, gradients, lr, weight_decay=decay, rank=rank, gap=gap, scale=scale)
+    for i in range(3):
+        w, m, v = weights[i].clone(), 0.0, 0.0
+        for t, g in enumerate(step[i] for step in gradients):
+            if t % gap == 0:
+                left, _, right = torch.linalg.svd(g)
+                basis = right[:rank].T if g.shape[0] >= g.shape[1] else left[:, :rank]
+                basis = basis * torch.stack([c[c.abs().argmax()].sign() for c in basis.T])
+            low = g @ basis if g.shape[0] >= g.shape[1] else basis.T @ g
+            m, v = 0.9 * m + 0.1 * low, 0.999 * v + 0.001 * low**2
+            n = (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+            w = (1 - lr * decay) * w - lr * scale * (n @ basis.T if g.shape[0] >= g.shape[1] else basis @ n)
+        assert torch.allclose(got[i], w, rtol=0, atol=1e-10)  # Gram matrix against SVD, in float64
+
+
+def test_galore_gives_what_is_no_matrix_exactly_adamw():
+    shapes, gradients = METHODS_SHAPES[3:], methods_gradients(METHODS_SHAPES[3:], 6)
+    weights = methods_gradients(shapes, 1)[0]
+    got, _ = methods_galore(weights, gradients, weight_decay=0.2)
+    theirs = [nn.Parameter(w.clone()) for w in weights]
+    groups = [{"params": theirs[:1], "weight_decay": 0.0}, {"params": theirs[1:]}]
+    adamw = torch.optim.AdamW(groups, 1e-2, weight_decay=0.2)
+    for step in gradients:
+        for p, g in zip(theirs, step):
+            p.grad = g
+        adamw.step()
+    for a, b in zip(got, theirs):
+        assert torch.allclose(a, b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [5, 1000])
+def test_galore_loses_nothing_at_full_rank(rank):
+    """Adam with a huge eps is linear in the gradient, so a change of basis must not show."""
+    shapes, gradients = METHODS_SHAPES[:3], methods_gradients(METHODS_SHAPES[:3], 6)
+    weights, huge = methods_gradients(shapes, 1)[0], {"lr": 1e7, "eps": 1e8, "weight_decay": 0.0}
+    got, _ = methods_galore(weights, gradients, **huge, rank=rank, gap=100, scale=1.0)
+    poor, _ = methods_galore(weights, gradients, **huge, rank=1, gap=100, scale=1.0)
+    theirs = [nn.Parameter(w.clone()) for w in weights]
+    adamw = torch.optim.AdamW(theirs, **huge)
+    for step in gradients:
+        for p, g in zip(theirs, step):
+            p.grad = g
+        adamw.step()
+    for a, b, c in zip(got, theirs, poor):
+        assert torch.allclose(a, b, rtol=0, atol=1e-7)  # |g| / eps = 3e-8 of non-linearity
+        assert (c - b).abs().max() > 1e-2
+
+
+def test_galore_moments_have_the_low_rank_shapes():
+    gradients = methods_gradients(METHODS_SHAPES, 1)
+    got, optimizer = methods_galore(gradients[0], gradients, rank=3)
+    shapes = [tuple(optimizer.state[p][k].shape) for p in got for k in ("exp_avg", "exp_avg_sq")]
+    assert shapes[::2] == shapes[1::2] == [(7, 3), (3, 7), (5, 3), (6,), (2, 3, 2)]
+    assert [tuple(optimizer.state[p]["projector"].shape) for p in got[:3]] == [(4, 3), (4, 3), (5, 3)]
+
+
+def test_galore_optimizer_state_continues_exactly():
+    gradients = methods_gradients(METHODS_SHAPES, 9)
+    whole, _ = methods_galore(gradients[0], gradients, gap=3, rank=2)
+    half, first = methods_galore(gradients[0], gradients[:4], gap=3, rank=2)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    rest, second = methods_galore([p.detach() for p in half], [], gap=3, rank=2)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for p in second.param_groups:
+        p["lr"] = 1e-2
+    for step in gradients[4:]:
+        for p, g in zip(rest, step):
+            p.grad = g.clone()
+        second.step()
+    assert all(torch.equal(a, b) for a, b in zip(whole, rest))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_methods_run_on_a_gpu_under_autocast_as_on_the_cpu(name):
+    ends = []
+    for device in ("cpu", "cuda"):
+        model = methods_model().to(device)
+        method = methods_ready(name, model, rank=4)
+        method.load(model, methods_model().state_dict())
+        for task in range(2):
+            batch = [t.to(device) for t in methods_batch(task)]
+            methods_train(method, model, task, batch, steps=2, lr=1e-5)
+            with torch.autocast(device, torch.bfloat16):
+                assert methods_loss(model, batch).isfinite()
+        ends.append({k: v.cpu() for k, v in method.plain(model).items()})
+    assert methods_distance(*ends) < 0.1 * methods_distance(ends[0], methods_model().state_dict())
+
+
+# ----------------------------------------------------------------------------------------------- learning rates
+
+
+@pytest.mark.parametrize("schedule, meta, task, values", [
+    ("cosine", "none", 0, (0.1, 1, 0.99970, 0.57002, 0.03112, 0.02545, 0.00100)),
+    ("rsqrt", "none", 0, (0.1, 1, 1, 0.44777, 0.33587, 0.30060, 0)),
+    ("rsqrt", "autoregressive", 1, (0.04270, 0.42698, 0.42698, 0.19150, 0.14379, 0.12869, 0)),
+    ("cosine", "autoregressive", 1, (0.04918, 0.49178, 0.49163, 0.28054, 0.01580, 0.01301, 0.00100)),
+])  # fmt: skip
+def test_learning_rates_are_the_published_ones(schedule, meta, task, values):
+    rates = [methods.learning_rate(n, 100, task, 1.0, schedule, meta) for n in (0, 9, 10, 50, 89, 90, 99)]
+    assert rates == pytest.approx(values, abs=6e-6)
+
+
+@pytest.mark.parametrize("schedule, meta, fractions", [
+    ("cosine", "autoregressive", (1, 0.50, 0.25, 0.146, 0.095, 0.067)),
+    ("rsqrt", "autoregressive", (1, 0.426, 0.378, 0.359, 0.349)),
+    ("rsqrt", "continued", (1, 0.333, 0.243, 0.2, 0.174)),
+    ("rsqrt", "recovered", (1, 0.333, 0.243, 0.2, 0.174)),  # the curve's start: the same long decay
+    ("cosine", "dynamic", (1, 0.50, 0.25, 0.146, 0.095, 0.067)),
+])  # fmt: skip
+def test_meta_schedules_peak_at_the_published_fractions(schedule, meta, fractions):
+    steps = 100_000  # the published cosine fractions are the limit of many steps
+    peaks = [methods.learning_rate(9_999, steps, t, 1.0, schedule, meta, floor=0.0) for t in range(len(fractions))]
+    assert peaks == pytest.approx(fractions, abs=6e-4)
+
+
+@pytest.mark.parametrize("task", range(4))
+def test_meta_schedules_follow_the_curves_that_define_them(task):
+    rate, m = methods.learning_rate, 1e-3
+    for n in range(10, 100):
+        dynamic = rate(n, 100, task, 1.0, "cosine", "dynamic")
+        share = (task * 100 + n - 10 * (task + 1) + 1) / (90 * (task + 1))
+        assert dynamic == pytest.approx(m + (1 - m) * (1 + math.cos(math.pi * share)) / 2, abs=1e-12)
+    for n in range(10, 90):
+        recovered = rate(n, 100, task, 1.0, "rsqrt", "recovered")
+        assert recovered == pytest.approx(m + math.sqrt(10 / (n + task * 80)) * (1 - m), abs=1e-12)
+        peak = m + math.sqrt(10 / (task * 90 - (task - 1) * 10)) * (1 - m) if task else 1.0
+        continued = rate(n, 100, task, 1.0, "rsqrt", "continued")
+        assert continued == pytest.approx(m + math.sqrt(10 / n) * (peak - m), abs=1e-12)
+
+
+def test_rates_never_leave_zero_to_peak_for_any_length_and_shares():
+    shares = (0.0, 0.1, 0.35, 0.5, 1.0)
+    for schedule, metas in methods.SCHEDULES.items():
+        for args in [(m, w, c, f) for m in metas for w in shares for c in shares for f in (0.0, 1e-3, 0.3)]:
+            for steps, task in [(s, t) for s in (1, 2, 3, 9, 10, 11, 37) for t in (0, 1, 2, 19)]:
+                for n in range(steps):
+                    assert 0 <= methods.learning_rate(n, steps, task, 0.3, schedule, *args) <= 0.3
+
+
+def test_a_task_of_one_step_trains_under_cosine_and_its_warm_up_is_whole():
+    assert methods.learning_rate(0, 1, 0, 1.0) == 1
+    assert [methods.learning_rate(n, 4, 0, 1.0, warmup=1.0) for n in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert methods.learning_rate(6, 100, 0, 1.0, warmup=0.07) == 1  # .07 * 100 = 7.000000000000001 is 7 steps
+
+
+def test_a_schedule_that_does_not_exist_is_refused_with_those_that_do():
+    for schedule, meta in (("cosine", "continued"), ("rsqrt", "dynamic"), ("linear", "none"), ("cosine", "x")):
+        with pytest.raises(ValueError, match="cosine with none, autoregressive, dynamic; rsqrt with none, autoreg"):
+            methods.learning_rate(0, 10, 0, schedule=schedule, meta=meta)
+    bounds = {"warmup": 1.1}, {"cooldown": -0.1}, {"floor": 2}, {"lr": -1}
+    for wrong in ({"step": 10}, {"step": -1}, {"task": -1}, *bounds):
+        with pytest.raises(ValueError, match="count from 0|lie in 0..1"):
+            methods.learning_rate(**{"step": 0, "steps": 10, "task": 0, **wrong})
