@@ -87,7 +87,7 @@ class Concat:
 
 # ------------------------------------------------------------------------------------- a small world, drawn on the spot
 # FoMo-in-Flux in miniature: 8 sets to adapt to, 5 held out, 32 px. theta_0's pool holds all held-out classes and
-# three in five of the others, so that it starts about where the paper's does: strong on ZS, half-way on KA.
+# a quarter of the others, so that it starts about where the paper's does: strong on ZS, half-way on KA.
 
 COLOURS = {
     "red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (235, 215, 50),
@@ -325,7 +325,7 @@ def _draw(name, classes, n, seed, part):
     return np.clip(pixels + noise, 0, 255).astype(np.uint8), labels, captions
 
 
-def toy(seed=0, train=1200, test=300):
+def toy(seed=0, train=1000, test=250):
     """World of 8 + 5 drawn datasets of `train` and `test` pictures each. A pure function of its arguments."""
     world, pool = World([], []), []
     for name, (role, kind, classes, prompt, _) in TOY.items():
@@ -335,8 +335,8 @@ def toy(seed=0, train=1200, test=300):
         getattr(world, role).append(dataset)
         if role == "heldout":
             pool.append(dataset.train)
-        else:  # other pictures of three classes in five
-            known = np.random.default_rng((seed, len(name), 1)).permutation(len(classes))[: len(classes) * 3 // 5]
+        else:  # other pictures of every fourth class
+            known = np.random.default_rng((seed, len(name), 1)).permutation(len(classes))[: len(classes) // 4]
             pixels, labels, captions = _draw(name, [classes[k] for k in known], train * 3 // 4, seed, "pool")
             pool.append(Pictures(pixels, known[labels], captions))
     world.pool = Concat(pool)
@@ -395,8 +395,8 @@ def _tar_index(path):
     """path inside the dataset's folder -> (offset, size) of every file in a tar."""
     try:
         with tarfile.open(path, "r:") as tar:
-            members = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in tqdm(tar, path.name, leave=False)
-                       if m.isfile()}  # fmt: skip
+            bar = tqdm(tar, path.name, leave=False, disable=None)
+            members = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in bar if m.isfile()}
     except tarfile.TarError as e:
         raise ValueError(f"{path} is not an uncompressed tar ({e}); unpack it, or download it again") from e
     return {name.removeprefix(f"{path.stem}/"): place for name, place in members.items()}
@@ -465,7 +465,8 @@ def fomo_in_flux(root, names=None, heldout=None, pool=()):
     for name in [*names, *pool, *(heldout if heldout is not HELD_OUT else ())]:
         if name not in there:
             raise FileNotFoundError(f"no dataset {name} in {root}; there are: {', '.join(there) or 'none'}")
-    sets = {name: _read_dataset(root, info, name) for name in tqdm(sorted({*names, *pool}), "reading", leave=False)}
+    wanted = tqdm(sorted({*names, *pool}), "reading", leave=False, disable=None)
+    sets = {name: _read_dataset(root, info, name) for name in wanted}
     world = World([sets[n] for n in names if n not in heldout], [sets[n] for n in names if n in heldout])
     if pool:
         world.pool = Concat(sets[n].train for n in pool)
@@ -605,9 +606,10 @@ def train_crop(image, size):
     return v2.functional.pil_to_tensor(crop)
 
 
-def test_transform(size):
-    resize = v2.Resize(size, InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
+def test_crop(image, size):
+    """Resize of the short side, then the centre -> uint8 [3, S, S]."""
+    image = v2.functional.resize(image, [size], InterpolationMode.BICUBIC, antialias=True)
+    return v2.functional.pil_to_tensor(v2.functional.center_crop(image, [size, size]))
 
 
 def _pil(image):
@@ -659,9 +661,9 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0):
 
 def test_loader(split, ids, image_size, batch_size=256, workers=0):
     """The test pictures `ids` of a split, in order: uint8 [B, 3, S, S]."""
-    transform, ids = test_transform(image_size), list(ids)
+    ids = list(ids)
 
     def make(a):
-        return torch.stack([transform(_pil(split.image(i))) for i in ids[a : a + batch_size]])
+        return torch.stack([test_crop(_pil(split.image(i)), image_size) for i in ids[a : a + batch_size]])
 
     return _batches(make, range(0, len(ids), batch_size), workers)

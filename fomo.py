@@ -45,7 +45,7 @@ RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "
 
 # What the paper uses (sec. 3 and 4), and what makes the same picture out of the tiny model in minutes. See --help.
 PAPER = {"batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None}
-TINY = {"batch_size": 128, "lr": 5e-4, "tasks": 8, "merge_weight": 0.7, "replay": 400, "budget": 4200.0}
+TINY = {"batch_size": 64, "lr": 1e-3, "tasks": 8, "merge_weight": 0.7, "replay": 2000, "budget": 3600.0}
 
 
 progress = partial(tqdm, leave=False, disable=None)  # a bar, where there is a terminal
@@ -107,8 +107,8 @@ class Config:
     merge_reverse: bool = option(False, "they shrink instead")
     merge_base: bool = option(False, "theta_0 counts as the first expert, for 'all'")
 
-    pretrain_steps: int = option(1000, "of theta_0 on the pool, where --weights is absent; batches as above")
-    pretrain_lr: float = option(2e-3, "its peak learning rate")
+    pretrain_steps: int = option(1800, "of theta_0 on the pool, where --weights is absent; batches as above")
+    pretrain_lr: float = option(1.5e-3, "its peak learning rate")
     device: str = option("auto", "auto is cuda where there is one, else cpu")
     precision: str = option("auto", "of the forward pass; auto is bf16 on a GPU that has it, else fp32",
                             ["auto", "fp32", "bf16", "fp16"])  # fmt: skip
@@ -175,8 +175,10 @@ def resolve(c):
         raise ValueError("--device cuda: this torch sees no GPU; --device auto takes what there is")
     if c.precision == "auto":
         c.precision = "bf16" if c.device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    merge.Timeline({}, **merge_options(c))  # these two say what is wrong before anything long begins
+    make_method(c)
     if c.workers < 0:
-        c.workers = min(16, len(os.sched_getaffinity(0)) - 1)
+        c.workers = min(16, (os.cpu_count() or 1) - 1)
     return c
 
 
@@ -454,12 +456,13 @@ def load_stream(c, world):
     return kept
 
 
-def method_options(c):
-    return {name: getattr(c, name) for name in methods.LEAST if name != "seed"}
+def make_method(c):
+    """What trains: merges and joint runs finetune."""
+    return methods.METHODS.get(c.method, methods.Method)(**{name: getattr(c, name) for name in methods.LEAST})
 
 
-def plan(c, model_config):
-    """-> (number of tasks, steps of each), and what the steps were counted from."""
+def plan(c, model_config, samples):
+    """-> number of tasks, steps of each, and what these were counted from. samples: of the whole stream."""
     tasks = {"joint": 1, "zero-shot": 0}.get(c.method, c.tasks)
     if c.steps is not None:
         return tasks, c.steps * (c.tasks if c.method == "joint" else 1), {"steps": "as given"}
@@ -467,7 +470,10 @@ def plan(c, model_config):
     method = c.method if c.method in budget.METHODS else "finetune"
     rank = c.rank or 0  # 0 is the paper's
     maf = budget.mafs(model_config, c.batch_size, method, rank)
-    steps = budget.steps_per_task(total, max(1, tasks), maf)
+    looked_at = min(samples // max(1, tasks), c.fisher_samples or methods.Method.fisher_samples)  # by EWC
+    in_steps = (budget.task_flops(model_config, c.batch_size, method, looked_at)
+                / budget.step_flops(model_config, c.batch_size, method, rank))  # fmt: skip
+    steps = budget.steps_per_task(total, max(1, tasks), maf, maf * in_steps)
     return tasks, steps, {"gflops": total, "maf_gflops_per_step": maf}
 
 
@@ -479,14 +485,14 @@ def run(c):
     chunks = [stream] if c.method == "joint" else data.tasks(stream, c.tasks)
     mixture = data.Mixture(world, chunks, c.batch_size, ratios(c), c.replay, c.seed)
     learner = load_learner(c)
-    tasks, steps, costs = plan(c, learner.model.config)
+    tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
     if c.weights is None:
         pretrain(learner, world)
 
     theta_0 = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
     timeline = merge.Timeline(theta_0, store=ExpertFiles(folder.path / "experts"), **merge_options(c))
     shown = Learner(copy.deepcopy(learner.model), learner.tokenizer, c)  # plain; holds what is deployed
-    model, method = learner.model, methods.METHODS.get(c.method, methods.Method)(seed=c.seed, **method_options(c))
+    model, method = learner.model, make_method(c)
     method.prepare(model)
     identity, began = fingerprint(theta_0), time.time()
     if folder.state:
