@@ -766,12 +766,12 @@ def test_toy_world_is_a_function_of_its_seed(world):
         assert not np.array_equal(a.test.pixels, c.test.pixels)
 
 
-def test_toy_pool_knows_all_held_out_classes_and_half_of_the_others(world):
+def test_toy_pool_knows_all_held_out_classes_and_a_quarter_of_the_others(world):
     heldout, adaptation = world.pool.splits[: len(world.heldout)], world.pool.splits[len(world.heldout) :]
     for d, part in zip(world.heldout, heldout):
         assert part is d.train
     for d, part in zip(world.adaptation, adaptation):
-        assert len(set(part.labels)) == len(d.classes) // 2
+        assert len(set(part.labels)) == len(d.classes) // 4
         assert not np.array_equal(part.pixels[0], d.train.pixels[part.labels[0]])
 
 
