@@ -375,7 +375,8 @@ def _read_safetensors(path):
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError(f"{path}: neither a torch zip nor safetensors (header of {length} bytes, file of {size})")
+            raise ValueError(f"{path}: neither a torch zip nor safetensors (header of {length} bytes, file of {size}); "
+                             "what torch wrote before 1.6 has to be saved again by a newer one")
         head = f.read(length)
     try:
         header, end = json.loads(head), 0

@@ -14,6 +14,7 @@ After Roth et al. 2024, "A Practitioner's Guide to Continual Multimodal Pretrain
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -588,12 +589,22 @@ def draw(runs, path):
     evaluate.plot(lines, path)
 
 
+def read_results(folder):
+    try:
+        results = json.loads((folder / "results.json").read_text())
+        return {key: results[key] for key in ("theta_0", "tasks", "final", "config", "theta_0_sha256", "seconds",
+                                              "trained_parameters")}  # fmt: skip
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{folder}/results.json is no run's results ({type(e).__name__}: {e})") from None
+
+
 def joint_beside(folder, identity):
     """The finished joint run in the same folder of runs that began from the same theta_0, if there is one."""
     for path in sorted(folder.parent.glob("*/results.json")):
-        results = json.loads(path.read_text())
-        if results["config"]["method"] == "joint" and results["theta_0_sha256"] == identity and path.parent != folder:
-            return [(path.parent, results)]
+        with contextlib.suppress(ValueError):  # somebody else's file must not stop this run
+            results = read_results(path.parent)
+            if results["config"]["method"] == "joint" and results["theta_0_sha256"] == identity:
+                return [(path.parent, results)]
     return []
 
 
@@ -605,7 +616,7 @@ def report_command(argv):
     runs = []
     for folder in map(Path, args.runs):
         if (folder / "results.json").exists():
-            runs.append((folder, json.loads((folder / "results.json").read_text())))
+            runs.append((folder, read_results(folder)))
         else:
             print(f"{folder} has no results.json: passed over", file=sys.stderr)
     if not runs:
@@ -871,6 +882,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch needs to be deterministic on a GPU
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds nothing here
     try:
         COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run(parse(argv))
     except (ValueError, OSError) as e:
