@@ -413,7 +413,7 @@ def memory_multiplier(config, batch_size, method="finetune", rank=0, precision="
 def steps_per_task(total_gflops, tasks, maf_gflops, task_maf_gflops=0.0):
     """(2): optimizer steps that each of `tasks` tasks may take; `task_maf_gflops` is spent once a task beside them, as
     EWC's Fisher pass. ValueError where the budget does not reach one step."""
-    if not (total_gflops > 0 and tasks >= 1 and maf_gflops > 0 and task_maf_gflops >= 0):
+    if not (0 < total_gflops < math.inf and tasks >= 1 and maf_gflops > 0 and task_maf_gflops >= 0):
         raise ValueError(f"a budget of {total_gflops} GFLOPs over {tasks} tasks at {maf_gflops} a step makes no sense")
     steps = round((total_gflops / tasks - task_maf_gflops) / maf_gflops)
     if steps < 1:

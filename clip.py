@@ -387,7 +387,7 @@ def _read_safetensors(path):
                 raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill bytes {a} to {b}, next is {end}")
             stride, end = [math.prod(shape[i + 1 :]) for i in range(len(shape))], b
             tensors[name] = functools.partial(_read, path, dtype, shape, stride, 8 + length + a, b - a)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: broken safetensors header ({type(e).__name__}: {e})") from e
     if 8 + length + end != size:
         raise ValueError(f"{path}: torn file, {size} bytes where its header says {8 + length + end}")
@@ -578,7 +578,10 @@ def _architecture(path, raw, state, quick_gelu):
     """Sizes from the shapes; heads and activation from the config inside or beside the file, by OpenAI's rules for
     OpenAI's archives (64 wide, QuickGELU), else heads by width from CONFIGS, and the activation from the caller."""
     if "config" in raw.metadata:
-        return CLIPConfig(**json.loads(raw.metadata["config"]))
+        try:
+            return CLIPConfig(**json.loads(raw.metadata["config"]))
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"{path}: the config in its metadata is none of a CLIP ({e}); pass config=") from None
     (width, *_, patch), positions = state["visual.conv1.weight"].shape, len(state["visual.positional_embedding"])
     (vocab, text_width), embed = state["token_embedding.weight"].shape, state["text_projection"].shape[1]
     said = _described(path if os.path.isdir(path) else os.path.dirname(path))

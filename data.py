@@ -369,14 +369,22 @@ class Files:
         path = self.paths[i]
         try:
             if self.members is None:
-                return Image.open(self.folder / path).convert("RGB")
+                return _rgb(Image.open(self.folder / path))
             offset, size = self.members[path]
             with open(f"{self.folder}.tar", "rb") as f:
                 f.seek(offset)
-                return Image.open(BytesIO(f.read(size))).convert("RGB")
+                return _rgb(Image.open(BytesIO(f.read(size))))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             place = self.folder / path if self.members is None else f"{self.folder}.tar: {path}"
             raise ValueError(f"{place} does not decode as an image ({e}); replace it, or take it out of 00_info") from e
+
+
+def _rgb(image):
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, of no known range")
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _read_json(path, kind):
@@ -384,7 +392,9 @@ def _read_json(path, kind):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there") from None
-    except ValueError as e:
+    except OSError as e:
+        raise OSError(f"{path} cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected a {kind.__name__}")  # noqa: TRY004
@@ -405,9 +415,19 @@ def _tar_index(path):
 def _captions(path, key, item):
     """FoMo's rule: default_caption if present, else synthetic_merged_caption; the class prompt where neither is."""
     caption = item.get("default_caption") or item.get("synthetic_merged_caption") or item.get("primer_caption")
-    if not caption or not all(isinstance(c, str) for c in ([caption] if isinstance(caption, str) else caption)):
+    several = [caption] if isinstance(caption, str) else caption
+    if not isinstance(several, list) or not several or not all(isinstance(c, str) and c.strip() for c in several):
         raise ValueError(f"{path}: the caption of {key} is {caption!r:.80}, expected text or a list of texts")
+    if not isinstance(prompt := item.get("primer_caption") or "", str):
+        raise ValueError(f"{path}: the primer_caption of {key} is {prompt!r:.80}, not text")  # noqa: TRY004
     return caption
+
+
+def _target(path, key, item):
+    target = item.get("target") if isinstance(item, dict) else None
+    if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < 2**31:
+        raise ValueError(f"{path}: the target of {key} is {target!r:.80}, expected a class's number")
+    return target
 
 
 def _read_split(root, info, name, split):
@@ -417,24 +437,27 @@ def _read_split(root, info, name, split):
         return None
     items, folder, tar = _read_json(path, dict), root / name, root / f"{name}.tar"
     members = None if folder.is_dir() else _tar_index(tar)
+    if outside := [k for k in items if os.path.isabs(k) or ".." in Path(k).parts]:
+        raise ValueError(f"{path} lists {outside[0]}, which is outside the dataset's folder")
     missing = [k for k in items if (k not in members if members is not None else not (folder / k).is_file())]
     if missing:
         raise FileNotFoundError(f"{path} lists {missing[0]}, which is not in {folder if members is None else tar} "
                                 f"({len(missing)} of {len(items)} are missing)")  # fmt: skip
     paths = sorted(items)  # not the file's or the disk's order
-    try:
-        labels = [int(items[k]["target"]) for k in paths]
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: an entry has no whole number as its target ({type(e).__name__}: {e})") from None
+    labels = [_target(path, k, items[k]) for k in paths]
     return Files(folder, members, paths, labels, [_captions(path, k, items[k]) for k in paths]), path, items
 
 
 def _read_dataset(root, info, name):
     test, train = (_read_split(root, info, name, s) for s in ("test", "train"))
-    if test is None:
-        raise FileNotFoundError(f"{info} has no {name}_test.json, so {name} cannot be scored")
+    if test is None or not test[2]:
+        raise FileNotFoundError(f"{info} has no {name}_test.json with samples, so {name} cannot be scored")
     file = info / f"{name}_classnames.json"
     classes = _read_json(file, list) if file.exists() else []
+    if odd := [c for c in classes if not isinstance(c, str)]:
+        raise ValueError(f"{file}: class names must be texts, got {odd[0]!r:.80}")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"{file} names {Counter(classes).most_common(1)[0][0]!r} more than once")
     prompts = dict(zip(classes, classes))
     for files, path, items in filter(None, (train, test)):
         for k, label in zip(files.paths, files.labels):
@@ -460,7 +483,7 @@ def fomo_in_flux(root, names=None, heldout=None, pool=()):
         raise FileNotFoundError(f"{root / '00_info'} is not there: the annotations, <DATASET>_train.json and so on")
     annotated = {p.name.rsplit("_test", 1)[0].rsplit("_val", 1)[0] for p in info.glob("*_*.json")
                  if p.stem.removesuffix("_224").endswith(("_test", "_val"))}  # fmt: skip
-    there = sorted(n for n in annotated if (root / n).is_dir() or (root / f"{n}.tar").is_file())
+    there = sorted(n for n in annotated if n and (root / n).is_dir() or (root / f"{n}.tar").is_file())
     names, heldout = list(names or there), HELD_OUT if heldout is None else heldout
     for name in [*names, *pool, *(heldout if heldout is not HELD_OUT else ())]:
         if name not in there:
@@ -469,7 +492,12 @@ def fomo_in_flux(root, names=None, heldout=None, pool=()):
     sets = {name: _read_dataset(root, info, name) for name in wanted}
     world = World([sets[n] for n in names if n not in heldout], [sets[n] for n in names if n in heldout])
     if pool:
-        world.pool = Concat(sets[n].train for n in pool)
+        world.pool = Concat(sets[n].train for n in dict.fromkeys(pool))
+        if not len(world.pool):
+            raise ValueError(f"the pool, {', '.join(pool)}, has no training sample")
+    for d in world.adaptation:
+        if len(d.train) and not d.classes:
+            raise ValueError(f"{info} has no class names for {d.name}, so a stream cannot name its concepts")
     for role, group in (("to adapt to", world.adaptation), ("held out", world.heldout)):
         if not group:
             raise ValueError(f"no dataset of {root} is {role}; --heldout names those held out of: {', '.join(names)}")
@@ -501,6 +529,8 @@ def order(concepts, how="random", seed=0):
 
 def tasks(concepts, n):
     """n contiguous chunks, the first len mod n of them one concept longer."""
+    if not concepts:
+        raise ValueError("the stream is empty: no concept of a dataset to adapt to has a training sample")
     if not 1 <= n <= len(concepts):
         raise ValueError(f"{len(concepts)} concepts cannot make {n} tasks; take 1 to {len(concepts)} (--tasks)")
     size, longer = divmod(len(concepts), n)
@@ -550,7 +580,7 @@ class Mixture:
     range. With nothing in B, D takes its share; with ratios[0] = 0 no pool is needed."""
 
     def __init__(self, world, chunks, batch_size, ratios=(0.33, 0.34, 0.33), replay=0, seed=0):
-        if len(ratios) != 3 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6:
+        if len(ratios) != 3 or min(ratios) < 0 or not abs(sum(ratios) - 1) <= 1e-6:
             raise ValueError(f"the mixture P/D/B is three shares that sum to 1, got {'/'.join(map(str, ratios))}")
         self.batch_size, self.ratios, self.seed = batch_size, ratios, seed
         groups = {}

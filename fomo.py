@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -161,19 +162,25 @@ def resolve(c):
     for name in ("tasks", "batch_size", "pretrain_steps", "steps"):
         if getattr(c, name) is not None and getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(c, name)}")
-    for name in ("lr", "pretrain_lr", "clip_norm"):
-        if not 0 < getattr(c, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(c, name)}")
-    if c.seed < 0 or c.replay < 0:
-        raise ValueError(f"--seed and --replay must not be negative, got {c.seed} and {c.replay}")
+    for name in ("lr", "pretrain_lr", "clip_norm", "budget"):
+        if getattr(c, name) is not None and not 0 < getattr(c, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(c, name)}")
+    for f in fields(c):
+        if f.type is int and (getattr(c, f.name) or 0) > 2**31:
+            raise ValueError(f"--{f.name.replace('_', '-')} must be below 2^31, got {getattr(c, f.name)}")
+    if c.seed < 0 or c.replay < 0 or not 0 <= c.weight_decay < math.inf:
+        raise ValueError(f"--seed, --replay, --weight-decay are 0 or more, got {c.seed}, {c.replay}, {c.weight_decay}")
     if c.meta not in methods.SCHEDULES[c.schedule]:
         raise ValueError(f"--schedule {c.schedule} has --meta {', '.join(methods.SCHEDULES[c.schedule])}, not {c.meta}")
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     c.cache = str(Path(c.cache).expanduser())
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if c.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no GPU; --device auto takes what there is")
+    try:
+        torch.empty(1, device=c.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        sentence = f"--device {c.device} cannot be used here ({str(e).splitlines()[0]}); auto takes what there is"
+        raise ValueError(sentence) from None
     if c.precision == "auto":
         c.precision = "bf16" if c.device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
     merge.Timeline({}, **merge_options(c))  # these two say what is wrong before anything long begins
@@ -190,6 +197,9 @@ def merge_options(c):
     options = {}
     for text in c.merge_options:
         name, _, value = text.partition("=")
+        if name in ("init", "deploy", "technique", "weight", "anchored", "reverse", "include_base", "expert_weights",
+                    "base", "store"):  # fmt: skip
+            raise ValueError(f"--merge-options {text}: {name} is no option of a technique; see --help for the others")
         try:
             options[name] = json.loads(value)
         except ValueError:
@@ -345,7 +355,10 @@ def pretrain(learner, world):
                c.weight_decay, c.clip_norm, c.precision, c.device, data.fingerprint(world.pool), torch.__version__]
     path = Path(c.cache) / f"theta_0-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
-        learner.model.load_state_dict(clip.load(path).state_dict())
+        try:
+            learner.model.load_state_dict(clip.load(path).state_dict())
+        except (ValueError, RuntimeError) as e:
+            raise ValueError(f"{path} is no theta_0 of this run ({e}): delete it, and it is trained again") from None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
@@ -369,10 +382,10 @@ class ExpertFiles:
         self.folder = folder
 
     def path(self, i):
-        return self.folder / f"{i + 1:03}.safetensors"
+        return self.folder / f"expert-{i + 1:03}.safetensors"
 
     def __len__(self):
-        return len(list(self.folder.glob("*.safetensors")))
+        return len(list(self.folder.glob("expert-*.safetensors")))
 
     def __getitem__(self, i):
         return clip.read_tensors(self.path(i))
@@ -397,35 +410,61 @@ class Folder:
         if self.path.exists() and not found.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} is there and is no run of fomo.py: name another folder with --out")
         if found.exists():
-            self._continue(json.loads(found.read_text()))
+            self._continue(found)
 
-    def _continue(self, before):
+    def _continue(self, found):
+        try:
+            before = dict(json.loads(found.read_text()))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise ValueError(f"{found} is no run's configuration ({e}): name another --out") from None
         other = [k for k in self.config if k not in FREE and before.get(k) != self.config[k]]
         if other:
             changes = ", ".join(f"--{k.replace('_', '-')} was {before.get(k)}, is {self.config[k]}" for k in other)
             raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}): name another --out")
         if (self.path / "state.pt").exists():
-            try:
+            with self.reading_state():
                 self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-            except Exception as e:  # whatever a torn file makes of torch's reader
-                raise ValueError(f"{self.path}/state.pt cannot be read ({type(e).__name__}): delete {self.path}") from e
+                if not {"log_bytes", "model", "method", "timeline", "results", "theta_0"} <= set(self.state):
+                    raise ValueError("something is missing")
+
+    @contextlib.contextmanager
+    def reading_state(self):
+        try:
+            yield
+        except Exception as e:  # whatever a torn or foreign file makes of torch's reader, and of those who restore
+            sentence = f"{self.path}/state.pt is no state of this run ({type(e).__name__}): delete {self.path}"
+            raise ValueError(sentence) from e
 
     def open(self):
         """Called when all input has proved good: before, nothing is written."""
+        self.new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write_json("config.json", self.config)
         self.log_file = (self.path / "log.jsonl").open("a", encoding="utf-8")
-        self.log_file.truncate(self.state["log_bytes"] if self.state else 0)  # rows of an unfinished task go
+        try:
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, however that comes
+        except OSError:
+            self.log_file.close()
+            self.log_file = None
+            raise ValueError(f"another process is running in {self.path}: wait for it, or name another --out") from None
+        self.write_json("config.json", self.config)
+        size = os.path.getsize(self.path / "log.jsonl")
+        self.log_file.truncate(min(size, self.state["log_bytes"]) if self.state else 0)  # rows of an unfinished task go
 
     def log(self, event, **row):
         self.log_file.write(json.dumps({"event": event, **row}) + "\n")
         self.log_file.flush()
 
     def save_state(self, **state):
-        self.state = {"log_bytes": os.path.getsize(self.path / "log.jsonl"), **state}
+        state["log_bytes"] = os.path.getsize(self.path / "log.jsonl")
         aside = self.path / "state.pt.part"
-        torch.save(self.state, aside)
+        try:
+            torch.save(state, aside)
+        except RuntimeError as e:  # torch's for a write that fails
+            aside.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.path).free
+            raise OSError(f"{aside} cannot be written, is the disk full? ({free} bytes are free)") from e
         os.replace(aside, self.path / "state.pt")
+        self.state = state
 
     def write_json(self, name, value):
         aside = self.path / f"{name}.part"
@@ -433,14 +472,18 @@ class Folder:
         os.replace(aside, self.path / name)
 
     def close(self, finished):
-        """Leave a finished run, or one that can go on; no half-written folder."""
+        """Leave a finished run, or one that can go on; no half-written folder. Other people's files stay."""
         if self.log_file is None:
             return
         self.log_file.close()
         if finished:
             (self.path / "state.pt").unlink(missing_ok=True)
         elif self.state is None:
-            shutil.rmtree(self.path)
+            for name in ("config.json", "log.jsonl", "config.json.part", "state.pt.part", "experts/expert-001.safetensors"):
+                (self.path / name).unlink(missing_ok=True)
+            for folder in [self.path / "experts", *([self.path] if self.new else [])]:
+                with contextlib.suppress(OSError):  # not there, or not empty
+                    folder.rmdir()
 
 
 # -------------------------------------------------------------------------------------------------- the continual loop
@@ -489,6 +532,8 @@ def run(c):
     tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
     if c.weights is None:
         pretrain(learner, world)
+    if not all(tensor.isfinite().all() for tensor in learner.model.state_dict().values()):
+        raise ValueError(f"{c.weights or 'the cached theta_0'} holds numbers that are not finite: take other weights")
 
     theta_0 = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
     timeline = merge.Timeline(theta_0, store=ExpertFiles(folder.path / "experts"), **merge_options(c))
@@ -499,11 +544,12 @@ def run(c):
     if folder.state:
         if folder.state["theta_0"] != identity:
             raise ValueError(f"{c.out} began from another theta_0: delete it, or give the weights that it began from")
-        model.load_state_dict(folder.state["model"])
-        method.load_state(folder.state["method"])
-        timeline.load_state(folder.state["timeline"])
-        results = folder.state["results"]
-        began -= results["seconds"]
+        with folder.reading_state():
+            model.load_state_dict(folder.state["model"])
+            method.load_state(folder.state["method"])
+            timeline.load_state(folder.state["timeline"])
+            results = folder.state["results"]
+            began -= results["seconds"]
     else:
         scores = shown.score_all(world, True, c.seed, "scoring theta_0")
         results = {"theta_0": scores, "tasks": [], "chance": chance(world), "theta_0_sha256": identity,
@@ -591,10 +637,13 @@ def draw(runs, path):
 
 def read_results(folder):
     try:
-        results = json.loads((folder / "results.json").read_text())
-        return {key: results[key] for key in ("theta_0", "tasks", "final", "config", "theta_0_sha256", "seconds",
-                                              "trained_parameters")}  # fmt: skip
-    except (ValueError, KeyError, TypeError) as e:
+        r = json.loads((folder / "results.json").read_text())
+        numbers = [p[k] for p in (r["theta_0"], r["final"], *r["tasks"]) for k in ("ka", "zs", "gm")]
+        numbers += [r["seconds"], r["trained_parameters"], *(p["steps"] for p in r["tasks"])]
+        if not all(0 <= n < 1e12 for n in numbers) or not isinstance(r["config"]["method"], str):
+            raise ValueError("numbers out of range")
+        return r | {"theta_0_sha256": str(r["theta_0_sha256"])}
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
         raise ValueError(f"{folder}/results.json is no run's results ({type(e).__name__}: {e})") from None
 
 
@@ -740,6 +789,8 @@ def bench_command(argv):
     p.add_argument("--methods", nargs="+", choices=methods.METHODS, default=[*methods.METHODS])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="methods: where")
     args = p.parse_args(argv)
+    if min(args.experts, args.batch_size, args.rounds) < 1 or (args.case and not args.folder):
+        raise ValueError("--experts, --batch-size and --rounds are at least 1, and --case measures files in a --folder")
     if args.what == "methods":
         bench_methods(args)
     elif args.case:
@@ -888,11 +939,11 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"fomo: {e}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("fomo: the GPU's memory is full: take a smaller --batch-size or --precision bf16", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError):
+        print("fomo: the memory is full: take a smaller --batch-size or --precision bf16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfomo: interrupted; the same command goes on after the last finished task", file=sys.stderr)
+        print("\nfomo: interrupted; the same command starts again after the last finished task", file=sys.stderr)
         return 130
     return 0
 

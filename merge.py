@@ -387,7 +387,7 @@ SHARE = (lambda x: 0 <= x < 1, "in [0, 1)")
 RANGES = {
     "density": (lambda x: 0 < x <= 1, "in (0, 1]"), "drop": SHARE, "top": SHARE, "bottom": SHARE,
     "function": (lambda x: x in ("mean", "sum", "max"), "mean, sum or max"),
-    "strictness": (lambda x: x >= 0, "0 or more"),
+    "strictness": (lambda x: 0 <= x < math.inf, "0 or more"), "scale": (lambda x: abs(x) < math.inf, "a finite number"),
     "agree": (lambda x: x >= 1, "1 or more"),
     "lines": (lambda x: x is None or len(x) == 3, "(alpha, beta, linear | quadratic | sqrt)"),
 }  # fmt: skip
@@ -402,7 +402,11 @@ def check_options(technique, options):
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"{technique} has no option {name!r}; it takes {', '.join(known) or 'none'}")
-        if name in RANGES and not RANGES[name][0](value):
+        try:
+            fits = RANGES[name][0](value) if name in RANGES else True
+        except TypeError:
+            fits = False
+        if not fits:
             raise ValueError(f"{name} must be {RANGES[name][1]}, got {value!r}")
     if technique == "breadcrumbs" and options.get("top", 0.01) + options.get("bottom", 0.85) >= 1:
         raise ValueError("top and bottom must leave something: their sum must be below 1")
@@ -416,6 +420,8 @@ def _check_weights(technique, weights, k):
     if technique in UNWEIGHTED:
         raise ValueError(f"{technique} takes no weights")
     weights = [float(w) for w in weights]
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights must be finite, got {weights}")
     if len(weights) != k:
         raise ValueError(f"weights must be one per expert: got {len(weights)} for {k} experts")
     if technique in AVERAGES and abs(sum(weights) - 1) > 1e-6:

@@ -911,12 +911,19 @@ def spoil(root, how):
         items[first]["synthetic_merged_caption"] = [3]
     elif how == "target":
         items[first]["target"] = 26
+    elif how == "fraction":
+        items[first]["target"] = 1.7
+    elif how == "escape":
+        items["/etc/passwd"] = items.pop(first)
+    elif how in ("twice", "number"):
+        names = root / "00_info" / "LETTERS_classnames.json"
+        names.write_text(json.dumps([*json.loads(names.read_text())[:-1], "A" if how == "twice" else 3]))
     elif how == "picture":
         (root / "LETTERS" / first).unlink()
     elif how == "tar":
         shutil.rmtree(root / "LETTERS")
         (root / "LETTERS.tar").write_bytes(b"no tar at all" * 99)
-    if how in ("caption", "target"):
+    if how in ("caption", "target", "fraction", "escape"):
         info.write_text(json.dumps(items))
 
 
@@ -925,6 +932,9 @@ def spoil(root, how):
     ("caption", "the caption of train/A/000.png is .*, expected text"),
     ("target", "target 26 of train/A/000.png is outside"), ("tar", "LETTERS.tar is not an uncompressed tar"),
     ("picture", r"lists train/A/000.png, which is not in .*1 of 90"),
+    ("fraction", "target of train/A/000.png is 1.7"),
+    ("twice", "names 'A' more than once"), ("number", "must be texts, got 3"),
+    ("escape", "/etc/passwd, which is outside"),
 ])  # fmt: skip
 def test_a_spoilt_dataset_is_named_in_a_sentence(world, tmp_path, how, says):
     root = write_flux(world, tmp_path / "root")
@@ -1009,13 +1019,13 @@ def test_the_picture_has_its_stars_where_the_scores_are(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ fomo.py
 
 HERE = Path(fomo.__file__).parent
-SMALL = shlex.split("--model tiny --tasks 3 --steps 3 --batch-size 16 --pretrain-steps 4 --workers 0")
+TINY_RUN = shlex.split("--model tiny --tasks 3 --steps 3 --batch-size 16 --pretrain-steps 4 --workers 0")
 
 
 def flux_options(root, tmp, *more):
     """A small run on disk; the tests' theta_0 are kept in one cache."""
     world = ["--data", str(root), "--heldout", "DIGITS", "--pool", "DIGITS"]
-    return [*world, "--cache", str(tmp.parent / "cache"), *SMALL, *more]
+    return [*world, "--cache", str(tmp.parent / "cache"), *TINY_RUN, *more]
 
 
 def scores(folder):
@@ -1176,6 +1186,10 @@ def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp
     (["--tasks", "99"], "34 concepts cannot make 99 tasks"),
     (["--steps", "0"], "--steps must be at least 1"),
     (["--budget", "1e-6"], "does not reach one step"),
+    (["--budget", "0"], "--budget must be positive"),
+    (["--device", "abacus"], "--device abacus cannot be used"),
+    (["--mixture", "nan/nan/nan"], "three shares that sum to 1"),
+    (["--merge-options", "technique=slerp"], "technique is no option of a technique"),
     (["--mixture", "a/b"], "--mixture is P/D/B"),
     (["--mixture", ".5/.5/.5"], "three shares that sum to 1"),
     (["--heldout", "NOPE"], "no dataset NOPE in .*; there are: ARROWS, DIGITS, LETTERS"),
@@ -1230,7 +1244,7 @@ def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, ca
     monkeypatch.setattr(evaluate, "plot", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert fomo.main(options) == 2 and "No space left" in capsys.readouterr().err
     assert fomo.main([*options, "--lr", "1e-4"]) == 2
-    assert "--lr was 0.0005, is 0.0001" in capsys.readouterr().err
+    assert "--lr was 0.001, is 0.0001" in capsys.readouterr().err
     monkeypatch.undo()
     assert fomo.main(options) == 0  # nothing was lost: the picture was drawn without training again
 
@@ -1241,7 +1255,73 @@ def test_a_torn_state_is_named(flux, tmp_path, monkeypatch, capsys):
     assert fomo.main(options) == 130
     state = tmp_path / "run" / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    assert fomo.main(options) == 2 and "state.pt cannot be read" in capsys.readouterr().err
+    assert fomo.main(options) == 2 and "state.pt is no state of this run" in capsys.readouterr().err
+
+
+def test_an_error_in_the_first_task_leaves_other_peoples_files(flux, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    options = flux_options(flux, tmp_path, "--out", str(out))
+    assert fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]) == 0
+    monkeypatch.setattr(fomo, "train", lambda *a: os.kill(os.getpid(), 9))
+    if (child := os.fork()) == 0:  # killed in its first task: config.json and log.jsonl stay
+        fomo.main(options)
+    os.waitpid(child, 0)
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl"}
+    (out / "notes.txt").write_text("mine")
+
+    def interrupt(*a):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fomo, "train", interrupt)
+    assert fomo.main(options) == 130
+    assert {p.name for p in out.iterdir()} == {"notes.txt"}
+
+
+def test_a_second_process_in_the_same_folder_is_refused(flux, tmp_path, capsys, monkeypatch):
+    options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
+    train, codes = fomo.train, []
+
+    def meanwhile(*a):
+        if "theta_0" not in a[5] and not codes:
+            codes.append(fomo.main(options))
+        train(*a)
+
+    monkeypatch.setattr(fomo, "train", meanwhile)
+    assert fomo.main(options) == 0 and codes == [2]
+    assert "another process is running in" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_last_good_state(flux, tmp_path, monkeypatch, capsys):
+    options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
+    save, saved = torch.save, []
+
+    def full(state, path):
+        saved.append(path)
+        if len(saved) == 2:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 462464 vs 462352")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert fomo.main(options) == 2 and "is the disk full?" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "log.jsonl", "state.pt"}
+    assert fomo.main(options) == 0
+
+
+def test_weights_that_are_not_finite_are_named(flux, tmp_path, capsys):
+    model = clip.CLIP(clip.CONFIGS["tiny"])
+    model.visual.proj.data[0, 0] = math.nan
+    clip.save(model, tmp_path / "nan.safetensors")
+    nan = ["--weights", str(tmp_path / "nan.safetensors")]
+    options = flux_options(flux, tmp_path, *nan, "--out", str(tmp_path / "run"))
+    assert fomo.main(options) == 2 and "nan.safetensors holds numbers that are not finite" in capsys.readouterr().err
+
+
+def test_sixteen_bit_pictures_are_scaled_not_clipped(world, tmp_path):
+    ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    pixels = np.asarray(data.Files(tmp_path, None, ["ramp.png"], [0], ["a"]).image(0))
+    assert np.array_equal(pixels[..., 0], ramp // 257) and pixels.max() > 250
 
 
 def test_unknown_and_ill_typed_options_are_errors(capsys):
