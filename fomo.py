@@ -479,7 +479,8 @@ class Folder:
         if finished:
             (self.path / "state.pt").unlink(missing_ok=True)
         elif self.state is None:
-            for name in ("config.json", "log.jsonl", "config.json.part", "state.pt.part", "experts/expert-001.safetensors"):
+            own = ("config.json", "config.json.part", "log.jsonl", "state.pt.part", "experts/expert-001.safetensors")
+            for name in own:
                 (self.path / name).unlink(missing_ok=True)
             for folder in [self.path / "experts", *([self.path] if self.new else [])]:
                 with contextlib.suppress(OSError):  # not there, or not empty
