@@ -448,7 +448,7 @@ def _read_split(root, info, name, split):
     return Files(folder, members, paths, labels, [_captions(path, k, items[k]) for k in paths]), path, items
 
 
-def _read_dataset(root, info, name):
+def _read_dataset(root, info, name, prompts_too):
     test, train = (_read_split(root, info, name, s) for s in ("test", "train"))
     if test is None or not test[2]:
         raise FileNotFoundError(f"{info} has no {name}_test.json with samples, so {name} cannot be scored")
@@ -465,16 +465,21 @@ def _read_dataset(root, info, name):
                 raise ValueError(f"{path}: target {label} of {k} is outside the {len(classes)} classes of {file}")
             if classes and items[k].get("primer_caption"):
                 prompts[classes[label]] = items[k]["primer_caption"]
+    if prompts_too and train:  # as one caption more, of which the loader draws
+        for i, (caption, label) in enumerate(zip(train[0].captions, train[0].labels)):
+            several = [caption] if isinstance(caption, str) else caption
+            train[0].captions[i] = [*several, prompts[classes[label]]] if classes else several
     retrieval = not classes or not any(v.get("primer_caption") for v in test[2].values())
     empty = Files(root / name, None, [], [], [])
     return Dataset(name, "retrieval" if retrieval else "classification", classes, [prompts[c] for c in classes],
                    train[0] if train else empty, test[0])  # fmt: skip
 
 
-def fomo_in_flux(root, names=None, heldout=None, pool=()):
+def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False):
     """World from FoMo-in-Flux's layout. names: the datasets, by default all that are both annotated and there.
     heldout: those never trained on, by default the paper's 22. pool: those whose training split is the pretraining
-    pool. FileNotFoundError or ValueError in a sentence if anything is missing, torn or not text."""
+    pool. prompts_too: a training picture's class prompt is one of its captions, for captions that name no class.
+    FileNotFoundError or ValueError in a sentence if anything is missing, torn or not text."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: --data names the one that holds <DATASET>/ or <DATASET>.tar")
@@ -489,7 +494,7 @@ def fomo_in_flux(root, names=None, heldout=None, pool=()):
         if name not in there:
             raise FileNotFoundError(f"no dataset {name} in {root}; there are: {', '.join(there) or 'none'}")
     wanted = tqdm(sorted({*names, *pool}), "reading", leave=False, disable=None)
-    sets = {name: _read_dataset(root, info, name) for name in wanted}
+    sets = {name: _read_dataset(root, info, name, prompts_too) for name in wanted}
     world = World([sets[n] for n in names if n not in heldout], [sets[n] for n in names if n in heldout])
     if pool:
         world.pool = Concat(sets[n].train for n in dict.fromkeys(pool))

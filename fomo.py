@@ -71,6 +71,7 @@ class Config:
     stream: str = option(None, "JSON list of DATASET+++class; without, all concepts in random order (sec. 3.3)")
     heldout: tuple[str, ...] = option(None, "datasets never trained on: ZS; default the paper's 22")
     pool: tuple[str, ...] = option((), "datasets whose training split stands for the pretraining data P")
+    prompts_too: bool = option(False, "a training picture's class prompt is one of its captions, where these name none")
     out: str = option(None, "folder of the run; default runs/<method>-<seed>")
     cache: str = option("~/.cache/fomo", "folder for theta_0 and downloads")
     seed: int = option(0, "of the order of concepts and samples; theta_0 and the toy world stay the same")
@@ -333,7 +334,9 @@ def train(learner, method, batches, steps, rate, title, log=lambda **row: None, 
 
 
 def load_world(c):
-    return data.toy() if c.data is None else data.fomo_in_flux(c.data, heldout=c.heldout, pool=c.pool)
+    if c.data is None:
+        return data.toy()
+    return data.fomo_in_flux(c.data, heldout=c.heldout, pool=c.pool, prompts_too=c.prompts_too)
 
 
 def load_learner(c):

@@ -888,6 +888,13 @@ def test_folders_and_tars_hold_the_same_world(world, flux, tmp_path):
     assert len(a.pool) == 90 and data.fingerprint(a.pool) == data.fingerprint(b.pool)
 
 
+def test_class_prompts_can_be_captions_of_training_pictures_alone(flux):
+    plain, more = (data.fomo_in_flux(flux, heldout=["DIGITS"], prompts_too=too).adaptation[1] for too in (False, True))
+    for caption, label, several in zip(plain.train.captions, plain.train.labels, more.train.captions):
+        assert several == [*caption, plain.prompts[label]]
+    assert more.test.captions == plain.test.captions
+
+
 def test_a_set_without_class_prompts_is_a_retrieval_set(world, tmp_path):
     root = write_flux(world, tmp_path / "root")
     file = root / "00_info" / "DIGITS_test.json"
