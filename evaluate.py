@@ -84,7 +84,8 @@ def forgetting(history):
 
 # ------------------------------------------------------------------------------------------------------- the picture
 
-LINES = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
+LINES = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
+         "#000080", "#ffb6a3", "#00674f", "#ff00ff", "#a8c8f0", "#5c0a0a"]  # fmt: skip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1400, 1000, 110, 320, 40, 90  # pixels
 
 

@@ -557,7 +557,7 @@ def run(c):
     else:
         scores = shown.score_all(world, True, c.seed, "scoring theta_0")
         results = {"theta_0": scores, "tasks": [], "chance": chance(world), "theta_0_sha256": identity,
-                   "trained_parameters": sum(p.numel() for p in method.trained.values()), **costs}  # fmt: skip
+                   "trained_parameters": sum(p.numel() for p in method.trained.values()) if tasks else 0, **costs}
     print_head(results)
     try:
         folder.open()
