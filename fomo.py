@@ -112,6 +112,8 @@ class Config:
 
     pretrain_steps: int = option(1800, "of theta_0 on the pool, where --weights is absent; batches as above")
     pretrain_lr: float = option(1.5e-3, "its peak learning rate")
+    score_all: bool = option(False, "score all test data after every task; the paper, between the first and the last, a"
+                                    " class-balanced subset")  # fmt: skip
     device: str = option("auto", "auto is cuda where there is one, else cpu")
     precision: str = option("auto", "of the forward pass; auto is bf16 on a GPU that has it, else fp32",
                             ["auto", "fp32", "bf16", "fp16"])  # fmt: skip
@@ -276,13 +278,13 @@ class Learner:
         return sum(evaluate.recall_at_k(image, text, owner)) / 2
 
     def score_all(self, world, everything, seed, title):
-        """-> {"ka", "zs", "gm", "datasets": {name: percent}} of the model's present weights."""
+        """-> {"ka", "zs", "gm", "datasets": {name: percent}, "samples"} of the model's present weights."""
         self.model.eval()
-        datasets, scores = world.adaptation + world.heldout, {}
+        datasets, scores, samples = world.adaptation + world.heldout, {}, 0
         for d in progress(datasets, title):
             ids = range(len(d.test)) if everything else evaluate.balanced_subset(d.test.labels, seed)
-            scores[d.name] = self.score(d, ids)
-        return summary(world, scores)
+            scores[d.name], samples = self.score(d, ids), samples + len(ids)
+        return {**summary(world, scores), "samples": samples}
 
 
 def summary(world, scores):
@@ -574,15 +576,15 @@ def run(c):
             method.after_task(model, look_back(c, world, mixture, task, learner.size), learner.loss)
             timeline.add(method.plain(model))
             shown.model.load_state_dict(timeline.deploy())
-            scores = shown.score_all(world, task == tasks - 1, c.seed, f"scoring {title}")
+            scores = shown.score_all(world, c.score_all or task == tasks - 1, c.seed, f"scoring {title}")
             results["tasks"].append({"task": task + 1, "steps": steps, **scores})
             results["seconds"] = time.time() - began
             folder.log("evaluation", **results["tasks"][-1], seconds=results["seconds"])
             folder.save_state(model=model.state_dict(), method=method.state(), timeline=timeline.state(),
                               theta_0=identity, results=results)  # fmt: skip
-            print_row(task + 1, steps, scores)
+            print_row(task + 1, steps, scores, results["theta_0"])
         last = (results["tasks"] or [results["theta_0"]])[-1]
-        results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets")}
+        results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results.update(seconds=time.time() - began, config=folder.config)
         clip.save(shown.model, folder.path / "model.safetensors")
         draw([(folder.path, results), *joint_beside(folder.path, identity)], folder.path / "picture.png")
@@ -622,11 +624,15 @@ def print_head(results):
     print(ROW.format("task", "steps", "KA", "ZS", "GM"))
     print_row("theta_0", "", results["theta_0"])
     for row in results["tasks"]:
-        print_row(row["task"], row["steps"], row)
+        print_row(row["task"], row["steps"], row, results["theta_0"])
 
 
-def print_row(task, steps, scores):
-    tqdm.write(ROW.format(task, steps, *(f"{scores[k]:.1f}" for k in ("ka", "zs", "gm"))))
+def print_row(task, steps, scores, whole=None):
+    """whole: scores on all test data."""
+    row = ROW.format(task, steps, *(f"{scores[k]:.1f}" for k in ("ka", "zs", "gm")))
+    if whole and scores["samples"] < whole["samples"]:
+        row += f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples"
+    tqdm.write(row)
 
 
 def draw(runs, path):

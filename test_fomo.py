@@ -1284,6 +1284,19 @@ def test_an_error_in_the_first_task_leaves_other_peoples_files(flux, tmp_path, m
     assert {p.name for p in out.iterdir()} == {"notes.txt"}
 
 
+def test_rows_on_a_subset_say_so_and_score_all_has_none(flux, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "balanced_subset", lambda labels, seed: np.arange(len(labels) // 2))
+    for more, marked in ([], ["1", "2"]), (["--score-all"], []):
+        out = tmp_path / "-".join(["run", *more])
+        assert fomo.main(flux_options(flux, tmp_path, "--out", str(out), *more)) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if "class-balanced" in line]
+        assert [row.split()[0] for row in rows] == marked
+        results = json.loads((out / "results.json").read_text())
+        samples = [row["samples"] for row in (results["theta_0"], *results["tasks"], results["final"])]
+        some = samples[0] // (2 if marked else 1)
+        assert samples == [samples[0], some, some, samples[0], samples[0]]
+
+
 def test_a_second_process_in_the_same_folder_is_refused(flux, tmp_path, capsys, monkeypatch):
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
     train, codes = fomo.train, []
