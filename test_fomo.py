@@ -1297,6 +1297,37 @@ def test_rows_on_a_subset_say_so_and_score_all_has_none(flux, tmp_path, monkeypa
         assert samples == [samples[0], some, some, samples[0], samples[0]]
 
 
+def test_a_step_that_overflows_in_fp16_leaves_no_trace(flux, tmp_path, monkeypatch):
+    scale = 2.0**40  # halved at each overflow: all 3 steps of both tasks are left out
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
+    importance = []
+    monkeypatch.setattr(methods.SI, "after_task", lambda self, *a: importance.extend(self.path.values()))
+    options = ["--method", "si", "--precision", "fp16", "--tasks", "2", "--out", str(tmp_path / "run")]
+    assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
+    assert importance and all((path == 0).all() for path in importance)
+    assert scores(tmp_path / "run")["final"]["ka"] == scores(tmp_path / "run")["theta_0"]["ka"]
+
+
+def test_bench_measures_the_same_ties_as_merge(tmp_path, capsys, monkeypatch):
+    for i in range(4):
+        torch.manual_seed(i)
+        clip.write_tensors({"a": torch.randn(40, 9), "b": torch.randn(7)}, tmp_path / f"{i}.safetensors")
+    base, *experts = [clip.read_tensors(tmp_path / f"{i}.safetensors") for i in range(4)]
+    ours = merge.merge("ties", base, experts, density=0.2)
+    assert all(torch.allclose(ours[k], v, atol=1e-6) for k, v in fomo._stacked_ties(base, experts, 0.2).items())
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("peak memory is read from Linux' /proc")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for case in fomo.CASES:
+        assert fomo.main(["bench", "merge", "--folder", str(tmp_path), "--case", case]) == 0
+        row = json.loads(capsys.readouterr().out)
+        assert row["seconds"] > 0 and row["peak_bytes"] >= 0
+    assert fomo.main(["bench", "merge", "--case", "ties"]) == 2
+    assert fomo.main("bench methods --rounds 2 --batch-size 4 --methods ewc".split()) == 0
+    name, mine, plain, ratio, *_ = capsys.readouterr().out.splitlines()[-1].split()
+    assert name == "ewc" and float(mine) > 0 and float(plain) > 0 and 0.1 < float(ratio) < 10
+
+
 def test_a_second_process_in_the_same_folder_is_refused(flux, tmp_path, capsys, monkeypatch):
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
     train, codes = fomo.train, []
@@ -1399,6 +1430,9 @@ def test_the_readme_states_the_size_of_the_code():
     lines = {p.name: len(p.read_text().splitlines()) for p in HERE.glob("*.py")}
     table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE))
     assert {name: int(n) for name, n in table.items()} == pytest.approx(lines, rel=0.05)
+    total = re.search(r"([\d,]+) lines in all, and ([\d,]+) of tests", (HERE / "README.md").read_text()).groups()
+    tests = lines.pop("test_fomo.py")
+    assert [int(n.replace(",", "")) for n in total] == pytest.approx([sum(lines.values()), tests], rel=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------- budget
