@@ -359,15 +359,46 @@ class Tensors(UserDict):
     def __getitem__(self, name):
         return self.data[name]()
 
+    def stored(self, name):
+        """-> Stored, if this tensor lies in a file as it is; else None."""
+        return self.data[name] if isinstance(self.data[name], Stored) else None
 
-def _read(path, dtype, shape, stride, start, limit):
-    span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))  # elements, first to last
-    flat = torch.empty(span if span * dtype.itemsize <= limit else 0, dtype=dtype)
-    with open(path, "rb") as f:
-        f.seek(start)
-        if f.readinto(flat.view(torch.uint8).numpy()) != span * dtype.itemsize:
-            raise ValueError(f"{path}: a tensor of shape {[*shape]} is not where the file puts it")
-    return flat.as_strided(shape, stride).contiguous()
+
+class Stored:
+    """A tensor in a file, read when called. limit: bytes that are there. start: of its first, stride: in entries."""
+
+    def __init__(self, path, dtype, shape, stride, start, limit):
+        self.path, self.dtype, self.shape, self.stride, self.start = path, dtype, tuple(shape), tuple(stride), start
+        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))  # entries, first to last
+        self.span = span if span * dtype.itemsize <= limit else -1
+
+    def __call__(self):
+        flat = torch.empty(max(0, self.span), dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as f:
+            f.seek(self.start)
+            self._fill(flat, f)
+        return flat.as_strided(self.shape, self.stride).contiguous()
+
+    def pieces(self, n):
+        """Yields its entries in order, at most n at a time [<= n], all in the same memory: for who goes over many files
+        once, since the small buffer stays in the processor's cache."""
+        if self.span != math.prod(self.shape) or torch.empty(self.shape, device="meta").stride() != self.stride:
+            yield from self().reshape(-1).split(n)
+            return
+        buffer = torch.empty(min(n, self.span), dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as f:
+            f.seek(self.start)
+            for done in range(0, self.span, n):
+                piece = buffer[: self.span - done]
+                self._fill(piece, f)
+                yield piece
+
+    def _fill(self, flat, f):
+        left = memoryview(flat.view(torch.uint8).numpy())
+        while len(left) and (n := f.readinto(left)):  # one call reads 2 GiB at most
+            left = left[n:]
+        if len(left) or self.span < 0:
+            raise ValueError(f"{self.path}: a tensor of shape {[*self.shape]} is not where the file puts it")
 
 
 def _read_safetensors(path):
@@ -386,7 +417,7 @@ def _read_safetensors(path):
             if a != end or min(shape, default=0) < 0 or b - a != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill bytes {a} to {b}, next is {end}")
             stride, end = [math.prod(shape[i + 1 :]) for i in range(len(shape))], b
-            tensors[name] = functools.partial(_read, path, dtype, shape, stride, 8 + length + a, b - a)
+            tensors[name] = Stored(path, dtype, shape, stride, 8 + length + a, b - a)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: broken safetensors header ({type(e).__name__}: {e})") from e
     if 8 + length + end != size:
@@ -424,14 +455,14 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError("compressed, as torch never writes it")
         lengths = np.fromfile(self.archive.filename, "<u2", 2, offset=info.header_offset + 26)  # of the name, of extras
         start = info.header_offset + 30 + int(lengths.sum()) + skip
-        return functools.partial(_read, self.archive.filename, dtype, shape, stride, start, info.file_size - skip)
+        return Stored(self.archive.filename, dtype, shape, stride, start, info.file_size - skip)
 
 
 def _flat(tree, prefix=""):
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, functools.partial):
+        elif isinstance(value, Stored):
             yield f"{prefix}{key}", value
 
 

@@ -775,15 +775,26 @@ def merge_command(argv):
         files = [clip.openai_names(f) for f in files]
     began, readings = time.time(), {"ties": 3 if "whole" in options else 1, "tall-mask": 2}.get(technique, 1)
     with progress(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
-        watched = [clip.Tensors({name: partial(_ticking, f, name, bar) for name in f}) for f in files[1:]]
-        merged = merge.merge(technique, files[0], watched, weights, **options)
+        merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
     clip.write_tensors(merged, out, files[0].metadata)
     print(f"{technique} of {len(experts)} experts: {len(merged)} tensors in {out} ({time.time() - began:.1f} s)")
 
 
-def _ticking(tensors, name, bar):
-    bar.update()
-    return tensors[name]
+class Watched(clip.Tensors):
+    """Tensors that move a bar when they are read."""
+
+    def __init__(self, tensors, bar):
+        super().__init__(tensors.data, tensors.metadata)
+        self.bar = bar
+
+    def __getitem__(self, name):
+        self.bar.update()
+        return super().__getitem__(name)
+
+    def stored(self, name):
+        stored = super().stored(name)
+        self.bar.update(stored is not None)
+        return stored
 
 
 # ----------------------------------------------------------------------------------------------------------- benchmarks

@@ -1323,7 +1323,7 @@ def test_bench_measures_the_same_ties_as_merge(tmp_path, capsys, monkeypatch):
         row = json.loads(capsys.readouterr().out)
         assert row["seconds"] > 0 and row["peak_bytes"] >= 0
     assert fomo.main(["bench", "merge", "--case", "ties"]) == 2
-    assert fomo.main("bench methods --rounds 2 --batch-size 4 --methods ewc".split()) == 0
+    assert fomo.main(shlex.split("bench methods --rounds 2 --batch-size 4 --methods ewc")) == 0
     name, mine, plain, ratio, *_ = capsys.readouterr().out.splitlines()[-1].split()
     assert name == "ewc" and float(mine) > 0 and float(plain) > 0 and 0.1 < float(ratio) < 10
 
@@ -2121,6 +2121,25 @@ class TestMergeTensors:
         assert torch.equal(merge_one("linear", torch.zeros(3, dtype=torch.bfloat16), experts), experts[0])
         base = torch.zeros(3, dtype=torch.float32)
         assert torch.equal(merge_one("linear", base, [e.half() for e in experts[:2]]), experts[0].float())
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+    def test_files_read_in_pieces_merge_as_tensors_do(self, tmp_path, suffix):
+        g = torch.Generator().manual_seed(0)
+        models = [{"long": torch.randn(2 * merge.ONCE + 7, generator=g), "turned": torch.randn(5, 300, generator=g).T,
+                   "half": torch.randn(9, 2, generator=g).half(), "empty": torch.zeros(0, 3), "one": torch.ones(())}
+                  for _ in range(4)]  # fmt: skip
+        files = [tmp_path / f"{i}.{suffix}" for i in range(4)]
+        for model, path in zip(models, files):
+            torch.save(model, path) if suffix == "pt" else clip.write_tensors(model, path)
+        stored = [clip.read_tensors(path) for path in files]
+        pieces = [piece.clone() for piece in stored[0].stored("long").pieces(merge.ONCE)]
+        assert [len(piece) for piece in pieces] == [merge.ONCE, merge.ONCE, 7]
+        assert torch.equal(torch.cat(pieces), models[0]["long"])
+        merged = merge.merge("linear", stored[0], stored[1:])
+        assert all(torch.equal(merged[k], v) for k, v in merge.merge("linear", models[0], models[1:]).items())
+        os.truncate(files[2], os.path.getsize(files[2]) // 2)  # while the run reads it
+        with pytest.raises(ValueError, match=rf"2.{suffix}: a tensor of shape .* is not where the file puts it"):
+            merge.merge("linear", stored[0], stored[1:])
 
     @pytest.mark.parametrize("technique, options", [
         *[(t, {}) for t in merge.TECHNIQUES], ("ties", {"whole": True}), ("dare", {"elect": True}),
