@@ -395,13 +395,13 @@ def peak_memory(config, batch_size, method="finetune", precision="bf16", rank=0,
 # ---------------------------------------------------------------------------------------------------------- budgets
 
 
-def mafs(config, batch_size, method="finetune", rank=0, precision="bf16", memory_ratio=None):
+def mafs(config, batch_size, method="finetune", rank=0, precision="bf16", memory_ratio=None, gap=GAP):
     """GFLOPs of a step times the method's memory relative to full finetuning's (1); `memory_ratio` takes a measured or
     published ratio in place of ours."""
     ratio = memory_multiplier(config, batch_size, method, rank, precision) if memory_ratio is None else memory_ratio
     if not ratio > 0:
         raise ValueError(f"a ratio of two memories is above 0, not {ratio!r}")
-    return step_flops(config, batch_size, method, rank) / 1e9 * ratio
+    return step_flops(config, batch_size, method, rank, gap) / 1e9 * ratio
 
 
 def memory_multiplier(config, batch_size, method="finetune", rank=0, precision="bf16"):

@@ -20,6 +20,7 @@ import functools
 import gzip
 import hashlib
 import html
+import http.client
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ import re
 import unicodedata
 import urllib.request
 import zipfile
+import zlib
 from collections import OrderedDict, UserDict
 from pathlib import Path
 
@@ -61,6 +63,13 @@ class CLIPConfig:
     text_heads: int
     text_mlp: int
     quick_gelu: bool = False  # x * sigmoid(1.702 x) in place of GELU: a property of the weights, invisible in them
+
+    def __post_init__(self):
+        *sizes, quick_gelu = dataclasses.astuple(self)
+        if any(type(n) is not int or n < 1 for n in sizes) or type(quick_gelu) is not bool:
+            raise ValueError(f"sizes are whole numbers from 1 and quick_gelu is true or false: {self}")
+        if self.vision_width % self.vision_heads or self.text_width % self.text_heads:
+            raise ValueError(f"heads do not divide widths: {self}")
 
 
 def _config(embed, image, patch, vision, text, context=77, vocab=49408):
@@ -210,8 +219,8 @@ def contrastive_loss(image, text, scale):
 
 def normalise(images):
     """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over OpenAI's pixels, on the images' device."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    channels = zip(images.unbind(1), MEAN, STD)  # by number, for tensors of them would be copied, and waited for
+    return torch.stack([(x.float() / 255 - mean) / std for x, mean, std in channels], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
@@ -282,7 +291,7 @@ class Tokenizer:
                 a, b = (ids[s] for s in line.split())
                 self.merges[a, b] = ids.setdefault(line.replace(" ", ""), len(self.symbols))
                 self.symbols.append(self.symbols[a] + self.symbols[b])
-        except (OSError, EOFError, ValueError, KeyError) as e:
+        except (OSError, EOFError, ValueError, KeyError, zlib.error) as e:
             raise ValueError(f"{bpe}: no merge of two earlier symbols: {line[:80]!r} ({type(e).__name__})") from e
         if not self.merges or len(ids) != len(self.symbols):
             raise ValueError(f"{bpe}: no merges, or some twice; CLIP's: bpe_simple_vocab_16e6.txt.gz or merges.txt")
@@ -348,6 +357,18 @@ WEIGHTS = ("open_clip_model.safetensors", "model.safetensors", "model.safetensor
            "open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+@contextlib.contextmanager
+def _reading(path, fault):
+    """What a malformed file does to the code that reads it becomes one sentence that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, zlib.error,
+            zipfile.BadZipFile, pickle.UnpicklingError) as e:  # fmt: skip
+        if type(e) is ValueError and str(e).startswith(os.path.dirname(path) or str(path)):
+            raise  # it names the file, or the one beside it, already
+        raise ValueError(f"{path}: {fault} ({type(e).__name__}: {e})") from e
+
+
 class Tensors(UserDict):
     """name -> tensor, read when asked for, each time a private copy: nothing stays open or mapped, so that memory holds
     what the caller keeps (the pages of a memory map would count until the system takes them back)."""
@@ -368,12 +389,14 @@ class Stored:
     """A tensor in a file, read when called. limit: bytes that are there. start: of its first, stride: in entries."""
 
     def __init__(self, path, dtype, shape, stride, start, limit):
+        if any(type(n) is not int or n < 0 for n in (*shape, *stride, start)) or len(shape) != len(stride):
+            raise ValueError(f"shape {shape}, stride {stride}, first byte {start}")
         self.path, self.dtype, self.shape, self.stride, self.start = path, dtype, tuple(shape), tuple(stride), start
         span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))  # entries, first to last
         self.span = span if span * dtype.itemsize <= limit else -1
 
     def __call__(self):
-        flat = torch.empty(max(0, self.span), dtype=self.dtype)
+        flat = torch.empty(max(0, self.span), dtype=self.dtype, device="cpu")
         with open(self.path, "rb", buffering=0) as f:
             f.seek(self.start)
             self._fill(flat, f)
@@ -385,7 +408,7 @@ class Stored:
         if self.span != math.prod(self.shape) or torch.empty(self.shape, device="meta").stride() != self.stride:
             yield from self().reshape(-1).split(n)
             return
-        buffer = torch.empty(min(n, self.span), dtype=self.dtype)
+        buffer = torch.empty(min(n, self.span), dtype=self.dtype, device="cpu")
         with open(self.path, "rb", buffering=0) as f:
             f.seek(self.start)
             for done in range(0, self.span, n):
@@ -409,17 +432,17 @@ def _read_safetensors(path):
             raise ValueError(f"{path}: neither a torch zip nor safetensors (header of {length} bytes, file of {size}); "
                              "what torch wrote before 1.6 has to be saved again by a newer one")
         head = f.read(length)
-    try:
+    with _reading(path, "broken safetensors header"):
         header, end = json.loads(head), 0
         tensors = Tensors(metadata=header.pop("__metadata__", None))
+        if not all(isinstance(text, str) for text in (*tensors.metadata, *tensors.metadata.values())):
+            raise ValueError(f"__metadata__ is {tensors.metadata}, no strings by name")
         for name, v in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
             dtype, shape, (a, b) = DTYPES[v["dtype"]], v["shape"], v["data_offsets"]
             if a != end or min(shape, default=0) < 0 or b - a != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill bytes {a} to {b}, next is {end}")
             stride, end = [math.prod(shape[i + 1 :]) for i in range(len(shape))], b
             tensors[name] = Stored(path, dtype, shape, stride, 8 + length + a, b - a)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path}: broken safetensors header ({type(e).__name__}: {e})") from e
     if 8 + length + end != size:
         raise ValueError(f"{path}: torn file, {size} bytes where its header says {8 + length + end}")
     return tensors
@@ -451,8 +474,8 @@ class _Unpickler(pickle.Unpickler):
 
     def tensor(self, storage, offset, shape, stride, *_):
         (dtype, info), skip = storage, offset * storage[0].itemsize
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("compressed, as torch never writes it")
+        if info.compress_type != zipfile.ZIP_STORED or skip < 0:
+            raise ValueError("compressed, or beginning before its storage, as torch never writes it")
         lengths = np.fromfile(self.archive.filename, "<u2", 2, offset=info.header_offset + 26)  # of the name, of extras
         start = info.header_offset + 30 + int(lengths.sum()) + skip
         return Stored(self.archive.filename, dtype, shape, stride, start, info.file_size - skip)
@@ -467,24 +490,26 @@ def _flat(tree, prefix=""):
 
 
 def _read_torch(path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickled = min((n for n in archive.namelist() if n.endswith("data.pkl")), key=len)
-            reader = _Unpickler(archive.open(pickled))
-            reader.archive, reader.root = archive, pickled.removesuffix("data.pkl")
-            tree = reader.load()
+    fault = "not a torch file of plain tensors; save its state_dict() again with torch.save, or as safetensors"
+    with _reading(path, fault), zipfile.ZipFile(path) as archive:
+        pickled = min((n for n in archive.namelist() if n.endswith("data.pkl")), key=len)
+        reader = _Unpickler(archive.open(pickled))
+        reader.archive, reader.root = archive, pickled.removesuffix("data.pkl")
+        tree = reader.load()
         return Tensors(_flat(tree.get("state_dict", tree)))
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RecursionError, EOFError, LookupError, TypeError, ValueError,
-            AttributeError) as e:
-        raise ValueError(f"{path}: not a torch file of plain tensors ({type(e).__name__}: {e}); save its state_dict() "
-                         "again with torch.save, or as safetensors") from e
 
 
 def _read_json(path):
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON ({e})") from e
+    with _reading(path, "not JSON"):
+        tree = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(tree, dict):
+            raise TypeError(f"a {type(tree).__name__}, where an object of names is meant")
+        return tree
+
+
+def _read_file(path):
+    with open(path, "rb") as f:
+        return (_read_torch if f.read(4) == b"PK\3\4" else _read_safetensors)(str(path))
 
 
 def read_tensors(path):
@@ -499,14 +524,15 @@ def read_tensors(path):
             raise ValueError(f"{path}: a folder with {len(found)} files of weights; name the file that is meant")
         path = path / found[0]
     if path.name.endswith(".index.json"):
-        tensors, where = Tensors(), _read_json(path).get("weight_map", {})
-        for shard in sorted(set(where.values())):
-            tensors.data |= read_tensors(path.with_name(os.path.basename(shard))).data
+        tensors, where = Tensors(), _read_json(path).get("weight_map")
+        with _reading(path, "its weight_map is no list of shards by tensor"):
+            shards = [path.with_name(os.path.basename(shard)) for shard in sorted(set(where.values()))]
+        for shard in shards:
+            tensors.data |= _read_file(shard).data
         if missing := where.keys() - tensors.keys():
             raise ValueError(f"{path}: its shards lack {len(missing)} tensors, first {min(missing)}")
         return tensors
-    with open(path, "rb") as f:
-        return (_read_torch if f.read(4) == b"PK\3\4" else _read_safetensors)(str(path))
+    return _read_file(path)
 
 
 @contextlib.contextmanager
@@ -584,24 +610,31 @@ def _described(folder):
     """What shapes cannot say, from open_clip_config.json or Hugging Face's config.json beside the weights: vision width
     and heads, text width and heads, quick_gelu; None without such a file."""
     for file in (Path(folder, "open_clip_config.json"), Path(folder, "config.json")):
-        c = _read_json(file) if file.is_file() else {}
-        c = c.get("model_cfg", c)
-        if "vision_cfg" in c:
-            v, t = {"width": 768, "head_width": 64} | c["vision_cfg"], {"width": 512, "heads": 8} | c["text_cfg"]
-            plain = {"width", "layers", "heads", "head_width", "mlp_ratio", "image_size", "patch_size", "vocab_size",
-                     "context_length"}
-            if odd := [k for k, value in (v | t).items() if value and k not in plain and "tokenizer" not in k]:
-                raise ValueError(f"{file}: {', '.join(odd)} make it another architecture than plain CLIP")
-            return v["width"], v["width"] // v["head_width"], t["width"], t["heads"], bool(c.get("quick_gelu"))
-        if "vision_config" in c:  # what is missing has transformers' default; *_config_dict, of its first release, wins
-            base = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-            v, t = (base | default | (c.get(f"{tower}_config") or {}) | (c.get(f"{tower}_config_dict") or {})
-                    for tower, default in (("vision", {"hidden_size": 768, "num_attention_heads": 12}),
-                                           ("text", {"hidden_size": 512, "num_attention_heads": 8})))
-            acts = {(x["hidden_act"], x["layer_norm_eps"]) for x in (v, t)}
-            if acts not in ({("gelu", 1e-5)}, {("quick_gelu", 1e-5)}):
-                raise ValueError(f"{file}: activation and LayerNorm eps {acts}, not gelu or quick_gelu, and 1e-5")
-            return *(x[k] for x in (v, t) for k in ("hidden_size", "num_attention_heads")), "quick" in acts.pop()[0]
+        if file.is_file():
+            with _reading(file, "not a config of CLIP's"):
+                if said := _says(file, _read_json(file)):
+                    return said
+    return None
+
+
+def _says(file, c):
+    c = c.get("model_cfg", c)
+    if "vision_cfg" in c:
+        v, t = {"width": 768, "head_width": 64} | c["vision_cfg"], {"width": 512, "heads": 8} | c["text_cfg"]
+        plain = {"width", "layers", "heads", "head_width", "mlp_ratio", "image_size", "patch_size", "vocab_size",
+                 "context_length"}
+        if odd := [k for k, value in (v | t).items() if value and k not in plain and "tokenizer" not in k]:
+            raise ValueError(f"{file}: {', '.join(odd)} make it another architecture than plain CLIP")
+        return v["width"], v["width"] // v["head_width"], t["width"], t["heads"], bool(c.get("quick_gelu"))
+    if "vision_config" in c:  # what is missing has transformers' default; *_config_dict, of its first release, wins
+        base = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+        v, t = (base | default | (c.get(f"{tower}_config") or {}) | (c.get(f"{tower}_config_dict") or {})
+                for tower, default in (("vision", {"hidden_size": 768, "num_attention_heads": 12}),
+                                       ("text", {"hidden_size": 512, "num_attention_heads": 8})))
+        acts = {(x["hidden_act"], x["layer_norm_eps"]) for x in (v, t)}
+        if acts not in ({("gelu", 1e-5)}, {("quick_gelu", 1e-5)}):
+            raise ValueError(f"{file}: activation and LayerNorm eps {acts}, not gelu or quick_gelu, and 1e-5")
+        return *(x[k] for x in (v, t) for k in ("hidden_size", "num_attention_heads")), "quick" in acts.pop()[0]
     return None
 
 
@@ -609,10 +642,8 @@ def _architecture(path, raw, state, quick_gelu):
     """Sizes from the shapes; heads and activation from the config inside or beside the file, by OpenAI's rules for
     OpenAI's archives (64 wide, QuickGELU), else heads by width from CONFIGS, and the activation from the caller."""
     if "config" in raw.metadata:
-        try:
+        with _reading(path, "the config in its metadata is none of a CLIP; pass config="):
             return CLIPConfig(**json.loads(raw.metadata["config"]))
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"{path}: the config in its metadata is none of a CLIP ({e}); pass config=") from None
     (width, *_, patch), positions = state["visual.conv1.weight"].shape, len(state["visual.positional_embedding"])
     (vocab, text_width), embed = state["token_embedding.weight"].shape, state["text_projection"].shape[1]
     said = _described(path if os.path.isdir(path) else os.path.dirname(path))
@@ -635,6 +666,16 @@ def _architecture(path, raw, state, quick_gelu):
     return CLIPConfig(embed, image, patch, *vision, context, vocab, *text, said[4])
 
 
+def _activation(path, raw):
+    """What the file or a config beside it says of quick_gelu, or None."""
+    with contextlib.suppress(ValueError):
+        if "config" in raw.metadata:
+            return CLIPConfig(**json.loads(raw.metadata["config"])).quick_gelu
+        if said := _described(path if os.path.isdir(path) else os.path.dirname(path)):
+            return said[4]
+    return True if "input_resolution" in raw else None
+
+
 def _resize(positions, grid):
     """[1 + old^2, W] -> [1 + grid^2, W]: bicubic, the class token's stays."""
     old = math.isqrt(len(positions) - 1)
@@ -650,11 +691,19 @@ def load(path_or_spec, config=None, quick_gelu=None, image_size=None, cache=None
     image_size: pixels, resizes the position embeddings. ValueError if keys or shapes do not fit, or nothing says the
     heads or the activation."""
     path = fetch(path_or_spec, cache)
+    with _reading(path, "its tensors make no CLIP"):
+        return _load(path, config, quick_gelu, image_size)
+
+
+def _load(path, config, quick_gelu, image_size):
     raw = read_tensors(path)
     named, grid = openai_names(raw), "visual.positional_embedding"
     if not {"visual.conv1.weight", grid, "text_projection", "token_embedding.weight"} <= set(named):
         raise ValueError(f"{path}: not a CLIP of two transformers; has {', '.join([*named][:5])} ({len(named)} in all)")
     state = {name: named[name].float() for name in named}
+    if config and quick_gelu is None and _activation(path, raw) not in (None, config.quick_gelu):
+        raise ValueError(f"{path} says quick_gelu={not config.quick_gelu}, the config says {config.quick_gelu}; pass "
+                         "quick_gelu= as well, which overrules both")
     config = config or _architecture(path, raw, state, quick_gelu)
     config = config if quick_gelu is None else dataclasses.replace(config, quick_gelu=quick_gelu)
     if image_size is not None:
@@ -745,7 +794,7 @@ def _open(url, **headers):
         return urllib.request.urlopen(urllib.request.Request(url, headers={"User-Agent": "fomo"} | headers), timeout=30)
     except urllib.error.HTTPError as e:
         raise OSError(f"{url}: the server answers {e.code} {e.reason}") from e
-    except OSError as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise OSError(f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local file's path") from e
 
 
@@ -762,7 +811,7 @@ def _download(url, path, sha256):
         f.truncate(have)
         total = have + int(answer.headers.get("Content-Length", 0))
         bar = tqdm(desc=os.path.basename(path), total=total, initial=have, unit="B", unit_scale=True)
-        with bar, contextlib.suppress(ConnectionError, TimeoutError):  # told below
+        with bar, contextlib.suppress(ConnectionError, TimeoutError, http.client.IncompleteRead):  # told below
             while chunk := answer.read(1 << 20):
                 have += f.write(chunk)
                 bar.update(len(chunk))
@@ -812,7 +861,7 @@ def fetch(spec, cache=None):
         if not match:
             raise ValueError(f"{spec}: expected https://...#sha256= and 64 hexadecimal digits")
         key = hashlib.sha256(spec.encode()).hexdigest()[:16]
-        name = os.path.basename(urllib.parse.urlsplit(match[1]).path) or "file"
+        name = os.path.basename(match[1].partition("?")[0]) or "file"
         return _download(match[1], os.path.join(cache, "web", key, name), match[2])
     if not os.path.exists(spec):
         raise FileNotFoundError(f"{spec}: no such file or folder, nor hf:ORG/REPO[/FILE], https://...[#sha256=...] or "

@@ -15,7 +15,9 @@ stands alone; copy it:
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import re
 import tarfile
 import zlib
 from collections import Counter
@@ -365,6 +367,10 @@ class Files:
     def __len__(self):
         return len(self.paths)
 
+    def size(self, i):
+        """Bytes of the picture's file."""
+        return os.path.getsize(self.folder / self.paths[i]) if self.members is None else self.members[self.paths[i]][1]
+
     def image(self, i):
         path = self.paths[i]
         try:
@@ -480,14 +486,13 @@ def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False):
     heldout: those never trained on, by default the paper's 22. pool: those whose training split is the pretraining
     pool. prompts_too: a training picture's class prompt is one of its captions, for captions that name no class.
     FileNotFoundError or ValueError in a sentence if anything is missing, torn or not text."""
-    root = Path(root)
+    root = Path(root).resolve()
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: --data names the one that holds <DATASET>/ or <DATASET>.tar")
     info = next((p for p in (root / "00_info", root.parent / "00_info") if p.is_dir()), None)
     if info is None:
         raise FileNotFoundError(f"{root / '00_info'} is not there: the annotations, <DATASET>_train.json and so on")
-    annotated = {p.name.rsplit("_test", 1)[0].rsplit("_val", 1)[0] for p in info.glob("*_*.json")
-                 if p.stem.removesuffix("_224").endswith(("_test", "_val"))}  # fmt: skip
+    annotated = {m[1] for p in info.glob("*.json") if (m := re.fullmatch(r"(.+)_(?:test|val)(?:_224)?", p.stem))}
     there = sorted(n for n in annotated if n and (root / n).is_dir() or (root / f"{n}.tar").is_file())
     names, heldout = list(names or there), HELD_OUT if heldout is None else heldout
     for name in [*names, *pool, *(heldout if heldout is not HELD_OUT else ())]:
@@ -510,10 +515,11 @@ def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False):
 
 
 def fingerprint(split):
-    """Hash of what a split holds: captions, and pixels in memory or paths on disk."""
+    """Hash of what a split holds: captions, and pixels in memory or paths and sizes of files on disk."""
     digest = hashlib.sha256(json.dumps(split.captions).encode())
     for part in getattr(split, "splits", [split]):
-        digest.update(part.pixels.tobytes() if isinstance(part, Pictures) else json.dumps(part.paths).encode())
+        files = None if isinstance(part, Pictures) else [part.paths, [part.size(i) for i in range(len(part))]]
+        digest.update(part.pixels.tobytes() if files is None else json.dumps(files).encode())
     return digest.hexdigest()
 
 
@@ -568,11 +574,12 @@ def _permutation(n, *key):
 
 
 def split_batch(batch_size, ratios):
-    """How many of a batch come from P, D and B: the floor of each share, the rest dealt out in that order.
-    512 at .33/.34/.33 is 169/175/168."""
+    """How many of a batch come from P, D and B: the floor of each share, the rest dealt out in that order among those
+    that have one. 512 at .33/.34/.33 is 169/175/168."""
     counts = [math.floor(round(batch_size * r, 6)) for r in ratios]
+    shares = [i for i in range(3) if ratios[i] > 0]
     for i in range(batch_size - sum(counts)):
-        counts[i % 3] += 1
+        counts[shares[i % len(shares)]] += 1
     return counts
 
 
@@ -669,7 +676,10 @@ class _Lazily(torch.utils.data.Dataset):
 
 def _batches(make, items, workers):
     own = torch.Generator()  # else it draws from torch's global one
-    for batch in DataLoader(_Lazily(make, items), batch_size=None, num_workers=workers, generator=own):
+    fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None  # `make` does not pickle
+    workers = workers if fork else 0
+    for batch in DataLoader(_Lazily(make, items), batch_size=None, num_workers=workers, generator=own,
+                            multiprocessing_context=fork):  # fmt: skip
         if isinstance(batch, Exception):
             raise batch
         yield batch

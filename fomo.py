@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -179,22 +180,27 @@ def resolve(c):
         raise ValueError(f"--seed, --replay, --weight-decay are 0 or more, got {c.seed}, {c.replay}, {c.weight_decay}")
     if c.meta not in methods.SCHEDULES[c.schedule]:
         raise ValueError(f"--schedule {c.schedule} has --meta {', '.join(methods.SCHEDULES[c.schedule])}, not {c.meta}")
+    rates(c, 1, 0)(0)  # says what is wrong with --warmup, --cooldown and --floor
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     c.cache = str(Path(c.cache).expanduser())
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=c.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        sentence = f"--device {c.device} cannot be used here ({str(e).splitlines()[0]}); auto takes what there is"
-        raise ValueError(sentence) from None
+    check_device(c.device)
     if c.precision == "auto":
-        c.precision = "bf16" if c.device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        c.precision = "bf16" if c.device.startswith("cuda") and torch.cuda.is_bf16_supported(False) else "fp32"
     merge.Timeline({}, **merge_options(c))  # these two say what is wrong before anything long begins
     make_method(c)
     if c.workers < 0:
         c.workers = min(16, (os.cpu_count() or 1) - 1)
     return c
+
+
+def check_device(device):
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        sentence = f"--device {device} cannot be used here ({str(e).splitlines()[0]}); left out, it is what there is"
+        raise ValueError(sentence) from None
 
 
 def merge_options(c):
@@ -207,10 +213,10 @@ def merge_options(c):
         if name in ("init", "deploy", "technique", "weight", "anchored", "reverse", "include_base", "expert_weights",
                     "base", "store"):  # fmt: skip
             raise ValueError(f"--merge-options {text}: {name} is no option of a technique; see --help for the others")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value  # a word, as in function=max
+        options[name] = value  # a word, as in function=max, if none of these reads it
+        for read in (float, lambda text: json.loads(text.lower())):  # .5 is no JSON, True no number
+            with contextlib.suppress(ValueError):
+                options[name] = read(value)
     return place | {"technique": c.merge_technique, "weight": c.merge_weight, "expert_weights": c.merge_growth,
                     "reverse": c.merge_reverse, "include_base": c.merge_base, **options}  # fmt: skip
 
@@ -235,8 +241,8 @@ def ratios(c):
 class Learner:
     """The model with all that turns pictures and captions into a loss or into features, on its device."""
 
-    def __init__(self, model, tokenizer, c):
-        self.device = torch.device(c.device)
+    def __init__(self, model, tokenizer, c, merges=None):
+        self.device, self.merges = torch.device(c.device), merges
         self.model, self.tokenizer, self.c = model.to(self.device), tokenizer, c
         self.size, self.context = model.config.image_size, model.config.context_length
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
@@ -348,14 +354,20 @@ def load_world(c):
 
 def load_learner(c):
     """The checkpoint --weights, or weights as they are before any training."""
-    config = clip.CONFIGS[c.model] if c.model else None
     if c.weights is None:
         torch.manual_seed(0)
-        return Learner(clip.CLIP(config), clip.Tokenizer(), c)
+        return Learner(clip.CLIP(clip.CONFIGS[c.model]), clip.Tokenizer(), c)
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[c.activation]
-    model = clip.load(c.weights, config, quick_gelu, cache=c.cache)
+    try:
+        model = clip.load(c.weights, None, quick_gelu, cache=c.cache)
+    except ValueError as e:
+        hint = "; on the command line: --activation" if "quick_gelu=" in str(e) else ""
+        raise ValueError(f"{e}{hint}") from None
+    if c.model and clip.CONFIGS[c.model] != dataclasses.replace(model.config, quick_gelu=False):
+        raise ValueError(f"{c.weights} is no {c.model}: leave --model out, and it is what the weights are")
     bytewise = model.config.vocab_size == clip.CONFIGS["tiny"].vocab_size
-    return Learner(model, clip.Tokenizer(None if bytewise else c.bpe or clip.find_bpe(c.weights, c.cache)), c)
+    merges = None if bytewise else clip.fetch(c.bpe, c.cache) if c.bpe else clip.find_bpe(c.weights, c.cache)
+    return Learner(model, clip.Tokenizer(merges), c, merges)
 
 
 def pretrain(learner, world):
@@ -413,7 +425,7 @@ class Folder:
 
     def __init__(self, c):
         self.path, self.config = Path(c.out), json.loads(json.dumps(dataclasses.asdict(c)))
-        self.state, self.log_file = None, None
+        self.state, self.log_file, self.found = None, None, self._written()
         if (self.path / "results.json").exists():
             raise ValueError(f"{self.path} holds a finished run: name another folder with --out, or delete it")
         found = self.path / "config.json"
@@ -459,9 +471,18 @@ class Folder:
             raise ValueError(f"another process is running in {self.path}: wait for it, or name another --out") from None
         except OSError:  # a file system without locks
             pass
+        if self._written() != self.found:
+            self.log_file.close()
+            self.log_file = None
+            raise ValueError(f"another process wrote in {self.path} meanwhile: start again, or name another --out")
         self.write_json("config.json", self.config)
         size = os.path.getsize(self.path / "log.jsonl")
         self.log_file.truncate(min(size, self.state["log_bytes"]) if self.state else 0)  # rows of an unfinished task go
+
+    def _written(self):
+        """When the files that say how far this run is were written."""
+        files = (self.path / name for name in ("state.pt", "results.json"))
+        return [f.stat().st_mtime_ns if f.exists() else None for f in files]
 
     def log(self, event, **row):
         self.log_file.write(json.dumps({"event": event, **row}) + "\n")
@@ -527,10 +548,12 @@ def plan(c, model_config, samples):
     total = c.budget or budget.default_budget(model_config)
     method = c.method if c.method in budget.METHODS else "finetune"
     rank = c.rank or 0  # 0 is the paper's
-    maf = budget.mafs(model_config, c.batch_size, method, rank)
-    looked_at = min(samples // max(1, tasks), c.fisher_samples or methods.Method.fisher_samples)  # by EWC
-    in_steps = (budget.task_flops(model_config, c.batch_size, method, looked_at)
-                / budget.step_flops(model_config, c.batch_size, method, rank))  # fmt: skip
+    gap = c.gap or budget.GAP
+    maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
+    at_most = max(1, (c.fisher_samples or methods.Method.fisher_samples) // c.batch_size)
+    batches = min(math.ceil(samples / max(1, tasks) / c.batch_size), at_most)  # that EWC looks back on
+    in_steps = (budget.task_flops(model_config, c.batch_size, method, batches * c.batch_size)
+                / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
     steps = budget.steps_per_task(total, max(1, tasks), maf, maf * in_steps)
     return tasks, steps, {"gflops": total, "maf_gflops_per_step": maf}
 
@@ -591,11 +614,17 @@ def run(c):
             folder.save_state(model=model.state_dict(), method=method.state(), timeline=timeline.state(),
                               theta_0=identity, results=results)  # fmt: skip
             print_row(task + 1, steps, scores, results["theta_0"])
+        if results["tasks"]:  # which this process need not have trained
+            shown.model.load_state_dict(timeline.deploy())
         last = (results["tasks"] or [results["theta_0"]])[-1]
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results.update(seconds=time.time() - began, config=folder.config)
         clip.save(shown.model, folder.path / "model.safetensors")
-        draw([(folder.path, results), *joint_beside(folder.path, identity)], folder.path / "picture.png")
+        if learner.merges:  # where `evaluate --weights` and others look for them
+            name = "bpe_simple_vocab_16e6.txt.gz" if learner.merges.endswith(".gz") else "merges.txt"
+            shutil.copyfile(learner.merges, folder.path / name)
+        beside = joint_beside(folder.path, identity) if c.method != "joint" else []
+        draw([(folder.path, results), *beside], folder.path / "picture.png")
         folder.write_json("results.json", results)
     except BaseException:
         folder.close(finished=False)
@@ -645,10 +674,11 @@ def print_row(task, steps, scores, whole=None):
 
 def draw(runs, path):
     """runs: (folder, results) pairs from one theta_0. Joint runs are the golden star."""
-    lines = {}
+    lines, names = {}, Counter(Path(folder).name for folder, _ in runs)
     for folder, results in runs:
-        method = results["config"]["method"]
-        name = method if method in ("joint", "zero-shot") else Path(folder).name
+        method, folder = results["config"]["method"], Path(folder)
+        name = folder.name if names[folder.name] == 1 and folder.name != "joint" else str(folder)
+        name = method if method in ("joint", "zero-shot") and method not in lines else name
         lines[name] = [(p["zs"], p["ka"]) for p in (results["theta_0"], *results["tasks"])]
     evaluate.plot(lines, path)
 
@@ -820,6 +850,7 @@ def bench_command(argv):
     args = p.parse_args(argv)
     if min(args.experts, args.batch_size, args.rounds) < 1 or (args.case and not args.folder):
         raise ValueError("--experts, --batch-size and --rounds are at least 1, and --case measures files in a --folder")
+    check_device(args.device)
     if args.what == "methods":
         bench_methods(args)
     elif args.case:

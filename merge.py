@@ -62,7 +62,7 @@ def merge(technique, base, experts, weights=None, **options):
         if v.n == 0 or not v.stored.is_floating_point:
             out = base[name].detach().clone()
         elif v.n == 1:
-            shares = weights if sum(weights) > 0 else [1.0] * len(weights)
+            shares = weights if sum(weights) > 0 and min(weights) >= 0 else [1.0] * len(weights)
             out = linear(v, [w / sum(shares) for w in shares])
         else:
             out = TECHNIQUES[technique](v, weights, **options)  # [n]: theta of linear and slerp, tau of the others
@@ -193,7 +193,7 @@ def dare(v, weights, *, drop=0.9, elect=False, function="mean", seed=0):
 
     def thinned(i):
         for part, tau in v.tau(i):
-            keep = torch.rand(len(tau), generator=generator) >= drop
+            keep = torch.rand(len(tau), generator=generator, device="cpu") >= drop
             yield part, tau.mul_(keep.to(tau.device)).div_(1 - drop)
 
     return _elect(v, weights, thinned, function) if elect else _total(v, weights, thinned)
@@ -205,7 +205,7 @@ def breadcrumbs(v, weights, *, top=0.01, bottom=0.85):
 
     def masked(i):
         few = round(top * v.n)
-        loud, outliers = _cut(v, i, v.n - round(bottom * v.n)), _cut(v, i, few) if few else None
+        loud, outliers = _cut(v, i, max(1, few, v.n - round(bottom * v.n))), _cut(v, i, few) if few else None
         for part, tau in v.tau(i):
             yield part, loud.trim(tau) - (outliers.trim(tau) if few else 0)
 
@@ -245,7 +245,7 @@ def random(v, weights, *, seed=0):
         so_far += weight
         p = weight / so_far if so_far else 0.0
         for part, tau in v.tau(i):
-            take = torch.rand(len(tau), generator=generator) < p
+            take = torch.rand(len(tau), generator=generator, device="cpu") < p
             chosen[part] = torch.where(take.to(tau.device), tau, chosen[part])
     return chosen
 
@@ -404,7 +404,11 @@ RANGES = {
     "function": (lambda x: x in ("mean", "sum", "max"), "mean, sum or max"),
     "strictness": (lambda x: 0 <= x < math.inf, "0 or more"), "scale": (lambda x: abs(x) < math.inf, "a finite number"),
     "agree": (lambda x: x >= 1, "1 or more"),
-    "lines": (lambda x: x is None or len(x) == 3, "(alpha, beta, linear | quadratic | sqrt)"),
+    "lines": (lambda x: x is None or len(x) == 3 and max(map(abs, x[:2])) < math.inf and x[2] in CURVES,
+              "(alpha, beta, linear | quadratic | sqrt)"),
+    "whole": (lambda x: isinstance(x, bool), "true or false"),
+    "elect": (lambda x: isinstance(x, bool), "true or false"),
+    "seed": (lambda x: isinstance(x, (int, str)), "a whole number or a text"),
 }  # fmt: skip
 
 

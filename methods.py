@@ -198,7 +198,7 @@ PROJECTIONS = {"*.attn.in_proj_weight": 3, "*.mlp.c_proj.weight": 1}  # q, k, v 
 def _kaiming(parameter, fan_in, a, generator):
     """nn.init.kaiming_uniform_, which reads a wrong fan_in off stacked matrices, drawn on the CPU: equal anywhere."""
     bound = math.sqrt(6 / ((1 + a * a) * fan_in))
-    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    parameter.copy_(torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
 class LoRAWeight(nn.Module):
@@ -328,6 +328,8 @@ def _top_singular_vectors(g, rank):
 
     Read off the smaller Gram matrix: a full SVD costs many times more, and the vectors differ only below rounding of
     the largest singular value. Signs are arbitrary but outlived by the moments, so the largest entry is positive."""
+    if not g.isfinite().all():
+        raise ValueError("a gradient is not finite and has no singular vectors: lower the learning rate")
     g = g / g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)  # a square of a small gradient would underflow
     gram = g.T @ g if g.shape[0] >= g.shape[1] else g @ g.T
     vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # eigenvalues ascend
@@ -376,6 +378,7 @@ class EWC(Method):
     batch's loss, as in the authors' code: a contrastive loss has no gradient per sample. It shrinks as batches grow."""
 
     kept = ("root_fisher", "anchor")  # sqrt(F) and theta*
+    loss_scale = 2.0**14  # keeps float16 gradients from vanishing, and changes no bit of wider ones
 
     def penalty(self, model):
         return quadratic(self.ewc_lambda, self.root_fisher, self.anchor, self.trained) if self.root_fisher else 0
@@ -386,13 +389,14 @@ class EWC(Method):
         for batch, size in batches:
             if count and samples + size > self.fisher_samples:
                 break
-            gradients = torch.autograd.grad(
-                loss(model, batch), parameters, allow_unused=True, materialize_grads=True
-            )
-            torch._foreach_addcmul_(fisher, gradients, gradients)
-            samples, count = samples + size, count + 1
+            scaled = self.loss_scale * loss(model, batch)
+            gradients = torch.autograd.grad(scaled, parameters, allow_unused=True, materialize_grads=True)
+            if torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+                gradients = torch._foreach_div(gradients, self.loss_scale)
+                torch._foreach_addcmul_(fisher, gradients, gradients)
+                samples, count = samples + size, count + 1
         if not count:
-            raise ValueError("EWC measures its Fisher on batches of the task and got none")
+            raise ValueError("EWC measures its Fisher on the task's batches: there is none with a finite gradient")
         torch._foreach_div_(fisher, count)
         if self.root_fisher:
             root = list(self.root_fisher.values())

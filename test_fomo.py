@@ -269,6 +269,11 @@ def test_activation_and_heads_come_from_where_they_are_said_or_are_asked_for(tmp
     (tmp_path / "config.json").write_text(json.dumps(clip._hf_config(config)))
     assert clip.load(tmp_path / "known.safetensors").config == config
     assert clip.load(tmp_path / "known.safetensors", quick_gelu=True).config.quick_gelu  # the caller has the last word
+    assert clip.load(tmp_path / "known.safetensors", config=config).config == config
+    other = dataclasses.replace(config, quick_gelu=True)
+    with pytest.raises(ValueError, match="says quick_gelu=False, the config says True; pass quick_gelu="):
+        clip.load(tmp_path / "known.safetensors", config=other)
+    assert clip.load(tmp_path / "known.safetensors", config=other, quick_gelu=True).config == other
     with pytest.raises(ValueError, match="widths 128 and 64"):
         clip.load(tmp_path / "bare.safetensors")  # a stranger's config.json beside it
     old = {"vision_config": {}, "text_config": {}, "vision_config_dict": {"hidden_size": 384, "num_attention_heads": 6},
@@ -416,6 +421,11 @@ CLIP_FAULTS = {
     "hole": (clip_bytes({"a": clip_entry(0, 8), "b": clip_entry(12, 20)}, b"\0" * 20), "tensor b"),
     "wrong size": (clip_bytes({"a": clip_entry(0, 8, (3,))}), "tensor a"),
     "negative": (clip_bytes({"a": clip_entry(0, 8, (-1, -2))}), "tensor a"),
+    "shape of text": (clip_bytes({"a": clip_entry(0, 8, ("2",))}), "header"),
+    "shape of floats": (clip_bytes({"a": clip_entry(0, 8, (2.0,))}), r"shape \[2.0\]"),
+    "offset is a float": (clip_bytes({"a": clip_entry(0.0, 8)}), "first byte"),
+    "metadata is a list": (clip_bytes({"__metadata__": [1], "a": clip_entry(0, 8)}), "header"),
+    "metadata of numbers": (clip_bytes({"__metadata__": {"a": 1}, "a": clip_entry(0, 8)}), "no strings by name"),
     "not a torch zip": (b"PK\3\4" + b"\0" * 40, "BadZipFile"),
 }
 
@@ -436,7 +446,7 @@ def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
         for name in old.namelist():
             new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match="b.pt.*compressed.*torch.save"):
+    with pytest.raises(ValueError, match="b.pt.*torch.save.*compressed"):
         clip.read_tensors(tmp_path / "b.pt")
     with zipfile.ZipFile(tmp_path / "c.pt", "w") as z:
         z.writestr("readme", "hello")
@@ -447,9 +457,73 @@ def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
     config = dataclasses.replace(clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64)
     (tmp_path / "f").mkdir()
     clip.write_tensors(clip.CLIP(config).state_dict(), tmp_path / "f" / "model.safetensors")
-    (tmp_path / "f" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not JSON"):
-        clip.load(tmp_path / "f")
+    for text, words in {
+        "{": "config.json: not JSON", "[1]": "config.json: not JSON .* a list", '"x"': "a str",
+        '{"vision_config": 3}': "config.json: not a config",
+        '{"vision_cfg": {"head_width": 0}, "text_cfg": {}}': "config.json: not a config",
+        '{"vision_cfg": {}}': "'text_cfg'", '{"vision_config": {"hidden_act": []}}': "config.json: not a config",
+    }.items():
+        (tmp_path / "f" / "config.json").write_text(text)
+        for path in ("f", "f/model.safetensors"):
+            with pytest.raises(ValueError, match=words) as e:
+                clip.load(tmp_path / path)
+            assert str(e.value).startswith(f"{tmp_path / 'f'}/config.json: ")
+
+
+def test_an_index_of_shards_that_lists_none_is_named(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for text, words in {
+        "{}": "weight_map is no list", '{"weight_map": {"a": 3}}': "weight_map is no list", "[]": "not JSON",
+        '{"weight_map": {"a": "model.safetensors.index.json"}}': "neither a torch zip nor safetensors",
+    }.items():
+        index.write_text(text)
+        with pytest.raises(ValueError, match=words) as e:
+            clip.load(tmp_path)
+        assert str(index) in str(e.value)
+
+
+CLIP_DAMAGE = {  # to the tensors of a whole checkpoint
+    "one row": lambda s: s | {"visual.conv1.weight": torch.ones(3)},
+    "scalar": lambda s: s | {"text_projection": torch.ones(())},
+    "no positions": lambda s: s | {"visual.positional_embedding": torch.ones(0, 384)},
+    "no layers": lambda s: {k: v for k, v in s.items() if "resblocks" not in k},
+    "scale of two": lambda s: s | {"logit_scale": torch.ones(2)},
+    "half a head": lambda s: {k.replace("visual.ln_pre.bias", "vision_model.q_proj.bias"): v for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("damage", CLIP_DAMAGE)
+def test_tensors_of_odd_shapes_make_no_clip(tmp_path, damage):
+    config = dataclasses.replace(clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64)
+    path = tmp_path / "w.safetensors"
+    clip.write_tensors(CLIP_DAMAGE[damage](clip_random(config).state_dict()), path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        clip.load(path, quick_gelu=False)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        clip.load(path, config=config, image_size=96)
+
+
+def test_a_config_of_impossible_sizes_is_refused(tmp_path):
+    for change in ({"vision_heads": 5}, {"text_layers": 0}, {"embed_dim": 8.0}, {"quick_gelu": 1}, {"text_mlp": True}):
+        with pytest.raises(ValueError, match="sizes are whole numbers|heads do not divide"):
+            dataclasses.replace(SMALL, **change)
+        clip.write_tensors(clip_random(SMALL).state_dict(), tmp_path / "w.safetensors",
+                           {"config": json.dumps(dataclasses.asdict(SMALL) | change)})  # fmt: skip
+        with pytest.raises(ValueError, match="the config in its metadata"):
+            clip.load(tmp_path / "w.safetensors")
+
+
+def test_pickles_that_lie_about_their_tensors_are_named(tmp_path):
+    torch.save({"a": torch.ones(4)}, tmp_path / "a.pt")
+    for old, new in ((b"K\x00K\x04\x85", b"K\x00K\x05\x85"), (b"K\x00K\x04\x85", b"J\xff\xff\xff\xffK\x04\x85"),
+                     (b"K\x00K\x04\x85", b"K\x00N\x85")):  # fmt: skip
+        with zipfile.ZipFile(tmp_path / "a.pt") as good, zipfile.ZipFile(tmp_path / "b.pt", "w") as bad:
+            for name in good.namelist():
+                content = good.read(name)
+                assert not name.endswith("data.pkl") or old in content
+                bad.writestr(name, content.replace(old, new))
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "b.pt"))):
+            clip.read_tensors(tmp_path / "b.pt")["a"]
 
 
 CLIP_PEAK = """
@@ -580,8 +654,9 @@ def test_wrong_specs_say_what_is_expected(spec, words, tmp_path):
 
 def test_without_a_network_the_sentence_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    with pytest.raises(OSError, match="cannot be reached .* offline, give a local file's path"):
-        clip.load("hf:org/repo", cache=tmp_path)
+    for spec in ("hf:org/repo", "https://[", "https://127.0.0.1:a/b c"):
+        with pytest.raises(OSError, match="cannot be reached .* offline, give a local file's path"):
+            clip.load(spec, cache=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
@@ -786,7 +861,7 @@ def test_concat_finds_each_parts_own_picture(world):
     (512, (0.33, 0.34, 0.33), [169, 175, 168]),  # facts of the paper's code
     (512, (0.33, 0.67, 0), [169, 343, 0]),
     (100, (0.1, 0.2, 0.7), [10, 20, 70]),  # .7 * 100 is 70 although the float is below
-    (7, (0, 0.5, 0.5), [1, 3, 3]),
+    (7, (0, 0.5, 0.5), [0, 4, 3]),
 ])  # fmt: skip
 def test_a_batch_splits_by_floor_then_the_rest_in_order(batch, ratios, counts):
     assert data.split_batch(batch, ratios) == counts and sum(counts) == batch
@@ -812,6 +887,13 @@ def test_batches_hold_update_buffer_and_pool_samples_of_the_right_tasks(world):
 def test_without_a_pool_the_first_task_trains_on_its_own_data_alone(world):
     mixture, _ = mixture_of(dataclasses.replace(world, pool=None), ratios=(0, 0.5, 0.5))
     assert mixture.counts(0) == [0, 100, 0] and mixture.counts(1) == [0, 50, 50]
+    for size in (7, 33):  # what the shares leave over is dealt to sources that have one
+        mixture, chunks = mixture_of(dataclasses.replace(world, pool=None), ratios=(0, 0.5, 0.5), batch_size=size)
+        splits = {d.name: d for d in world.adaptation}
+        for task in range(2):
+            drawn = [(n, splits[n].classes[splits[n].train.labels[i]]) for n, i in mixture.ids(task, 0)]
+            assert len(drawn) == size and set(drawn) <= {c for chunk in chunks[: task + 1] for c in chunk}
+            assert sum(c in chunks[task] for c in drawn) == (size if task == 0 else (size + 1) // 2)
 
 
 def test_a_source_is_seen_whole_before_anything_repeats(world):
@@ -1248,12 +1330,16 @@ def test_a_finished_run_and_a_foreign_folder_are_not_touched(flux, tmp_path, cap
 
 def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, capsys):
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
+    assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
     monkeypatch.setattr(evaluate, "plot", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert fomo.main(options) == 2 and "No space left" in capsys.readouterr().err
     assert fomo.main([*options, "--lr", "1e-4"]) == 2
     assert "--lr was 0.001, is 0.0001" in capsys.readouterr().err
     monkeypatch.undo()
-    assert fomo.main(options) == 0  # nothing was lost: the picture was drawn without training again
+    monkeypatch.setattr(fomo, "train", None)  # nothing was lost: the rest is done without training again
+    assert fomo.main(options) == 0 and scores(tmp_path / "run") == scores(tmp_path / "whole")
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "whole"))
+    assert a == b
 
 
 def test_a_torn_state_is_named(flux, tmp_path, monkeypatch, capsys):
@@ -1342,8 +1428,26 @@ def test_a_second_process_in_the_same_folder_is_refused(flux, tmp_path, capsys, 
     assert "another process is running in" in capsys.readouterr().err
 
 
+def test_a_run_that_somebody_finished_meanwhile_is_not_touched(flux, tmp_path, capsys, monkeypatch):
+    options, load_world, codes = flux_options(flux, tmp_path, "--out", str(tmp_path / "run")), fomo.load_world, []
+
+    def meanwhile(c):  # after the folder was looked at, before it is locked
+        if not codes:
+            codes.append(None)
+            codes.append(fomo.main(options))
+        return load_world(c)
+
+    monkeypatch.setattr(fomo, "load_world", meanwhile)
+    assert fomo.main(options) == 2 and codes == [None, 0]
+    assert "another process wrote in" in capsys.readouterr().err
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files == {"config.json", "log.jsonl", "results.json", "picture.png", "model.safetensors"}
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 13
+
+
 def test_a_full_disk_keeps_the_last_good_state(flux, tmp_path, monkeypatch, capsys):
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
+    assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
     save, saved = torch.save, []
 
     def full(state, path):
@@ -1356,7 +1460,58 @@ def test_a_full_disk_keeps_the_last_good_state(flux, tmp_path, monkeypatch, caps
     monkeypatch.setattr(torch, "save", full)
     assert fomo.main(options) == 2 and "is the disk full?" in capsys.readouterr().err
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "log.jsonl", "state.pt"}
-    assert fomo.main(options) == 0
+    assert fomo.main(options) == 0 and scores(tmp_path / "run") == scores(tmp_path / "whole")
+
+
+def test_weights_are_what_they_are_and_model_only_says_what_is_expected(flux, tmp_path, capsys):
+    config = dataclasses.replace(clip.CONFIGS["tiny"], quick_gelu=True)
+    clip.save(clip_random(config), tmp_path / "quick.safetensors")
+    weights = ["--weights", str(tmp_path / "quick.safetensors"), "--out", str(tmp_path / "run")]
+    assert fomo.main(flux_options(flux, tmp_path, *weights, "--model", "ViT-B-32")) == 2
+    assert "quick.safetensors is no ViT-B-32: leave --model out" in capsys.readouterr().err
+    assert fomo.main(flux_options(flux, tmp_path, *weights)) == 0
+    assert clip.load(tmp_path / "run" / "model.safetensors").config == config
+    clip.write_tensors(clip_random(config).state_dict(), tmp_path / "quick.safetensors")  # which says nothing
+    assert fomo.main(flux_options(flux, tmp_path, *weights, "--out", str(tmp_path / "mute"))) == 2
+    assert "does not say its activation" in (error := capsys.readouterr().err) and "--activation" in error
+
+
+def test_the_budget_buys_what_budget_says(world):
+    """Steps of each task, in the end times what they cost, against the whole stream's GFLOPs."""
+    config, samples = clip.CONFIGS["ViT-B-16"], 100_000
+    for options in ("merge", "joint", "lora --rank 64", "galore --gap 10", "ewc", "ewc --fisher-samples 2000"):
+        words = ["--method", *options.split(), "--model", "ViT-B-16", "--weights", "x", "--budget", "1.8e9"]
+        c = fomo.resolve(fomo.parse(words))
+        tasks, steps, costs = fomo.plan(c, config, samples)
+        method = c.method if c.method in budget.METHODS else "finetune"
+        flops = budget.step_flops(config, 512, method, c.rank or 0, *([c.gap] if c.gap else []))
+        per_step = flops / 1e9 * budget.memory_multiplier(config, 512, method, c.rank or 0)
+        seen = min(-(-samples // (20 * 512)), (c.fisher_samples or 50_000) // 512) * 512 if c.method == "ewc" else 0
+        once = budget.task_flops(config, 512, method, seen) / 1e9 * budget.memory_multiplier(config, 512, method)
+        assert tasks == (1 if c.method == "joint" else 20) and (once > 0) == (c.method == "ewc")
+        assert costs["maf_gflops_per_step"] == pytest.approx(per_step, rel=1e-9)
+        assert abs(tasks * (steps * per_step + once) - 1.8e9) <= tasks * per_step / 2  # rounded, as the paper does
+
+
+@pytest.mark.parametrize("meta", ["none", "autoregressive", "continued"])
+def test_the_logged_rates_are_the_meta_schedules(flux, tmp_path, meta):
+    options = shlex.split(f"--schedule rsqrt --meta {meta} --steps 12 --cooldown .2 --warmup .25 --lr 2e-4")
+    assert fomo.main(flux_options(flux, tmp_path, *options, "--out", str(tmp_path / "run"))) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    logged = {(row["task"], row["step"]): row["lr"] for row in rows if row["event"] == "step"}
+    expected = {(task + 1, step): methods.learning_rate(step, 12, task, 2e-4, "rsqrt", meta, 0.25, 0.2)
+                for task in range(3) for step in range(12)}  # fmt: skip
+    assert logged == expected
+    assert (logged[1, 2] > logged[2, 2] > logged[3, 2]) == (meta != "none") and logged[1, 2] == 2e-4
+
+
+def test_runs_of_one_name_and_a_second_joint_run_keep_their_own_lines(flux, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "plot", lambda lines, path: drawn.append(list(lines)))
+    run = {"theta_0": {"ka": 1, "zs": 2}, "tasks": [{"ka": 3, "zs": 4}]}
+    runs = [("a/merge-0", "merge"), ("b/merge-0", "merge"), ("a/joint-0", "joint"), ("b/joint-1", "joint")]
+    fomo.draw([(folder, run | {"config": {"method": method}}) for folder, method in runs], "p.png")
+    assert drawn == [["a/merge-0", "b/merge-0", "joint", "joint-1"]]
 
 
 def test_weights_that_are_not_finite_are_named(flux, tmp_path, capsys):
@@ -1414,16 +1569,33 @@ def test_nothing_but_the_promised_packages_is_imported():
         assert roots <= allowed | (own if file.name == "fomo.py" else set()), file.name
 
 
-def test_the_readmes_commands_exist_and_parse():
+def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
+    """What is short is run; of runs and benchmarks the options are resolved; files that are not there are asked for."""
     lines = map(str.strip, (HERE / "README.md").read_text().splitlines())
-    commands = [line for line in lines if line.startswith("python ")]
-    assert "python fomo.py --method merge" in commands
+    commands = []
+    for line in lines:
+        loop = re.fullmatch(r"for m in ([\w -]+); do (python .*) \$m; done", line)
+        commands += [f"{loop[2]} {m}" for m in loop[1].split()] if loop else [line] * line.startswith("python ")
+    assert {"python fomo.py --method merge", "python fomo.py --method si"} < set(commands) and len(commands) > 20
+    for i in range(3):
+        torch.manual_seed(i)
+        clip.write_tensors({"a": torch.randn(3, 4)}, tmp_path / ("BASE", "A", "B")[i])
+        (tmp_path / ("BASE", "A", "B")[i]).rename(tmp_path / f"{('BASE', 'A', 'B')[i]}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    benched = []
+    monkeypatch.setattr(fomo, "bench_merge", benched.append)
+    monkeypatch.setattr(fomo, "bench_methods", benched.append)
     for command in commands:
-        program, *argv = shlex.split(command.split("#")[0])[1:]
-        if program == "fomo.py" and argv and argv[0] not in fomo.COMMANDS:
-            fomo.parse(argv)
+        program, *argv = shlex.split(command)[1:]
+        if program == "-m":
+            assert argv[0] == "pytest" and (HERE / argv[-1]).exists()
+        elif argv[0] in ("report", "evaluate"):
+            assert fomo.main(argv) == 2  # by a sentence, not by the parser, which would raise
+        elif argv[0] in fomo.COMMANDS:
+            assert fomo.main(argv) == 0, command
         else:
-            assert program in ("-m", "fomo.py"), command
+            fomo.resolve(fomo.parse(argv))
+    assert len(benched) == 2 and (tmp_path / "OUT.safetensors").exists()
 
 
 def test_the_readme_states_the_size_of_the_code():
@@ -2114,6 +2286,17 @@ class TestMergeTensors:
             return {"logit_scale": torch.tensor(x), "bias": torch.tensor([x]), "ids": torch.tensor([int(x)])}
         merged = merge.merge(technique, model(1.0), [model(4.0), model(6.0)])
         assert (merged["logit_scale"], merged["bias"], merged["ids"]) == (torch.tensor(5.0), torch.tensor([5.0]), 1)
+        if technique in MERGE_SUMS:  # a weight below zero takes a task vector away, and is no share of an average
+            merged = merge.merge(technique, model(1.0), [model(4.0), model(6.0)], [1.0, -0.5])
+            assert merged["logit_scale"] == 5.0
+
+    @pytest.mark.parametrize("technique", MERGE_SUMS)
+    def test_the_smallest_tensors_merge(self, technique):
+        for n in (2, 3, 4, 5):
+            tau = torch.arange(1.0, n + 1)
+            options = {"breadcrumbs": {"top": 0.0}, "dare": {"drop": 0.0}}.get(technique, {})
+            merged = merge_one(technique, torch.zeros(n), [tau], **options)
+            assert merged[-1] == n and (technique not in ("ties", "breadcrumbs") or (merged[:-1] == 0).all())
 
     def test_sixteen_bit_files_are_averaged_in_float32(self):
         """Twenty times 1 + 2^-7: summed up in bfloat16 the small part is lost at once."""
@@ -2905,8 +3088,28 @@ def test_ewc_stops_at_its_number_of_samples_and_needs_one_batch():
         squares = [torch.autograd.grad(methods_mse(model, b), list(model.parameters())) for b in batches[:used]]
         for i, root in enumerate(method.root_fisher.values()):
             assert torch.allclose(root**2, sum(g[i] ** 2 for g in squares) / used, rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match="there is none"):
         sizes(24, 0)
+
+
+def test_ewc_under_float16_loses_no_small_gradient_and_leaves_out_those_that_overflow():
+    def fisher(factor, cast):
+        model = methods_net().float()
+        method = methods_ready("ewc", model)
+        inputs, targets = (t.float() for t in methods_regression(0))
+
+        def loss(model, batch):
+            with torch.autocast("cpu", torch.float16, enabled=cast):
+                return factor[batch] * (model(inputs) - targets).float().square().mean()
+
+        method.after_task(model, [(i, 8) for i in range(len(factor))], loss)
+        return torch.cat([root.flatten() for root in method.root_fisher.values()])
+
+    small = fisher([1e-6], cast=True)  # float16's smallest number is 6e-8
+    torch.testing.assert_close(small, fisher([1e-6], cast=False), rtol=1e-2, atol=1e-10)
+    torch.testing.assert_close(fisher([1e9, 1e-6], cast=True), small, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="none with a finite gradient"):
+        fisher([1e9], cast=True)
 
 
 def test_ewc_holds_important_weights_back():
