@@ -173,9 +173,9 @@ class Picture:
         x, y = x + self.rng.uniform(-jitter, jitter), y + self.rng.uniform(-jitter, jitter)
         turned = SHAPES[name] @ [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
         points = turned * radius * self.rng.uniform(0.9, 1.1) + (x, y)
-        points = [tuple(p) for p in points * CANVAS]
+        points = (points * CANVAS).flatten().tolist()  # x, y, x, y, ...
         if outline:
-            self.draw.line([*points, points[0]], self.rgb(ink), width=4, joint="curve")
+            self.draw.line(points + points[:2], self.rgb(ink), width=4, joint="curve")
         else:
             self.draw.polygon(points, self.rgb(ink))
 

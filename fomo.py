@@ -52,7 +52,7 @@ RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "
 
 # What the paper uses (sec. 3 and 4), and what makes the same picture out of the tiny model in minutes. See --help.
 PAPER = {"batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None}
-TINY = {"batch_size": 64, "lr": 1e-3, "tasks": 8, "merge_weight": 0.7, "replay": 2000, "budget": 3600.0}
+TINY = {"batch_size": 64, "lr": 1e-3, "tasks": 8, "merge_weight": 0.7, "replay": 2000, "budget": 3000.0}
 
 
 progress = partial(tqdm, leave=False, disable=None)  # a bar, where there is a terminal
@@ -122,7 +122,7 @@ class Config:
     device: str = option("auto", "auto is cuda where there is one, else cpu")
     precision: str = option("auto", "of the forward pass; auto is bf16 on a GPU that has it, else fp32",
                             ["auto", "fp32", "bf16", "fp16"])  # fmt: skip
-    workers: int = option(-1, "processes that prepare batches; -1 is one fewer than there are cores, at most 16")
+    workers: int = option(-1, "processes that prepare batches; -1 is two fewer than there are cores, at most 16")
 
 
 FREE = ("out", "cache", "workers")  # change nothing in the scores, so that a resumed run may change them
@@ -191,7 +191,7 @@ def resolve(c):
     merge.Timeline({}, **merge_options(c))  # these two say what is wrong before anything long begins
     make_method(c)
     if c.workers < 0:
-        c.workers = min(16, (os.cpu_count() or 1) - 1)
+        c.workers = min(16, max(0, (os.cpu_count() or 1) - 2))
     return c
 
 
