@@ -364,7 +364,7 @@ def _reading(path, fault):
         yield
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, zlib.error,
             zipfile.BadZipFile, pickle.UnpicklingError) as e:  # fmt: skip
-        if type(e) is ValueError and str(e).startswith(os.path.dirname(path) or str(path)):
+        if type(e) is ValueError and str(e).startswith(os.path.join(os.path.dirname(path), "") or str(path)):
             raise  # it names the file, or the one beside it, already
         raise ValueError(f"{path}: {fault} ({type(e).__name__}: {e})") from e
 
