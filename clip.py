@@ -3,7 +3,7 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020).
 State-dict keys are OpenAI's, which open_clip kept. This file stands alone; copy it:
 
-    import clip
+    import clip, torch
     model, tokenizer = clip.CLIP(clip.CONFIGS["tiny"]), clip.Tokenizer()
     images = clip.normalise(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     image, text, scale = model(images, tokenizer(["a red square", "two dots"], context_length=64))
@@ -31,7 +31,8 @@ import unicodedata
 import urllib.request
 import zipfile
 import zlib
-from collections import OrderedDict, UserDict
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: nobody is waited for
+    fcntl = None
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pixels
 MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5: larger temperatures were unstable; whoever trains clamps to it
@@ -225,8 +231,9 @@ def normalise(images):
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
 # A caption is repaired as OpenAI did with ftfy, here by the standard library: entities, quotes, ligatures, full-width
-# forms, controls, terminal escapes, surrogates, NFC, and UTF-8 once read as Windows-1252 (the web's "â€™"). It stops at
-# rarer mojibake (other code pages, sequences that lost a byte) and at entities shouted in capitals (&EACUTE;).
+# forms, controls, terminal escapes, surrogates, NFC, and UTF-8 once read as Windows-1252 (the web's "â€™"): signs, Latin,
+# Greek, Cyrillic, kana and emoji, whose lead bytes real text hardly has. It stops at other mojibake (Arabic, Chinese,
+# Vietnamese, other code pages, lost bytes) and at entities shouted in capitals (&EACUTE;) or nested more than 16 deep.
 
 CP1252 = {i: bytes([i]).decode("cp1252", "ignore") or chr(i) for i in range(0x80, 0xA0)}  # how browsers read C1 bytes
 BYTES = {char: byte for byte, char in CP1252.items()}
@@ -254,15 +261,18 @@ def _redecode(match):
 
 def clean(text):
     """A caption as CLIP's vocabulary saw it: repaired, entities resolved, white space collapsed, lower case."""
-    before, entities = None, "<" not in text  # with "<" it is mark-up, whose entities are resolved twice, not for ever
-    while text != before and not PLAIN.fullmatch(text):
-        before = text
+    entities = "<" not in text  # with "<" it is mark-up, whose entities are resolved twice, below
+    for _ in range(16):
+        if PLAIN.fullmatch(before := text):
+            break
         text = ENTITY.sub(lambda m: html.unescape(m[0]), text) if entities else text
         while (decoded := MOJIBAKE.sub(_redecode, text)) != text:
             text = decoded
         text = ANSI.sub("", text).translate(REPAIR)
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # pairs join, halves become �
         text = unicodedata.normalize("NFC", text)
+        if text == before:
+            break
     return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
@@ -325,13 +335,17 @@ class Tokenizer:
 
     def decode(self, ids):
         """ids, up to the first end token -> text, as cleaned, with a space between words."""
-        ids = itertools.takewhile(lambda i: i != self.end, map(int, ids))
-        text = b"".join(self.symbols[i] for i in ids if i != self.start).decode("utf-8", errors="replace")
+        ids = [i for i in itertools.takewhile(lambda i: i != self.end, map(int, ids)) if i != self.start]
+        if strange := [i for i in ids if not 0 <= i < self.start]:
+            raise ValueError(f"ids lie in 0..{self.end}, got {strange[0]}")
+        text = b"".join(self.symbols[i] for i in ids).decode("utf-8", errors="replace")
         return text.removesuffix(" ") if self.merges else text
 
     def __call__(self, texts, context_length=77, truncate=True):
         """list of N strings -> int64 [N, context_length]: start, text, end, zeros. A text too long is cut and keeps its
         end token, or with truncate=False is a ValueError."""
+        if context_length < 2:
+            raise ValueError(f"a context holds at least start and end, got context_length={context_length}")
         texts = [texts] if isinstance(texts, str) else texts
         tokens = np.zeros((len(texts), context_length), np.int64)
         for row, text in zip(tokens, texts):
@@ -362,34 +376,40 @@ def _reading(path, fault):
     """What a malformed file does to the code that reads it becomes one sentence that names the file."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, zlib.error,
-            zipfile.BadZipFile, pickle.UnpicklingError) as e:  # fmt: skip
-        if type(e) is ValueError and str(e).startswith(os.path.join(os.path.dirname(path), "") or str(path)):
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, OSError,
+            MemoryError, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError) as e:  # fmt: skip
+        named = type(e) is ValueError and str(e).startswith(os.path.join(os.path.dirname(path), "") or str(path))
+        if named or getattr(e, "filename", None):
             raise  # it names the file, or the one beside it, already
         raise ValueError(f"{path}: {fault} ({type(e).__name__}: {e})") from e
 
 
-class Tensors(UserDict):
+class Tensors(Mapping):
     """name -> tensor, read when asked for, each time a private copy: nothing stays open or mapped, so that memory holds
     what the caller keeps (the pages of a memory map would count until the system takes them back)."""
 
-    def __init__(self, readers=(), metadata=None):
-        super().__init__(readers)
-        self.metadata = metadata or {}
+    def __init__(self, readers, metadata=None):
+        self.readers, self.metadata = dict(readers), metadata or {}
 
     def __getitem__(self, name):
-        return self.data[name]()
+        return self.readers[name]()
+
+    def __iter__(self):
+        return iter(self.readers)
+
+    def __len__(self):
+        return len(self.readers)
 
     def stored(self, name):
         """-> Stored, if this tensor lies in a file as it is; else None."""
-        return self.data[name] if isinstance(self.data[name], Stored) else None
+        return self.readers[name] if isinstance(self.readers[name], Stored) else None
 
 
 class Stored:
     """A tensor in a file, read when called. limit: bytes that are there. start: of its first, stride: in entries."""
 
     def __init__(self, path, dtype, shape, stride, start, limit):
-        if any(type(n) is not int or n < 0 for n in (*shape, *stride, start)) or len(shape) != len(stride):
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, *stride, start)) or len(shape) != len(stride):
             raise ValueError(f"shape {shape}, stride {stride}, first byte {start}")
         self.path, self.dtype, self.shape, self.stride, self.start = path, dtype, tuple(shape), tuple(stride), start
         span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))  # entries, first to last
@@ -433,19 +453,19 @@ def _read_safetensors(path):
                              "what torch wrote before 1.6 has to be saved again by a newer one")
         head = f.read(length)
     with _reading(path, "broken safetensors header"):
-        header, end = json.loads(head), 0
-        tensors = Tensors(metadata=header.pop("__metadata__", None))
-        if not all(isinstance(text, str) for text in (*tensors.metadata, *tensors.metadata.values())):
-            raise ValueError(f"__metadata__ is {tensors.metadata}, no strings by name")
+        header, readers, end = json.loads(head.decode()), {}, 0
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
+            raise ValueError(f"__metadata__ is {metadata}, no strings by name")
         for name, v in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
             dtype, shape, (a, b) = DTYPES[v["dtype"]], v["shape"], v["data_offsets"]
             if a != end or min(shape, default=0) < 0 or b - a != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill bytes {a} to {b}, next is {end}")
             stride, end = [math.prod(shape[i + 1 :]) for i in range(len(shape))], b
-            tensors[name] = Stored(path, dtype, shape, stride, 8 + length + a, b - a)
+            readers[name] = Stored(path, dtype, shape, stride, 8 + length + a, b - a)
     if 8 + length + end != size:
         raise ValueError(f"{path}: torn file, {size} bytes where its header says {8 + length + end}")
-    return tensors
+    return Tensors(readers, metadata)
 
 
 class _Bag(dict):
@@ -467,17 +487,23 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module == "torch" and name.endswith("Storage"):
             return STORAGES[name.removesuffix("Storage")]
-        return {"_rebuild_tensor_v2": self.tensor, "_rebuild_parameter": lambda tensor, *_: tensor}.get(name, _Bag)
+        if not name.startswith("_rebuild"):
+            return _Bag
+        first = {"_rebuild_parameter": 0, "_rebuild_parameter_with_state": 0}
+        return self.tensor if name == "_rebuild_tensor_v2" else lambda *args: args[first[name]]  # KeyError names it
 
     def persistent_load(self, pid):  # ("storage", dtype, name of the zip's member, device, elements)
         return pid[1], self.archive.getinfo(f"{self.root}data/{pid[2]}")
 
-    def tensor(self, storage, offset, shape, stride, *_):
+    def tensor(self, storage, offset, shape, stride, _, hooks, metadata=None):
         (dtype, info), skip = storage, offset * storage[0].itemsize
-        if info.compress_type != zipfile.ZIP_STORED or skip < 0:
-            raise ValueError("compressed, or beginning before its storage, as torch never writes it")
-        lengths = np.fromfile(self.archive.filename, "<u2", 2, offset=info.header_offset + 26)  # of the name, of extras
-        start = info.header_offset + 30 + int(lengths.sum()) + skip
+        if info.compress_type != zipfile.ZIP_STORED or skip < 0 or metadata:
+            raise ValueError("compressed, before its storage, or a view by sign or conjugate: save a contiguous copy")
+        head = np.fromfile(self.archive.filename, np.uint8, 30 + len(name := info.orig_filename.encode()),
+                           offset=info.header_offset).tobytes()  # fmt: skip
+        if head[:4] != b"PK\3\4" or head[26:28] != len(name).to_bytes(2, "little") or head[30:] != name:
+            raise ValueError(f"no {info.filename} at byte {info.header_offset}")
+        start = info.header_offset + len(head) + int.from_bytes(head[28:30], "little") + skip  # after the extra field
         return Stored(self.archive.filename, dtype, shape, stride, start, info.file_size - skip)
 
 
@@ -524,14 +550,14 @@ def read_tensors(path):
             raise ValueError(f"{path}: a folder with {len(found)} files of weights; name the file that is meant")
         path = path / found[0]
     if path.name.endswith(".index.json"):
-        tensors, where = Tensors(), _read_json(path).get("weight_map")
+        readers, where = {}, _read_json(path).get("weight_map")
         with _reading(path, "its weight_map is no list of shards by tensor"):
             shards = [path.with_name(os.path.basename(shard)) for shard in sorted(set(where.values()))]
         for shard in shards:
-            tensors.data |= _read_file(shard).data
-        if missing := where.keys() - tensors.keys():
+            readers |= _read_file(shard).readers
+        if missing := where.keys() - readers.keys():
             raise ValueError(f"{path}: its shards lack {len(missing)} tensors, first {min(missing)}")
-        return tensors
+        return Tensors(readers)
     return _read_file(path)
 
 
@@ -552,8 +578,10 @@ def write_tensors(tensors, path, metadata=None):
     first, then by name, the data aligned to 8 bytes."""
     header, offset, order = {"__metadata__": metadata} if metadata else {}, 0, list(DTYPE_NAMES)
     kinds = {name: (t.dtype, list(t.shape), t.nbytes) for name, t in tensors.items()}
-    if odd := [name for name, kind in kinds.items() if kind[0] not in order]:
+    if odd := [name for name, kind in kinds.items() if kind[0] not in order or name == "__metadata__"]:
         raise ValueError(f"{path}: safetensors here holds {', '.join(DTYPES)}, not {kinds[odd[0]][0]} of {odd[0]}")
+    if not all(isinstance(text, str) for text in (*kinds, *(metadata or {}), *(metadata or {}).values())):
+        raise ValueError(f"{path}: names and metadata must be strings, got {[*kinds][:3]} and {metadata}")
     names = sorted(kinds, key=lambda name: (-order.index(kinds[name][0]), name))
     for name in names:
         dtype, shape, size = kinds[name]
@@ -606,9 +634,10 @@ def openai_names(tensors):
     return Tensors({ours: functools.partial(read, ours) for ours in sources}, getattr(tensors, "metadata", None))
 
 
-def _described(folder):
-    """What shapes cannot say, from open_clip_config.json or Hugging Face's config.json beside the weights: vision width
+def _described(path):
+    """What shapes cannot say, from open_clip_config.json or Hugging Face's config.json in or beside path: vision width
     and heads, text width and heads, quick_gelu; None without such a file."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
     for file in (Path(folder, "open_clip_config.json"), Path(folder, "config.json")):
         if file.is_file():
             with _reading(file, "not a config of CLIP's"):
@@ -638,18 +667,25 @@ def _says(file, c):
     return None
 
 
+def _ours(path, raw):
+    """The config that save() put into a file's metadata, or None."""
+    if "config" not in raw.metadata:
+        return None
+    with _reading(path, "the config in its metadata is none of a CLIP; pass config="):
+        return CLIPConfig(**json.loads(raw.metadata["config"]))
+
+
 def _architecture(path, raw, state, quick_gelu):
-    """Sizes from the shapes; heads and activation from the config inside or beside the file, by OpenAI's rules for
-    OpenAI's archives (64 wide, QuickGELU), else heads by width from CONFIGS, and the activation from the caller."""
-    if "config" in raw.metadata:
-        with _reading(path, "the config in its metadata is none of a CLIP; pass config="):
-            return CLIPConfig(**json.loads(raw.metadata["config"]))
+    """Sizes from the shapes; heads and activation from the config inside the file, by OpenAI's rules for OpenAI's
+    archives (64 wide, QuickGELU), from the config beside it, else heads by width from CONFIGS, and the activation from
+    the caller."""
+    if config := _ours(path, raw):
+        return config
     (width, *_, patch), positions = state["visual.conv1.weight"].shape, len(state["visual.positional_embedding"])
     (vocab, text_width), embed = state["token_embedding.weight"].shape, state["text_projection"].shape[1]
-    said = _described(path if os.path.isdir(path) else os.path.dirname(path))
-    if said is None and "input_resolution" in raw:
+    if "input_resolution" in raw:
         said = width, width // 64, text_width, text_width // 64, True
-    elif said is None:
+    elif (said := _described(path)) is None:
         vision, text = ({getattr(c, f"{t}_width"): getattr(c, f"{t}_heads") for c in CONFIGS.values()}
                         for t in ("vision", "text"))
         said = width, vision.get(width), text_width, text.get(text_width), quick_gelu
@@ -669,11 +705,11 @@ def _architecture(path, raw, state, quick_gelu):
 def _activation(path, raw):
     """What the file or a config beside it says of quick_gelu, or None."""
     with contextlib.suppress(ValueError):
-        if "config" in raw.metadata:
-            return CLIPConfig(**json.loads(raw.metadata["config"])).quick_gelu
-        if said := _described(path if os.path.isdir(path) else os.path.dirname(path)):
-            return said[4]
-    return True if "input_resolution" in raw else None
+        if config := _ours(path, raw):
+            return config.quick_gelu
+        if "input_resolution" not in raw:
+            return (_described(path) or [None])[-1]
+    return "input_resolution" in raw or None
 
 
 def _resize(positions, grid):
@@ -707,6 +743,8 @@ def _load(path, config, quick_gelu, image_size):
     config = config or _architecture(path, raw, state, quick_gelu)
     config = config if quick_gelu is None else dataclasses.replace(config, quick_gelu=quick_gelu)
     if image_size is not None:
+        if type(image_size) is not int or image_size < config.patch_size:
+            raise ValueError(f"{path}: image_size is pixels, from a patch's {config.patch_size}, not {image_size!r}")
         config = dataclasses.replace(config, image_size=image_size)
         state[grid] = _resize(state[grid], image_size // config.patch_size)
     with torch.device("meta"):  # takes no memory: the tensors read above become the weights
@@ -801,29 +839,46 @@ def _open(url, **headers):
 def _download(url, path, sha256):
     """url -> path, which is there only when whole and verified. The part that an interrupted run left is continued if
     sha256 is known, for then pieces of two different files cannot pass as one."""
-    if os.path.exists(path):
-        return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = Path(f"{path}.part")
-    have = max(part.stat().st_size - 1, 0) if sha256 and part.exists() else 0  # -1: never ask for nothing, which fails
-    with _open(url, Range=f"bytes={have}-") as answer, open(part, "ab") as f:
+    while not os.path.exists(path):
+        with open(part, "ab") as f:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX)  # another process that downloads the same is waited for
+            if part.exists() and os.path.samestat(part.stat(), os.fstat(f.fileno())):  # else it was moved meanwhile
+                _fill(f, url, sha256)
+                with open(part, "rb") as whole:
+                    found = hashlib.file_digest(whole, "sha256").hexdigest()
+                if sha256 not in (None, found):
+                    part.unlink()
+                    raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; it was thrown away")
+                os.replace(part, path)
+    return path
+
+
+def _fill(f, url, sha256):
+    """Appends to what the file f has of url, or begins anew where that cannot be checked or the server cannot do it."""
+    have = max(os.path.getsize(f.name) - 1, 0) if sha256 else 0  # -1: never ask for nothing, which fails
+    try:
+        answer = _open(url, Range=f"bytes={have}-")
+    except OSError as e:
+        raise OSError(f"{e}; to start anew, delete {f.name}" if have else str(e)) from e
+    with answer:
         have = have if answer.status == 206 else 0
         f.truncate(have)
-        total = have + int(answer.headers.get("Content-Length", 0))
-        bar = tqdm(desc=os.path.basename(path), total=total, initial=have, unit="B", unit_scale=True)
-        with bar, contextlib.suppress(ConnectionError, TimeoutError, http.client.IncompleteRead):  # told below
-            while chunk := answer.read(1 << 20):
-                have += f.write(chunk)
-                bar.update(len(chunk))
-    if have < total:
-        raise OSError(f"{url} broke off after {have} of {total} bytes; run again, it continues there")
-    with open(part, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if sha256 not in (None, found):
-        part.unlink()
-        raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; the download was thrown away")
-    os.replace(part, path)
-    return path
+        length = answer.headers.get("Content-Length")
+        total, broken = have + int(length) if length else None, None
+        with tqdm(desc=os.path.basename(f.name), total=total, initial=have, unit="B", unit_scale=True) as bar:
+            try:
+                while chunk := answer.read(1 << 20):
+                    have += f.write(chunk)
+                    bar.update(len(chunk))
+            except (ConnectionError, TimeoutError, http.client.IncompleteRead) as e:
+                broken = e
+    f.flush()
+    if broken or have < (total or 0):
+        goes_on = ", it continues there" if sha256 else ""
+        raise OSError(f"{url} broke off after {have} of {total or 'unknown'} bytes; run again{goes_on}") from broken
 
 
 def _fetch_hf(repo, wanted, cache):
@@ -831,7 +886,8 @@ def _fetch_hf(repo, wanted, cache):
     folder, names = os.path.join(cache, "hf", repo.replace("/", "--")), [wanted] if wanted else WEIGHTS
     if not any(os.path.exists(os.path.join(folder, name)) for name in names):
         server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        with _open(f"{server}/api/models/{repo}?blobs=true") as answer:
+        listing = f"{server}/api/models/{repo}?blobs=true"
+        with _open(listing) as answer, _reading(listing, "the answer is no list of a repository's files"):
             files = {s["rfilename"]: (s.get("lfs") or {}).get("sha256") for s in json.load(answer)["siblings"]}
         main = [name for name in names if name in files][:1]
         if not main:

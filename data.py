@@ -380,7 +380,7 @@ class Files:
             with open(f"{self.folder}.tar", "rb") as f:
                 f.seek(offset)
                 return _rgb(Image.open(BytesIO(f.read(size))))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as e:
             place = self.folder / path if self.members is None else f"{self.folder}.tar: {path}"
             raise ValueError(f"{place} does not decode as an image ({e}); replace it, or take it out of 00_info") from e
 
@@ -678,8 +678,15 @@ def _batches(make, items, workers):
     own = torch.Generator()  # else it draws from torch's global one
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None  # `make` does not pickle
     workers = workers if fork else 0
-    for batch in DataLoader(_Lazily(make, items), batch_size=None, num_workers=workers, generator=own,
-                            multiprocessing_context=fork):  # fmt: skip
+    batches = iter(DataLoader(_Lazily(make, items), batch_size=None, num_workers=workers, generator=own,
+                              multiprocessing_context=fork))  # fmt: skip
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as e:  # torch's for a worker that was killed
+            raise OSError(f"a process that prepares batches died; is the memory full? take fewer --workers ({e})") from e
+        if batch is None:
+            return
         if isinstance(batch, Exception):
             raise batch
         yield batch

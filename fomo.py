@@ -69,7 +69,7 @@ class Config:
     method: str = option("merge", "merge is ema-merge; joint the upper bound; zero-shot only evaluates", RUNS)
     model: str = option(None, "architecture; tiny without --weights, else what the weights are", list(clip.CONFIGS))
     weights: str = option(None, "theta_0: a file or folder in any CLIP layout, hf:ORG/REPO, openai:ViT-B-32, or https://...;"
-                                " without, theta_0 is trained on the pool first, once, and cached")  # fmt: skip
+                                " without, theta_0 is trained on the pool first, once, and cached")
     activation: str = option("auto", "of --weights that do not say it", ["auto", "gelu", "quick_gelu"])
     bpe: str = option(None, "tokenizer merges: bpe_simple_vocab_16e6.txt.gz or merges.txt; by default beside them")
     data: str = option(None, "folder in FoMo-in-Flux's layout; without, the drawn toy world")
@@ -142,7 +142,7 @@ def parse(argv):
             continue
         many = f.type == tuple[str, ...]
         if f.name in PAPER:
-            text += f" (default {PAPER[f.name]}; tiny {TINY[f.name]})"
+            text += f" (default {'' if PAPER[f.name] is None else f'{PAPER[f.name]}; '}tiny {TINY[f.name]})"
         elif f.default not in (None, ()):
             text += f" (default {f.default})"
         parser.add_argument(name, type=str if many else f.type, default=f.default,
@@ -475,7 +475,7 @@ class Folder:
             self.log_file.close()
             self.log_file = None
             raise ValueError(f"another process wrote in {self.path} meanwhile: start again, or name another --out")
-        self.write_json("config.json", self.config)
+        write_json(self.path / "config.json", self.config)
         size = os.path.getsize(self.path / "log.jsonl")
         self.log_file.truncate(min(size, self.state["log_bytes"]) if self.state else 0)  # rows of an unfinished task go
 
@@ -500,11 +500,6 @@ class Folder:
         os.replace(aside, self.path / "state.pt")
         self.state = state
 
-    def write_json(self, name, value):
-        aside = self.path / f"{name}.part"
-        aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        os.replace(aside, self.path / name)
-
     def close(self, finished):
         """Leave a finished run, or one that can go on; no half-written folder. Other people's files stay."""
         if self.log_file is None:
@@ -519,6 +514,12 @@ class Folder:
             for folder in [self.path / "experts", *([self.path] if self.new else [])]:
                 with contextlib.suppress(OSError):  # not there, or not empty
                     folder.rmdir()
+
+
+def write_json(path, value):
+    aside = Path(f"{path}.part")
+    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(aside, path)
 
 
 # -------------------------------------------------------------------------------------------------- the continual loop
@@ -541,21 +542,21 @@ def make_method(c):
 
 
 def plan(c, model_config, samples):
-    """-> number of tasks, steps of each, and what these were counted from. samples: of the whole stream."""
+    """-> number of tasks, steps of each, and what they cost. samples: of the whole stream."""
     tasks = {"joint": 1, "zero-shot": 0}.get(c.method, c.tasks)
-    if c.steps is not None:
-        return tasks, c.steps * (c.tasks if c.method == "joint" else 1), {"steps": "as given"}
-    total = c.budget or budget.default_budget(model_config)
     method = c.method if c.method in budget.METHODS else "finetune"
-    rank = c.rank or 0  # 0 is the paper's
-    gap = c.gap or budget.GAP
+    rank, gap = c.rank or 0, c.gap or budget.GAP  # rank 0 is the paper's
     maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
     at_most = max(1, (c.fisher_samples or methods.Method.fisher_samples) // c.batch_size)
     batches = min(math.ceil(samples / max(1, tasks) / c.batch_size), at_most)  # that EWC looks back on
-    in_steps = (budget.task_flops(model_config, c.batch_size, method, batches * c.batch_size)
-                / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
-    steps = budget.steps_per_task(total, max(1, tasks), maf, maf * in_steps)
-    return tasks, steps, {"gflops": total, "maf_gflops_per_step": maf}
+    once = maf * (budget.task_flops(model_config, c.batch_size, method, batches * c.batch_size)
+                  / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
+    total = None if c.steps else c.budget or budget.default_budget(model_config)
+    if c.steps:
+        steps = c.steps * (c.tasks if c.method == "joint" else 1)
+    else:
+        steps = budget.steps_per_task(total, max(1, tasks), maf, once)
+    return tasks, steps, {"gflops": total, "gflops_spent": tasks * (steps * maf + once), "maf_gflops_per_step": maf}
 
 
 def run(c):
@@ -625,7 +626,7 @@ def run(c):
             shutil.copyfile(learner.merges, folder.path / name)
         beside = joint_beside(folder.path, identity) if c.method != "joint" else []
         draw([(folder.path, results), *beside], folder.path / "picture.png")
-        folder.write_json("results.json", results)
+        write_json(folder.path / "results.json", results)
     except BaseException:
         folder.close(finished=False)
         raise
@@ -733,7 +734,9 @@ def report_command(argv):
 
 
 def evaluate_command(argv):
-    c = resolve(parse(argv))
+    """Takes the options of a run; --out is the file of scores, by default scores.json."""
+    c = parse(argv)
+    out, c = c.out or "scores.json", resolve(c)
     world, learner = load_world(c), load_learner(c)
     if c.weights is None:
         pretrain(learner, world)
@@ -742,7 +745,8 @@ def evaluate_command(argv):
         role, metric = ("KA", "ZS")[d in world.heldout], "R@5" if d.kind == "retrieval" else "top-1"
         score, by_chance = scores["datasets"][d.name], guess["datasets"][d.name]
         print(f"{d.name:24} {role} {metric:5} {score:6.1f}  (chance {by_chance:.1f})")
-    print("KA {ka:.1f}  ZS {zs:.1f}  GM {gm:.1f}".format(**scores))
+    write_json(out, {"weights": c.weights, **scores, "chance": guess})
+    print("KA {ka:.1f}  ZS {zs:.1f}  GM {gm:.1f}".format(**scores), f"(all of it in {out})")
 
 
 def budget_command(argv):
@@ -814,7 +818,7 @@ class Watched(clip.Tensors):
     """Tensors that move a bar when they are read."""
 
     def __init__(self, tensors, bar):
-        super().__init__(tensors.data, tensors.metadata)
+        super().__init__(tensors.readers, tensors.metadata)
         self.bar = bar
 
     def __getitem__(self, name):
@@ -996,6 +1000,10 @@ def main(argv=None):
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds nothing here
     try:
         COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run(parse(argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as e:
         print(f"fomo: {e}", file=sys.stderr)
         return 2

@@ -45,6 +45,8 @@ def merge(technique, base, experts, weights=None, **options):
     Computed in float32 (float64 for a float64 base). Tensors of one entry, such as logit_scale, have no direction: they
     are averaged, whatever the technique. Integer tensors are the base's.
     Raises ValueError where names, shapes, weights or options do not fit."""
+    if hasattr(experts, "keys"):
+        raise ValueError("experts is a list of mappings, even of one; got a mapping")
     experts, options = list(experts), dict(options)
     check_options(technique, options)
     weights = _check_weights(technique, weights, len(experts))
@@ -60,6 +62,8 @@ def merge(technique, base, experts, weights=None, **options):
     merged = {}
     for name, v in tensors.items():
         if v.n == 0 or not v.stored.is_floating_point:
+            for i in range(len(experts)):
+                v.theta(i)  # checks its shape
             out = base[name].detach().clone()
         elif v.n == 1:
             shares = weights if sum(weights) > 0 and min(weights) >= 0 else [1.0] * len(weights)
@@ -403,8 +407,8 @@ RANGES = {
     "density": (lambda x: 0 < x <= 1, "in (0, 1]"), "drop": SHARE, "top": SHARE, "bottom": SHARE,
     "function": (lambda x: x in ("mean", "sum", "max"), "mean, sum or max"),
     "strictness": (lambda x: 0 <= x < math.inf, "0 or more"), "scale": (lambda x: abs(x) < math.inf, "a finite number"),
-    "agree": (lambda x: x >= 1, "1 or more"),
-    "lines": (lambda x: x is None or len(x) == 3 and max(map(abs, x[:2])) < math.inf and x[2] in CURVES,
+    "agree": (lambda x: x >= 1 and x == int(x), "a whole number from 1"),
+    "lines": (lambda x: x is None or len(x) == 3 and all(map(math.isfinite, x[:2])) and x[2] in CURVES,
               "(alpha, beta, linear | quadratic | sqrt)"),
     "whole": (lambda x: isinstance(x, bool), "true or false"),
     "elect": (lambda x: isinstance(x, bool), "true or false"),

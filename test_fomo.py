@@ -286,6 +286,15 @@ def test_activation_and_heads_come_from_where_they_are_said_or_are_asked_for(tmp
         clip.load(tmp_path / "known.safetensors")
 
 
+def test_an_openai_archive_is_read_by_openais_rules_whatever_config_lies_beside_it(tmp_path):
+    clip.save(clip_random(dataclasses.replace(SMALL, quick_gelu=False)), tmp_path)  # another model's folder
+    clip.save(clip_random(SMALL), tmp_path / "ViT.pt", "openai")
+    assert clip.load(tmp_path / "ViT.pt").config == SMALL and SMALL.quick_gelu
+    other = dataclasses.replace(SMALL, quick_gelu=False)
+    with pytest.raises(ValueError, match="says quick_gelu=True, the config says False"):
+        clip.load(tmp_path / "ViT.pt", config=other)
+
+
 def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
     state = clip_random(SMALL).state_dict()
     other = {k: v for k, v in state.items() if k != "ln_final.bias"} | {"head.weight": torch.ones(2)}
@@ -314,6 +323,9 @@ def test_positions_are_resized_as_open_clip_does(tmp_path):
     open_clip_model.resize_pos_embed(state, oracle)
     assert torch.equal(larger.visual.positional_embedding, state["visual.positional_embedding"])
     assert larger.config.image_size == 56 and larger.encode_image(torch.zeros(1, 3, 56, 56)).shape == (1, 24)
+    for size in (4, "64"):
+        with pytest.raises(ValueError, match="image_size is pixels, from a patch's 8"):
+            clip.load(tmp_path / "a.safetensors", image_size=size)
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -381,6 +393,40 @@ def test_torch_zips_give_views_and_dtypes_back(tmp_path):
         assert read[k].dtype == v.dtype and torch.equal(read[k], v.detach()), k
 
 
+def test_a_torch_file_loses_no_tensor_silently(tmp_path):
+    tagged = torch.nn.Parameter(torch.arange(3.0))
+    tagged.tag = 1  # torch then saves it with another function
+    torch.save({"a": tagged, "b": torch.ones(2)}, tmp_path / "a.pt")
+    read = clip.read_tensors(tmp_path / "a.pt")
+    assert list(read) == ["a", "b"] and read["a"].tolist() == [0, 1, 2]
+    for odd in (torch.eye(2).to_sparse(), torch._neg_view(torch.ones(2)), torch.ones(2, dtype=torch.uint16)):
+        torch.save({"a": odd}, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="odd.pt: not a torch file of plain tensors"):
+            clip.read_tensors(tmp_path / "odd.pt")
+
+
+def test_a_flipped_bit_where_a_zip_says_what_lies_where_is_seen(tmp_path):
+    """All bits of the member's local header but its extra field's length, which nothing else in the file tells."""
+    torch.save({"a": torch.arange(1000.0)}, tmp_path / "a.pt")
+    good = (tmp_path / "a.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        info = next(i for i in archive.infolist() if i.filename.endswith("data/0"))
+    for bit in [*range(32), *range(26 * 8, 28 * 8), *range(30 * 8, (30 + len(info.filename)) * 8)]:
+        bad = bytearray(good)
+        bad[info.header_offset + bit // 8] ^= 1 << bit % 8
+        (tmp_path / "b.pt").write_bytes(bad)
+        with pytest.raises(ValueError, match="b.pt"):
+            clip.read_tensors(tmp_path / "b.pt")
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    for tensors, metadata in (({"__metadata__": torch.ones(1)}, {}), ({1: torch.ones(1)}, {}),
+                              ({"a": torch.ones(1)}, {"n": 1})):  # fmt: skip
+        with pytest.raises(ValueError, match="safetensors"):
+            clip.write_tensors(tensors, tmp_path / "a.safetensors", metadata)
+    assert not list(tmp_path.iterdir())
+
+
 def test_safetensors_are_written_byte_for_byte_as_the_package_does(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     g = torch.Generator().manual_seed(0)
@@ -422,6 +468,8 @@ CLIP_FAULTS = {
     "wrong size": (clip_bytes({"a": clip_entry(0, 8, (3,))}), "tensor a"),
     "negative": (clip_bytes({"a": clip_entry(0, 8, (-1, -2))}), "tensor a"),
     "shape of text": (clip_bytes({"a": clip_entry(0, 8, ("2",))}), "header"),
+    "shape without end": (clip_bytes({"a": clip_entry(0, 0, (0, 10**30))}, b""), "10000000000"),
+    "header in UTF-16": (clip_bytes(json.dumps({"a": clip_entry(0, 8)}).encode("utf-16")), "broken safetensors header"),
     "shape of floats": (clip_bytes({"a": clip_entry(0, 8, (2.0,))}), r"shape \[2.0\]"),
     "offset is a float": (clip_bytes({"a": clip_entry(0.0, 8)}), "first byte"),
     "metadata is a list": (clip_bytes({"__metadata__": [1], "a": clip_entry(0, 8)}), "header"),
@@ -556,7 +604,9 @@ def test_loading_costs_one_model_of_memory(tmp_path):
 
 
 class ClipServer(http.server.BaseHTTPRequestHandler):
-    files, seen, cut, ranges = {}, [], None, True  # cut: hang up after so many bytes of a body
+    files, seen, cut, ranges, chunked = {}, [], None, True, False  # cut: hang up after so many bytes of a body
+    protocol_version = "HTTP/1.1"
+    close_connection = True
 
     def do_GET(self):
         self.seen.append((self.path, self.headers.get("Range")))
@@ -565,6 +615,11 @@ class ClipServer(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         asked = int((self.headers.get("Range") or "bytes=0-")[6:].rstrip("-")) if self.ranges else 0
         self.send_response(206 if asked or self.ranges else 200)
+        if self.chunked:  # and never the chunk that ends it
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
+            return None
         self.send_header("Content-Length", str(len(body) - asked))
         self.end_headers()
         self.wfile.write(body[asked:][: self.cut])
@@ -610,6 +665,30 @@ def test_a_whole_part_and_a_server_without_ranges_end_well(clip_server, tmp_path
         assert Path(clip.fetch(spec, tmp_path / str(n))).read_bytes() == body
 
 
+def test_a_download_of_unknown_length_that_breaks_off_is_not_taken_for_whole(clip_server, tmp_path):
+    clip_server.files["/w.pt"], clip_server.chunked = b"half of it", True
+    with pytest.raises(OSError, match="broke off after .* of unknown bytes; run again$"):
+        clip.fetch(f"{clip_server.url}/w.pt", tmp_path)
+    clip_server.chunked, clip_server.files["/w.pt"] = False, b"all of it"
+    assert Path(clip.fetch(f"{clip_server.url}/w.pt", tmp_path)).read_bytes() == b"all of it"
+
+
+@pytest.mark.skipif(clip.fcntl is None, reason="needs file locks")
+def test_whoever_downloads_the_same_file_meanwhile_waits_and_gets_it(clip_server, tmp_path):
+    body = random.Random(0).randbytes(20_000_000)
+    clip_server.files["/w.pt"] = body
+    for check in ("", f"#sha256={hashlib.sha256(body).hexdigest()}"):
+        spec, paths = f"{clip_server.url}/w.pt{check}", []
+        threads = [threading.Thread(target=lambda s, p: p.append(clip.fetch(s, tmp_path)), args=(spec, paths))
+                   for _ in range(4)]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(paths) == 4 and Path(paths[0]).read_bytes() == body
+    assert len(clip_server.seen) == 2
+
+
 def test_a_wrong_checksum_leaves_nothing(clip_server, tmp_path):
     clip_server.files["/w.pt"] = b"not what was published"
     with pytest.raises(ValueError, match="its sha256 is .* not the expected 0000"):
@@ -641,6 +720,10 @@ def test_hub_repositories_come_with_their_config(clip_server, tmp_path):
     assert len(clip_server.seen) == asked  # cached: works offline
     with pytest.raises(ValueError, match="hf:org/repo has no other.pt; it has README.md, config.json"):
         clip.load("hf:org/repo/other.pt", cache=tmp_path / "x")
+    for answer in (b'{"error": "gated"}', b"[]", b"<html>log in</html>"):
+        clip_server.files["/api/models/org/repo?blobs=true"] = answer
+        with pytest.raises(ValueError, match="/api/models/org/repo.*: the answer is no list"):
+            clip.load("hf:org/repo", cache=tmp_path / "y")
 
 
 @pytest.mark.parametrize("spec, words", [
@@ -775,6 +858,17 @@ def test_a_long_caption_is_cut_or_refused(clip_tokenizer):
             tokenizer(["cat dog " * 50], context_length=10, truncate=False)
         with pytest.raises(TypeError, match="NoneType"):
             tokenizer([None])
+        with pytest.raises(ValueError, match="context_length=1"):
+            tokenizer(["cat"], context_length=1)
+        for strange in (99_999, -1):
+            with pytest.raises(ValueError, match=f"got {strange}"):
+                tokenizer.decode([strange])
+
+
+def test_entities_nested_without_end_are_not_resolved_without_end():
+    began = time.process_time()
+    assert clip.clean("&" + "amp;" * 15) == "&" and clip.clean("&" + "amp;" * 50_000).startswith("&amp;amp;")
+    assert time.process_time() - began < 5
 
 
 def test_hundred_thousand_captions_in_ten_seconds(clip_bpe):
@@ -1146,6 +1240,10 @@ def test_a_run_writes_all_that_the_readme_promises(flux, tmp_path, capsys):
     c = fomo.resolve(fomo.parse(flux_options(flux, tmp_path)))
     again = fomo.Learner(deployed, clip.Tokenizer(), c).score_all(world, True, 0, "again")
     assert again == results["final"]
+    files = ["--weights", str(tmp_path / "run" / "model.safetensors"), "--out", str(tmp_path / "scores.json")]
+    assert fomo.main(["evaluate", *flux_options(flux, tmp_path, *files)]) == 0
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert {k: written[k] for k in again} == again and written["chance"] == results["chance"]
 
 
 def test_a_killed_run_goes_on_after_its_last_task_and_ends_the_same(flux, tmp_path):
@@ -1491,6 +1589,10 @@ def test_the_budget_buys_what_budget_says(world):
         assert tasks == (1 if c.method == "joint" else 20) and (once > 0) == (c.method == "ewc")
         assert costs["maf_gflops_per_step"] == pytest.approx(per_step, rel=1e-9)
         assert abs(tasks * (steps * per_step + once) - 1.8e9) <= tasks * per_step / 2  # rounded, as the paper does
+        assert costs["gflops"] == 1.8e9 and costs["gflops_spent"] == pytest.approx(tasks * (steps * per_step + once))
+        tasks, steps, costs = fomo.plan(dataclasses.replace(c, steps=7), config, samples)
+        assert tasks * steps == 140 and costs["gflops"] is None  # as given; what it costs is told all the same
+        assert costs["gflops_spent"] == pytest.approx(tasks * (steps * per_step + once))
 
 
 @pytest.mark.parametrize("meta", ["none", "autoregressive", "continued"])
