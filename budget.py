@@ -3,8 +3,9 @@
 Roth et al. 2024, "A Practitioner's Guide to Continual Multimodal Pretraining" (arXiv 2408.14471), sec. 3.2, app. C.
 Plain Python: no GPU, no profiler, no torch. `config` is any object with the fields of FIELDS. It stands alone; copy it:
 
-    import budget, clip
-    b16 = clip.CONFIGS["ViT-B-16"]
+    import budget, types
+    values = (512, 224, 16, 768, 12, 12, 3072, 77, 49408, 512, 12, 8, 2048, False)
+    b16 = types.SimpleNamespace(**dict(zip(budget.FIELDS, values)))  # ViT-B/16; or clip.CONFIGS["ViT-B-16"]
     budget.step_flops(b16, 512, "lora", rank=4) / 1e9       # 54479.2515..., GFLOPs of one optimizer step
     budget.peak_memory(b16, 512, "lora") / 2**30            # GiB, bf16 autocast and AdamW
     budget.steps(b16, 512, "lora", tasks=20)                # steps a task that equal the paper's budget
@@ -20,7 +21,7 @@ matrix, p >= q, count 2pq^2 for the Gram matrix and 9q^3 for its eigenvectors (G
 over its gap.
 
 EWC's Fisher pass, a forward and backward of every sampled batch, is spent once a task (task_flops). The authors charge
-it to every step, hence their 14 steps; (2) takes it off the task's budget first and leaves 1251 (at our memory, bf16).
+it to every step, hence their 14 steps; (2) takes it off the task's budget first and leaves 1268 (at our memory, bf16).
 
 Memory. Bytes of live tensors, as torch.cuda.max_memory_allocated counts them; no CUDA context, no fragmentation.
 """
@@ -440,13 +441,13 @@ def steps(config, batch_size, method, tasks, total_gflops=None, rank=0, precisio
     return steps_per_task(total, tasks, maf, once)
 
 
-def table(config, batch_size, rank=0, precision="bf16", total_gflops=None):
+def table(config, batch_size, rank=0, precision="bf16", total_gflops=None, tasks=TASKS):
     """A row a method, as dicts: method | gflops of a step | memory_gib | multiplier | mafs | steps a task and samples
     in all, by number of tasks, None where the budget does not reach one step | paper: the published gflops,
     memory_gib, multiplier, mafs and steps at T = 20, with steps_of_ours, from our FLOPs at their memory; or None."""
     total = default_budget(config) if total_gflops is None else total_gflops
-    if not total > 0:
-        raise ValueError(f"a budget must be above 0 GFLOPs, not {total}")
+    if not (0 < total < math.inf and min(tasks) >= 1):
+        raise ValueError(f"a budget is above 0 GFLOPs and finite, for one task or more, not {total} for {[*tasks]}")
     published = sum(forward_flops(config)) == next(iter(BUDGETS)) and batch_size == PAPER_BATCH
     rows = []
     for method, recipe in METHODS.items():
@@ -454,7 +455,7 @@ def table(config, batch_size, rank=0, precision="bf16", total_gflops=None):
         of["memory_gib"] = peak_memory(config, batch_size, method, precision, rank) / 2**30
         of["multiplier"] = memory_multiplier(config, batch_size, method, rank, precision)
         of["mafs"] = of["gflops"] * of["multiplier"]
-        of["steps"] = {t: reachable(config, batch_size, method, t, total, rank, precision) for t in TASKS}
+        of["steps"] = {t: reachable(config, batch_size, method, t, total, rank, precision) for t in tasks}
         of["samples"] = {t: n and n * t * batch_size for t, n in of["steps"].items()}
         known = published and method in PAPER and (not recipe.rank or rank in (0, recipe.rank))
         of["paper"] = paper_row(config, method) if known else None

@@ -231,9 +231,9 @@ def normalise(images):
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
 # A caption is repaired as OpenAI did with ftfy, here by the standard library: entities, quotes, ligatures, full-width
-# forms, controls, terminal escapes, surrogates, NFC, and UTF-8 once read as Windows-1252 (the web's "â€™"): signs, Latin,
-# Greek, Cyrillic, kana and emoji, whose lead bytes real text hardly has. It stops at other mojibake (Arabic, Chinese,
-# Vietnamese, other code pages, lost bytes) and at entities shouted in capitals (&EACUTE;) or nested more than 16 deep.
+# forms, controls, terminal escapes, surrogates, NFC, and UTF-8 once read as Windows-1252 (the web's "â€™"): signs,
+# Latin, Greek, Cyrillic, kana and emoji, whose lead bytes real text hardly has. It stops at other mojibake (Arabic,
+# Chinese, other code pages, lost bytes) and at entities shouted in capitals (&EACUTE;) or nested more than 16 deep.
 
 CP1252 = {i: bytes([i]).decode("cp1252", "ignore") or chr(i) for i in range(0x80, 0xA0)}  # how browsers read C1 bytes
 BYTES = {char: byte for byte, char in CP1252.items()}

@@ -684,7 +684,7 @@ def _batches(make, items, workers):
         try:
             batch = next(batches, None)
         except RuntimeError as e:  # torch's for a worker that was killed
-            raise OSError(f"a process that prepares batches died; is the memory full? take fewer --workers ({e})") from e
+            raise OSError(f"a process that prepares batches died ({e}): is memory full? take fewer --workers") from e
         if batch is None:
             return
         if isinstance(batch, Exception):

@@ -2,9 +2,10 @@
 
 Roth et al. 2024 (arXiv 2408.14471), sec. 3.4. All scores are percentages. This file stands alone; copy it:
 
-    import evaluate
-    weights = evaluate.classifier(encode_text, ["a photo of a cat.", "a photo of a dog."])  # [2, D]
-    print(evaluate.accuracy(image_features, weights, labels))
+    import evaluate, torch
+    encode_text = lambda prompts: torch.randn(len(prompts), 64)  # list[str] -> [C, D]: a CLIP's, in life
+    weights = evaluate.classifier(encode_text, ["a photo of a cat.", "a photo of a dog."])  # [2, 64]
+    print(evaluate.accuracy(torch.randn(100, 64), weights, labels=[0, 1] * 50))  # about 50
     evaluate.plot({"merge": [(70.4, 38.9), (70.6, 45.0), (70.1, 52.0)], "joint": [(65.4, 59.5)]}, "picture.png")
 """
 
@@ -150,6 +151,8 @@ def plot(runs, path):
         draw.line([at(p) for p in points], colour, 4, joint="curve")
         for x, y in map(at, points[1:]):
             draw.ellipse((x - 7, y - 7, x + 7, y + 7), colour)
+        x, y = at(points[-1])  # a larger one ends the line
+        draw.ellipse((x - 12, y - 12, x + 12, y + 12), colour, "black", 2)
         legend.append((name, colour, False))
     _star(draw, *at(start), "black")
     if "joint" in runs:

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -131,9 +132,9 @@ FREE = ("out", "cache", "workers")  # change nothing in the scores, so that a re
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def parse(argv):
+def parse(argv, program="fomo.py", description=__doc__):
     """Config from arguments: one option a field, its type the field's."""
-    parser = argparse.ArgumentParser("fomo.py", allow_abbrev=False, description=__doc__,
+    parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for f in fields(Config):
         text, name = f.metadata["help"], "--" + f.name.replace("_", "-")
@@ -182,7 +183,7 @@ def resolve(c):
         raise ValueError(f"--schedule {c.schedule} has --meta {', '.join(methods.SCHEDULES[c.schedule])}, not {c.meta}")
     rates(c, 1, 0)(0)  # says what is wrong with --warmup, --cooldown and --floor
     c.out = c.out or f"runs/{c.method}-{c.seed}"
-    c.cache = str(Path(c.cache).expanduser())
+    c.cache = os.path.expanduser(c.cache)
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(c.device)
@@ -198,7 +199,7 @@ def resolve(c):
 def check_device(device):
     try:
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         sentence = f"--device {device} cannot be used here ({str(e).splitlines()[0]}); left out, it is what there is"
         raise ValueError(sentence) from None
 
@@ -211,7 +212,7 @@ def merge_options(c):
     for text in c.merge_options:
         name, _, value = text.partition("=")
         if name in ("init", "deploy", "technique", "weight", "anchored", "reverse", "include_base", "expert_weights",
-                    "base", "store"):  # fmt: skip
+                    "base", "store", "self"):  # fmt: skip
             raise ValueError(f"--merge-options {text}: {name} is no option of a technique; see --help for the others")
         options[name] = value  # a word, as in function=max, if none of these reads it
         for read in (float, lambda text: json.loads(text.lower())):  # .5 is no JSON, True no number
@@ -367,7 +368,13 @@ def load_learner(c):
         raise ValueError(f"{c.weights} is no {c.model}: leave --model out, and it is what the weights are")
     bytewise = model.config.vocab_size == clip.CONFIGS["tiny"].vocab_size
     merges = None if bytewise else clip.fetch(c.bpe, c.cache) if c.bpe else clip.find_bpe(c.weights, c.cache)
+    if not is_finite(model):
+        raise ValueError(f"{c.weights} holds numbers that are not finite: take other weights")
     return Learner(model, clip.Tokenizer(merges), c, merges)
+
+
+def is_finite(model):
+    return all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
 def pretrain(learner, world):
@@ -378,11 +385,16 @@ def pretrain(learner, world):
     path = Path(c.cache) / f"theta_0-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         try:
-            learner.model.load_state_dict(clip.load(path).state_dict())
+            learner.model.load_state_dict((found := clip.load(path)).state_dict())
+            if not is_finite(found):
+                raise ValueError("it holds numbers that are not finite")
         except (ValueError, RuntimeError) as e:
             raise ValueError(f"{path} is no theta_0 of this run ({e}): delete it, and it is trained again") from None
         return
+    check_folder(path.parent, "--cache")
     path.parent.mkdir(parents=True, exist_ok=True)
+    clip.save(learner.model, path)  # tells now, not after the training, if the disk is full
+    path.unlink()
     tqdm.write(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
     method = methods.METHODS["finetune"]()
     method.prepare(learner.model)
@@ -428,11 +440,12 @@ class Folder:
         self.state, self.log_file, self.found = None, None, self._written()
         if (self.path / "results.json").exists():
             raise ValueError(f"{self.path} holds a finished run: name another folder with --out, or delete it")
-        found = self.path / "config.json"
-        if self.path.exists() and not found.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        check_folder(self.path, "--out")
+        names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+        if "config.json" in names:
+            self._continue(self.path / "config.json")
+        elif names - {"log.jsonl", "config.json.part"}:  # which a run that was killed as it began may leave
             raise ValueError(f"{self.path} is there and is no run of fomo.py: name another folder with --out")
-        if found.exists():
-            self._continue(found)
 
     def _continue(self, found):
         try:
@@ -446,8 +459,10 @@ class Folder:
         if (self.path / "state.pt").exists():
             with self.reading_state():
                 self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-                if not {"log_bytes", "model", "method", "timeline", "results", "theta_0"} <= set(self.state):
-                    raise ValueError("something is missing")
+                done, kept = self.state["results"], self.state["timeline"]
+                if not {"theta_0", "chance", "seconds"} <= set(done) or self.state["log_bytes"] < 0 \
+                        or not kept["task"] == len(done["tasks"]) <= self.config["tasks"]:
+                    raise ValueError("it does not fit together")
 
     @contextlib.contextmanager
     def reading_state(self):
@@ -504,7 +519,10 @@ class Folder:
         """Leave a finished run, or one that can go on; no half-written folder. Other people's files stay."""
         if self.log_file is None:
             return
-        self.log_file.close()
+        with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
+            self.log_file.close()
+        for torn in self.path.glob("model.safetensors.*.part"):  # of a process that was killed
+            torn.unlink()
         if finished:
             (self.path / "state.pt").unlink(missing_ok=True)
         elif self.state is None:
@@ -514,6 +532,13 @@ class Folder:
             for folder in [self.path / "experts", *([self.path] if self.new else [])]:
                 with contextlib.suppress(OSError):  # not there, or not empty
                     folder.rmdir()
+
+
+def check_folder(path, option):
+    """ValueError where a folder cannot be, or be made: better said before the work than after it."""
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{path} cannot be written, for {there} is no folder that can: name another with {option}")
 
 
 def write_json(path, value):
@@ -548,7 +573,7 @@ def plan(c, model_config, samples):
     rank, gap = c.rank or 0, c.gap or budget.GAP  # rank 0 is the paper's
     maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
     at_most = max(1, (c.fisher_samples or methods.Method.fisher_samples) // c.batch_size)
-    batches = min(math.ceil(samples / max(1, tasks) / c.batch_size), at_most)  # that EWC looks back on
+    batches = min(max(1, samples // max(1, tasks) // c.batch_size), at_most)  # that EWC looks back on
     once = maf * (budget.task_flops(model_config, c.batch_size, method, batches * c.batch_size)
                   / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
     total = None if c.steps else c.budget or budget.default_budget(model_config)
@@ -556,6 +581,8 @@ def plan(c, model_config, samples):
         steps = c.steps * (c.tasks if c.method == "joint" else 1)
     else:
         steps = budget.steps_per_task(total, max(1, tasks), maf, once)
+    if steps > 2**31:
+        raise ValueError(f"{steps:g} steps a task are more than anybody takes: lower --budget or --steps")
     return tasks, steps, {"gflops": total, "gflops_spent": tasks * (steps * maf + once), "maf_gflops_per_step": maf}
 
 
@@ -564,15 +591,12 @@ def run(c):
     c = resolve(c)
     folder, world = Folder(c), load_world(c)
     stream = load_stream(c, world)
-    chunks = [stream] if c.method == "joint" else data.tasks(stream, c.tasks)
+    chunks = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
     mixture = data.Mixture(world, chunks, c.batch_size, ratios(c), c.replay, c.seed)
     learner = load_learner(c)
     tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
     if c.weights is None:
         pretrain(learner, world)
-    if not all(tensor.isfinite().all() for tensor in learner.model.state_dict().values()):
-        raise ValueError(f"{c.weights or 'the cached theta_0'} holds numbers that are not finite: take other weights")
-
     theta_0 = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
     timeline = merge.Timeline(theta_0, store=ExpertFiles(folder.path / "experts"), **merge_options(c))
     shown = Learner(copy.deepcopy(learner.model), learner.tokenizer, c)  # plain; holds what is deployed
@@ -588,6 +612,7 @@ def run(c):
             timeline.load_state(folder.state["timeline"])
             results = folder.state["results"]
             began -= results["seconds"]
+        print(f"{c.out}: going on after task {len(results['tasks'])} of {tasks}")
     else:
         scores = shown.score_all(world, True, c.seed, "scoring theta_0")
         results = {"theta_0": scores, "tasks": [], "chance": chance(world), "theta_0_sha256": identity,
@@ -625,7 +650,7 @@ def run(c):
             name = "bpe_simple_vocab_16e6.txt.gz" if learner.merges.endswith(".gz") else "merges.txt"
             shutil.copyfile(learner.merges, folder.path / name)
         beside = joint_beside(folder.path, identity) if c.method != "joint" else []
-        draw([(folder.path, results), *beside], folder.path / "picture.png")
+        draw(named([(folder.path, results), *beside]), folder.path / "picture.png")
         write_json(folder.path / "results.json", results)
     except BaseException:
         folder.close(finished=False)
@@ -636,10 +661,11 @@ def run(c):
 
 
 def look_back(c, world, mixture, task, size):
-    """Yields (batch, samples in it) of D_t alone, once through, for what a method measures after a task."""
+    """Yields (batch, samples in it) of D_t alone, each sample at most once in full batches (if there are enough for
+    one), for what a method measures after a task."""
     alone = copy.copy(mixture)
     alone.ratios = (0, 1, 0)
-    steps = math.ceil((mixture.ends[task + 1] - mixture.ends[task]) / c.batch_size)
+    steps = max(1, (mixture.ends[task + 1] - mixture.ends[task]) // c.batch_size)
     for batch in data.loader(world, alone, task, steps, size, c.workers):
         yield batch, len(batch[1])
 
@@ -673,15 +699,19 @@ def print_row(task, steps, scores, whole=None):
     tqdm.write(row)
 
 
-def draw(runs, path):
-    """runs: (folder, results) pairs from one theta_0. Joint runs are the golden star."""
-    lines, names = {}, Counter(Path(folder).name for folder, _ in runs)
+def named(runs):
+    """(folder, results) pairs -> {unique, short name: results}. The first joint run is "joint", the golden star."""
+    names, lines = Counter(Path(folder).name for folder, _ in runs), {}
     for folder, results in runs:
         method, folder = results["config"]["method"], Path(folder)
         name = folder.name if names[folder.name] == 1 and folder.name != "joint" else str(folder)
-        name = method if method in ("joint", "zero-shot") and method not in lines else name
-        lines[name] = [(p["zs"], p["ka"]) for p in (results["theta_0"], *results["tasks"])]
-    evaluate.plot(lines, path)
+        lines[method if method in ("joint", "zero-shot") and method not in lines else name] = results
+    return lines
+
+
+def draw(runs, path):
+    """runs: name -> results, from one theta_0."""
+    evaluate.plot({name: [(p["zs"], p["ka"]) for p in (r["theta_0"], *r["tasks"])] for name, r in runs.items()}, path)
 
 
 def read_results(folder):
@@ -719,23 +749,28 @@ def report_command(argv):
             print(f"{folder} has no results.json: passed over", file=sys.stderr)
     if not runs:
         raise ValueError("none of these folders holds a finished run")
-    if len({results["theta_0_sha256"] for _, results in runs}) > 1:
-        raise ValueError("these runs began from different theta_0: a picture compares runs from one")
+    groups = {}
+    for folder, results in runs:
+        groups.setdefault(results["theta_0_sha256"], []).append(str(folder))
+    if len(groups) > 1:
+        raise ValueError("runs from different theta_0 do not compare, give those of one: "
+                         + "; or ".join(" ".join(group) for group in groups.values()))  # fmt: skip
+    check_folder(Path(args.out).parent, "--out")
     head = ("run", "KA", "ZS", "GM", "parameters", "steps", "seconds")
     print("{:24} {:>6} {:>6} {:>6} {:>10} {:>6} {:>8}".format(*head))
     base = runs[0][1]["theta_0"]
     print(f"{'theta_0':24} {base['ka']:6.1f} {base['zs']:6.1f} {base['gm']:6.1f}")
-    for folder, r in runs:
+    for name, r in named(runs).items():
         steps = sum(row["steps"] for row in r["tasks"])
-        print(f"{folder.name:24} {r['final']['ka']:6.1f} {r['final']['zs']:6.1f} {r['final']['gm']:6.1f} "
+        print(f"{name:24} {r['final']['ka']:6.1f} {r['final']['zs']:6.1f} {r['final']['gm']:6.1f} "
               f"{r['trained_parameters']:10,} {steps:6} {r['seconds']:8.0f}")  # fmt: skip
-    draw(runs, args.out)
+    draw(named(runs), args.out)
     print(f"drawn in {args.out}")
 
 
 def evaluate_command(argv):
-    """Takes the options of a run; --out is the file of scores, by default scores.json."""
-    c = parse(argv)
+    c = parse(argv, "fomo.py evaluate", "Scores of --weights on all test data of --data. Takes the options of a run;"
+              " those of training do nothing. --out is the file of scores (default scores.json).")  # fmt: skip
     out, c = c.out or "scores.json", resolve(c)
     world, learner = load_world(c), load_learner(c)
     if c.weights is None:
@@ -752,15 +787,20 @@ def evaluate_command(argv):
 def budget_command(argv):
     parser = argparse.ArgumentParser("fomo.py budget", description="What a step of each method costs and how many"
                                      " steps a budget buys, beside the paper's Table 4.")  # fmt: skip
-    parser.add_argument("--model", default="ViT-B-16", choices=sorted(clip.CONFIGS))
-    parser.add_argument("--batch-size", type=int, default=512, help="pairs of image and text a step")
-    parser.add_argument("--precision", default="bf16", choices=list(budget.PRECISIONS), help="of matrix products")
+    parser.add_argument("--model", default="ViT-B-16", choices=sorted(clip.CONFIGS), help="(default ViT-B-16)")
+    parser.add_argument("--batch-size", type=int, help="pairs of image and text a step (default 512; tiny 64)")
+    parser.add_argument("--precision", default="bf16", choices=list(budget.PRECISIONS), help="(default bf16)")
     parser.add_argument("--rank", type=int, default=0, help="of lora, dora, vera and galore; 0: the paper's")
-    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory; default: the paper's")
-    parser.add_argument("--explain", metavar="METHOD", help="where the FLOPs and bytes of one step go")
+    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory (default the paper's,"
+                                                     " in proportion to a pair's; tiny 3000)")  # fmt: skip
+    parser.add_argument("--tasks", type=int, nargs="+", help="lengths of stream (default 20 50 100 200; tiny 8)")
+    parser.add_argument("--explain", choices=budget.METHODS, help="where the FLOPs and bytes of one step go")
     parser.add_argument("--json", action="store_true", help="the same numbers for programs")
     args = parser.parse_args(argv)
-    config, size = clip.CONFIGS[args.model], args.batch_size
+    config, defaults = clip.CONFIGS[args.model], TINY if args.model == "tiny" else PAPER
+    size = defaults["batch_size"] if args.batch_size is None else args.batch_size
+    total = args.budget or defaults["budget"] or budget.default_budget(config)
+    lengths = args.tasks or ([TINY["tasks"]] if args.model == "tiny" else budget.TASKS)
     if args.explain:
         rows = budget.flops(config, size, args.explain, args.rank)
         parts = budget.memory(config, size, args.explain, args.precision, args.rank)
@@ -768,8 +808,9 @@ def budget_command(argv):
         report = {"flops": rows, "bytes": parts, "once_a_task": once}
         print(json.dumps(report) if args.json else budget.explain_text(rows, parts, once))
         return
-    rows = budget.table(config, size, args.rank, args.precision, args.budget)
-    print(json.dumps(rows) if args.json else budget.table_text(rows))
+    rows = budget.table(config, size, args.rank, args.precision, total, lengths)
+    head = f"{args.model}, batch {size}, {args.precision}, {total:g} GFLOPs in all, memory-adjusted"
+    print(json.dumps(rows) if args.json else f"{head}\n{budget.table_text(rows)}")
 
 
 def merge_command(argv):
@@ -778,10 +819,11 @@ def merge_command(argv):
     p.add_argument("base", help="theta_0; the result has its names, dtypes and metadata")
     p.add_argument("experts", nargs="+", metavar="expert")
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
-    p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES)
-    p.add_argument("--weights", type=float, nargs="+", help="one per expert")
-    p.add_argument("--scale", type=float, help="factor on the merged task vector (default 1)")
-    p.add_argument("--lines", nargs=3, metavar=("ALPHA", "BETA", "HOW"), help="LiNeS; HOW: linear, quadratic or sqrt")
+    p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES, help="(default linear)")
+    p.add_argument("--weights", type=float, nargs="+", help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")
+    p.add_argument("--scale", type=float, help="all but linear, slerp: factor on the merged task vector (default 1)")
+    p.add_argument("--lines", nargs=3, metavar=("ALPHA", "BETA", "HOW"),
+                   help="LiNeS, all but linear, slerp; HOW: linear, quadratic or sqrt")  # fmt: skip
     p.add_argument("--density", type=float, help="ties: share of each task vector kept (default .2)")
     p.add_argument("--whole", action="store_true", help="ties: trim over all tensors together, not within each")
     p.add_argument("--function", choices=("mean", "sum", "max"), help="ties, dare --elect (default mean)")
@@ -811,7 +853,8 @@ def merge_command(argv):
     with progress(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
         merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
     clip.write_tensors(merged, out, files[0].metadata)
-    print(f"{technique} of {len(experts)} experts: {len(merged)} tensors in {out} ({time.time() - began:.1f} s)")
+    plural = "s" * (len(experts) > 1)
+    print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out} ({time.time() - began:.1f} s)")
 
 
 class Watched(clip.Tensors):
@@ -846,14 +889,14 @@ def bench_command(argv):
     p.add_argument("--model", choices=clip.CONFIGS, help="default ViT-B-16 for merge, tiny for methods")
     p.add_argument("--experts", type=int, default=20, help="merge: random files, written to --folder first")
     p.add_argument("--folder", help="merge: where they are written, then removed; default the system's tmp")
-    p.add_argument("--case", choices=CASES, help="merge: measure this one alone, on the files that are in --folder")
+    p.add_argument("--case", choices=CASES, metavar="CASE", help="merge: this one alone, on what is in --folder")
     p.add_argument("--batch-size", type=int, default=128, help="methods: image-text pairs")
     p.add_argument("--rounds", type=int, default=20, help="methods: timed pairs of steps, after two untimed")
     p.add_argument("--methods", nargs="+", choices=methods.METHODS, default=[*methods.METHODS])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="methods: where")
     args = p.parse_args(argv)
-    if min(args.experts, args.batch_size, args.rounds) < 1 or (args.case and not args.folder):
-        raise ValueError("--experts, --batch-size and --rounds are at least 1, and --case measures files in a --folder")
+    if min(args.experts, args.batch_size, args.rounds - 1) < 1 or (args.case and not args.folder):
+        raise ValueError("--experts and --batch-size are at least 1, --rounds 2; --case measures files in a --folder")
     check_device(args.device)
     if args.what == "methods":
         bench_methods(args)
@@ -993,25 +1036,35 @@ COMMANDS = {"report": report_command, "evaluate": evaluate_command, "budget": bu
             "bench": bench_command}  # fmt: skip
 
 
+FULL = ": free some space, and the same command goes on after the last finished task"
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch needs to be deterministic on a GPU
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds nothing here
     try:
-        COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run(parse(argv))
+        if argv and argv[0] in COMMANDS:
+            COMMANDS[argv[0]](argv[1:])
+        elif argv and not argv[0].startswith("-"):
+            raise ValueError(f"there is no command {argv[0]}; there are {', '.join(COMMANDS)}, and without one, a run")
+        else:
+            run(parse(argv))
         sys.stdout.flush()
     except BrokenPipeError:  # who read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as e:
-        print(f"fomo: {e}", file=sys.stderr)
+        system = isinstance(e, OSError) and e.strerror
+        print(f"fomo: {f'{e.filename}: ' if system and e.filename else ''}{e.strerror if system else e}"
+              f"{FULL if system and e.errno == errno.ENOSPC else ''}", file=sys.stderr)  # fmt: skip
         return 2
     except (torch.OutOfMemoryError, MemoryError):
         print("fomo: the memory is full: take a smaller --batch-size or --precision bf16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfomo: interrupted; the same command starts again after the last finished task", file=sys.stderr)
+        print("\nfomo: interrupted; the same command goes on after the last finished task, if any", file=sys.stderr)
         return 130
     return 0
 

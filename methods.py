@@ -6,6 +6,7 @@ attributes that a user of another model overrides. `Method` is plain finetuning,
 it. (Joint training is finetuning on all data at once; merging happens between tasks and belongs to merge.py.)
 This file stands alone; copy it:
 
+    from methods import METHODS, learning_rate  # model: any nn.Module; loss(model, batch) -> scalar
     method = METHODS["ewc"](ewc_lambda=10.0)
     method.prepare(model)
     for task, (batches, steps) in enumerate(stream):  # batches: a list of (batch, number of samples in it)

@@ -1584,7 +1584,7 @@ def test_the_budget_buys_what_budget_says(world):
         method = c.method if c.method in budget.METHODS else "finetune"
         flops = budget.step_flops(config, 512, method, c.rank or 0, *([c.gap] if c.gap else []))
         per_step = flops / 1e9 * budget.memory_multiplier(config, 512, method, c.rank or 0)
-        seen = min(-(-samples // (20 * 512)), (c.fisher_samples or 50_000) // 512) * 512 if c.method == "ewc" else 0
+        seen = min(samples // (20 * 512), (c.fisher_samples or 50_000) // 512) * 512 if c.method == "ewc" else 0
         once = budget.task_flops(config, 512, method, seen) / 1e9 * budget.memory_multiplier(config, 512, method)
         assert tasks == (1 if c.method == "joint" else 20) and (once > 0) == (c.method == "ewc")
         assert costs["maf_gflops_per_step"] == pytest.approx(per_step, rel=1e-9)
@@ -1612,7 +1612,7 @@ def test_runs_of_one_name_and_a_second_joint_run_keep_their_own_lines(flux, tmp_
     monkeypatch.setattr(evaluate, "plot", lambda lines, path: drawn.append(list(lines)))
     run = {"theta_0": {"ka": 1, "zs": 2}, "tasks": [{"ka": 3, "zs": 4}]}
     runs = [("a/merge-0", "merge"), ("b/merge-0", "merge"), ("a/joint-0", "joint"), ("b/joint-1", "joint")]
-    fomo.draw([(folder, run | {"config": {"method": method}}) for folder, method in runs], "p.png")
+    fomo.draw(fomo.named([(folder, run | {"config": {"method": method}}) for folder, method in runs]), "p.png")
     assert drawn == [["a/merge-0", "b/merge-0", "joint", "joint-1"]]
 
 
