@@ -53,7 +53,7 @@ RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "
 
 # What the paper uses (sec. 3 and 4), and what makes the same picture out of the tiny model in minutes. See --help.
 PAPER = {"batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None}
-TINY = {"batch_size": 64, "lr": 1e-3, "tasks": 8, "merge_weight": 0.7, "replay": 2000, "budget": 3000.0}
+TINY = {"batch_size": 64, "lr": 5e-4, "tasks": 8, "merge_weight": 0.6, "replay": 2000, "budget": 3000.0}
 
 
 progress = partial(tqdm, leave=False, disable=None)  # a bar, where there is a terminal

@@ -1018,6 +1018,36 @@ def test_batches_are_equal_whatever_the_number_of_workers(world):
     assert not torch.equal(alone[0][0], alone[1][0])
 
 
+def test_crops_and_captions_are_drawn_anew_for_every_step_and_seed_in_the_papers_range(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 255, (1, 400, 400, 3), np.uint8)
+    split = data.Pictures(pixels, np.zeros(1, int), [["one", "two"]])
+    world = data.World([data.Dataset("SET", "classification", ["a"], ["a"], split, split)], [])
+    drawn, get_params = [], data.v2.RandomResizedCrop.get_params
+    monkeypatch.setattr(data.v2.RandomResizedCrop, "get_params",
+                        lambda image, *ranges: drawn.append(ranges) or get_params(image, *ranges))  # fmt: skip
+    batches = {}
+    for seed in (0, 1):
+        mixture = data.Mixture(world, [[("SET", "a")]], 2, (0, 0.5, 0.5), seed=seed)
+        batches[seed] = list(data.loader(world, mixture, 0, 8, 32))
+    pictures = [image.numpy().tobytes() for images, _ in batches[0] + batches[1] for image in images]
+    assert len(set(pictures)) >= 28  # of 32; where ten draws do not fit, all of the picture is the box
+    assert drawn == 32 * [((0.9, 1.0), (3 / 4, 4 / 3))]
+    assert {c for _, captions in batches[0] for c in captions} == {"one", "two"}
+
+
+def test_sources_tasks_and_seeds_are_permuted_apart(world, monkeypatch):
+    keys, permutation = set(), data._permutation
+    monkeypatch.setattr(data, "_permutation", lambda n, *key: keys.add(key) or permutation(n, *key))
+    pools = []
+    for seed in (0, 1):
+        mixture = data.Mixture(world, data.tasks(data.concepts(world.adaptation), 3), 32, replay=5, seed=seed)
+        pools.append(mixture.pool.tolist())
+        for task in (1, 2):
+            mixture.ids(task, 0)
+    assert len({key[:4] for key in keys if len(key) > 2}) == 2 * 3 * 2  # of each seed, source and task its own
+    assert sorted(pools[0]) != sorted(pools[1])
+
+
 def test_loading_leaves_torchs_random_state_alone(world):
     mixture, _ = mixture_of(world, batch_size=4)
     before = torch.get_rng_state()
@@ -1188,9 +1218,22 @@ def test_subsets_are_class_balanced_of_the_papers_size_and_a_function_of_the_see
 
 
 def test_the_picture_has_its_stars_where_the_scores_are(tmp_path):
-    runs = {"merge": [(70.0, 40.0), (72.0, 45.0)], "joint": [(65.0, 60.0)]}
+    runs = {"merge": [(70.0, 40.0), (72.0, 45.0)], "joint": [(70.0, 40.0), (65.0, 60.0)]}
     evaluate.plot(runs, tmp_path / "p.png")
     pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(int)
+
+    def at(zs, ka):  # the ranges are padded by 8 %, at least 1: ZS 64 to 73, KA 38.4 to 61.6
+        x = evaluate.LEFT + (zs - 64) / 9 * (evaluate.WIDTH - evaluate.LEFT - evaluate.RIGHT)
+        y = evaluate.HEIGHT - evaluate.BOTTOM - (ka - 38.4) / 23.2 * (evaluate.HEIGHT - evaluate.TOP - evaluate.BOTTOM)
+        return round(x), round(y)
+
+    def seen(colour, zs, ka, radius):
+        x, y = at(zs, ka)
+        return (abs(pixels[y - radius : y + radius + 1, x - radius : x + radius + 1] - colour) < 8).all(-1).any()
+
+    assert seen((0x1F, 0x77, 0xB4), 71.0, 42.5, 3)  # the run's line, half-way
+    assert seen((128, 128, 128), 67.5, 50.0, 14)  # and the dashed one: the linear trade-off
+    assert seen((0xF5, 0xB8, 0), 65.0, 60.0, 3) and seen((0, 0, 0), 70.0, 40.0, 3)
     inside = pixels[evaluate.TOP + 3 : -evaluate.BOTTOM - 3, evaluate.LEFT + 3 : -evaluate.RIGHT - 3]
     gold = np.argwhere((abs(inside - (0xF5, 0xB8, 0)) < 8).all(-1)).mean(0)
     black = np.argwhere((inside < 8).all(-1)).mean(0)  # the golden star's outline is in it too, but is thin
@@ -1273,9 +1316,9 @@ def test_every_method_keeps_what_it_learnt_between_tasks_and_resumes_bitwise(flu
     starts, ends, train = [], [], fomo.train
 
     def watched(learner, m, batches, steps, rate, title, log):
-        starts.append(m.plain(learner.model))
+        starts.append(m.plain(learner.model) | {n: p.detach().clone() for n, p in m.trained.items()})
         train(learner, m, batches, steps, rate, title, log)
-        ends.append(m.plain(learner.model))
+        ends.append(m.plain(learner.model) | {n: p.detach().clone() for n, p in m.trained.items()})
 
     def stopped(learner, m, batches, steps, rate, title, log):
         if title.startswith("task 2"):
@@ -1296,6 +1339,122 @@ def test_every_method_keeps_what_it_learnt_between_tasks_and_resumes_bitwise(flu
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_loop_calls_every_hook_in_its_place_with_what_the_options_say(flux, tmp_path, monkeypatch):
+    calls, pull = [], 1e6
+
+    class Recorder(methods.Method):
+        def optimizer(self, model, **options):
+            self.made, calls[len(calls) :] = super().optimizer(model, **options), ["optimizer"]
+            return self.made
+
+        def before_task(self, model, task):
+            calls.append(f"before {task}")
+
+        def penalty(self, model):
+            calls.append("penalty")
+            assert model.training
+            return pull * model.logit_scale
+
+        def after_backward(self, model, lr):
+            calls.append("step")
+            norm = math.sqrt(sum(p.grad.square().sum().item() for p in self.trained.values()))
+            assert norm == pytest.approx(1e-3, rel=1e-3)  # clipped
+            assert model.logit_scale.grad.item() == pytest.approx(norm, rel=1e-3)  # the penalty is in it, and outweighs
+            groups = self.made.param_groups
+            assert {g["lr"] for g in groups} == {lr} and {g["weight_decay"] for g in groups} == {0.3, 0.0}
+            assert lr == methods.learning_rate(calls.count("step") - 1 - 4 * calls.count("after"), 4,
+                                               calls.count("after"), 2e-3, warmup=0.5, floor=0.25)  # fmt: skip
+
+        def after_task(self, model, batches, loss):
+            calls.append("after")
+            assert all(torch.isfinite(loss(model, batch)) and n == 16 for batch, n in batches)
+
+    more = shlex.split("--steps 4 --tasks 2 --clip-norm 1e-3 --weight-decay .3 --lr 2e-3 --warmup .5 --floor .25")
+    options = flux_options(flux, tmp_path, *more)
+    assert fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]) == 0  # makes theta_0
+    monkeypatch.setitem(methods.METHODS, "finetune", Recorder)
+    assert fomo.main([*options, "--method", "finetune", "--out", str(tmp_path / "run")]) == 0
+    assert calls == [call for t in range(2) for call in [f"before {t}", "optimizer", *["penalty", "step"] * 4, "after"]]
+
+
+def test_optimizers_take_the_options_they_are_given():
+    for name in methods.METHODS:
+        method = methods_ready(name, model := methods_model())
+        options = {"lr": 0.5, "betas": (0.6, 0.7), "eps": 0.1, "weight_decay": 0.3}
+        groups = method.optimizer(model, **options).param_groups
+        assert all(group[k] == v for group in groups for k, v in options.items() if k != "weight_decay"), name
+
+
+def test_ewc_in_the_loop_is_what_its_weight_says(flux, tmp_path):
+    losses = {}
+    for weight in ("0", "1e6"):
+        out = tmp_path / weight
+        options = ["--method", "ewc", "--ewc-lambda", weight, "--out", str(out)]
+        assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
+        rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        losses[weight] = [(row["task"], row["loss"]) for row in rows if row["event"] == "step"]
+    same = [a == b for a, b in zip(*losses.values())]
+    assert all(same[:4]) and not any(same[5:])  # the penalty is 0 until the second task has moved
+
+
+def test_the_temperature_is_clamped(flux, tmp_path):
+    model = clip_random(clip.CONFIGS["tiny"])
+    model.logit_scale.data.fill_(clip.MAX_LOGIT_SCALE + 1)
+    clip.save(model, tmp_path / "hot.safetensors")
+    options = ["--weights", str(tmp_path / "hot.safetensors"), "--method", "finetune", "--out", str(tmp_path / "run")]
+    assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
+    rows = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    scales = [row["logit_scale"] for row in rows if row["event"] == "step"]
+    assert len(scales) == 9 and max(scales) <= clip.MAX_LOGIT_SCALE + 1e-6  # float32's ln 100
+
+
+def test_fp16_clips_the_gradient_and_not_its_scaled_copy(flux, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=256.0))
+    norms = []
+    assert fomo.main(flux_options(flux, tmp_path, "--method", "zero-shot", "--out", str(tmp_path / "zero"))) == 0
+    [cached] = [p for p in (tmp_path.parent / "cache").glob("theta_0-*") if fomo.fingerprint(clip.read_tensors(p))
+                == json.loads((tmp_path / "zero" / "results.json").read_text())["theta_0_sha256"]]  # fmt: skip
+    for precision in ("fp32", "fp16"):
+        out = tmp_path / precision
+        options = ["--weights", str(cached), "--method", "finetune", "--precision", precision, "--out", str(out)]
+        assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
+        rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        norms.append(next(row["grad_norm"] for row in rows if row["event"] == "step"))
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)  # half precision has 3 digits
+
+
+def test_the_mixture_is_made_of_what_the_options_say(flux, tmp_path, monkeypatch):
+    made, mixture = [], data.Mixture
+    monkeypatch.setattr(data, "Mixture", lambda *a, **k: made.append(a) or mixture(*a, **k))
+    for seed in ("0", "1"):
+        options = shlex.split(f"--method zero-shot --mixture .1/.2/.7 --replay 5 --seed {seed} --out {tmp_path / seed}")
+        assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
+    a, b = [args for args in made if len(args[1]) == 3]  # the others are theta_0's
+    assert a[2:] == (16, (0.1, 0.2, 0.7), 5, 0) and b[2:] == (16, (0.1, 0.2, 0.7), 5, 1)
+    assert a[1] != b[1] and sorted(itertools.chain(*a[1])) == sorted(itertools.chain(*b[1]))
+
+
+def test_a_method_looks_back_on_the_tasks_own_samples_once_each(world, monkeypatch):
+    mixture = data.Mixture(world, data.tasks(data.order(data.concepts(world.adaptation)), 40), 4, seed=3)
+    seen = []
+    monkeypatch.setattr(data, "loader", lambda world, mixture, task, steps, *_: iter(
+        [seen.extend(mixture.ids(task, n)) or (None, [""] * 4) for n in range(steps)]))  # fmt: skip
+    batches = list(fomo.look_back(fomo.Config(batch_size=4, workers=0), world, mixture, 1, 32))
+    own = mixture.samples[mixture.ends[1] : mixture.ends[2]]
+    assert len(set(seen)) == len(seen) == len(own) // 4 * 4 == 4 * len(batches) and set(seen) <= set(own)
+
+
+def test_pictures_are_normalised_and_both_directions_of_retrieval_count(world):
+    learner = fomo.Learner(clip.CLIP(clip.CONFIGS["tiny"]).eval(), clip.Tokenizer(), fomo.resolve(fomo.Config()))
+    pixels = torch.from_numpy(world.heldout[0].test.pixels[:7]).permute(0, 3, 1, 2)
+    expected = data.v2.functional.normalize(pixels / 255, clip.MEAN, clip.STD)
+    torch.testing.assert_close(learner.images(pixels), expected)
+    d = next(d for d in world.adaptation if d.kind == "retrieval")
+    image, text = learner.encode_images(d.test, range(80)), learner.encode_text(d.test.captions)
+    both = evaluate.recall_at_k(image, text, range(80))
+    assert both[0] != both[1] and learner.score(d, range(80)) == pytest.approx(sum(both) / 2)
+
+
 def test_the_same_seed_gives_the_same_scores_and_another_another_order(flux, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert fomo.main(flux_options(flux, tmp_path, "--seed", seed, "--out", str(tmp_path / name))) == 0
@@ -1307,14 +1466,17 @@ def test_the_same_seed_gives_the_same_scores_and_another_another_order(flux, tmp
 
 
 def test_merge_is_the_ema_of_what_the_tasks_end_with(flux, tmp_path, monkeypatch):
-    ends, plain = [], methods.Method.plain
+    ends, plain, starts, train = [], methods.Method.plain, [], fomo.train
     monkeypatch.setattr(methods.Method, "plain", lambda self, model: ends.append(plain(self, model)) or ends[-1])
+    monkeypatch.setattr(fomo, "train", lambda *a, **k: starts.append(plain(a[1], a[0].model)) or train(*a, **k))
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"), "--merge-weight", ".8")
     assert fomo.main(options) == 0
     learner = fomo.load_learner(c := fomo.resolve(fomo.parse(options)))
     fomo.pretrain(learner, fomo.load_world(c))
     expected = {k: v.double() for k, v in learner.model.state_dict().items()}
-    for theta in ends:
+    for start, theta in zip(starts[-3:], ends, strict=True):  # theta_0's training comes first, if it is not cached
+        for name, value in expected.items():  # a task starts from the merge, in float32
+            torch.testing.assert_close(start[name].double(), value, rtol=1e-6, atol=1e-7)
         expected = {k: 0.8 * v + 0.2 * theta[k].double() for k, v in expected.items()}
     deployed = clip.read_tensors(tmp_path / "run" / "model.safetensors")
     for name, value in expected.items():  # three float32 updates
@@ -1366,6 +1528,8 @@ def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp
     data.write_stream([("DIGITS", "one"), ("LETTERS", "B"), ("ARROWS", "up"), ("LETTERS", "A")], stream)
     assert fomo.main(flux_options(flux, tmp_path, "--out", str(tmp_path / "r"), "--stream", str(stream))) == 0
     assert "1 of the stream's 4 concepts" in capsys.readouterr().out
+    c = fomo.parse(["--stream", str(stream)])
+    assert fomo.load_stream(c, data.fomo_in_flux(flux, heldout=["DIGITS"])) == data.read_stream(stream)[1:]
 
 
 @pytest.mark.parametrize("options, says", [
@@ -1391,6 +1555,10 @@ def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp
     (["--merge-technique", "ties", "--merge-options", "density=0"], "density must be in"),
     (["--merge-options", "magic=1"], "linear has no option 'magic'"),
     (["--method", "lora", "--rank", "0"], "option rank must be finite and at least 1"),
+    (["--method", "lora", "--rank", "65"], "rank 65 is above the model's smallest width"),
+    (["--device", "hpu"], "--device hpu cannot be used"),
+    (["--merge-options", "self=1"], "self is no option of a technique"),
+    (["--budget", "1e300"], "are more than anybody takes"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_exit_2_and_no_folder(flux, tmp_path, capsys, options, says):
     (tmp_path / "STREAM").write_text('["NOWHERE+++x", "LETTERS+++A", "LETTERS+++B"]')
@@ -1414,6 +1582,59 @@ def test_a_picture_that_does_not_decode_stops_the_run_and_leaves_no_folder(world
     assert f"{bad} does not decode as an image" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_run_that_was_killed_as_it_began_starts_again(flux, tmp_path):
+    (tmp_path / "run").mkdir()
+    for left in ("log.jsonl", "config.json.part"):  # what there is before there is a config.json
+        (tmp_path / "run" / left).write_text("")
+    options = flux_options(flux, tmp_path, "--method", "zero-shot", "--out", str(tmp_path / "run"))
+    assert fomo.main(options) == 0
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_stream_of_nothing_is_refused_by_joint_too(flux, tmp_path, capsys):
+    (tmp_path / "s.json").write_text('["DIGITS+++one"]')
+    options = ["--method", "joint", "--stream", str(tmp_path / "s.json"), "--out", str(tmp_path / "run")]
+    assert fomo.main(flux_options(flux, tmp_path, *options)) == 2
+    assert "the stream is empty" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_worker_that_dies_is_a_sentence(world, monkeypatch):
+    monkeypatch.setattr(data.Mixture, "ids", lambda *_: os._exit(9))  # only ever called in a worker
+    mixture = data.Mixture(world, data.tasks(data.concepts(world.adaptation), 3), 4)
+    with pytest.raises(OSError, match="a process that prepares batches died .* fewer --workers"):
+        list(data.loader(world, mixture, 0, 4, 32, workers=1))
+
+
+def test_folders_that_cannot_be_written_are_refused_before_theta_0_is_trained(flux, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fomo, "train", None)
+    (tmp_path / "file").write_text("")
+    cache = ["--cache", str(tmp_path / "file"), "--out", str(tmp_path / "run")]
+    for options, name in ((["--out", str(tmp_path / "file" / "run")], "--out"), (cache, "--cache")):
+        assert fomo.main(flux_options(flux, tmp_path, *options)) == 2
+        assert re.search(f"file .*is no folder that can: name another with {name}", capsys.readouterr().err)
+    cache = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--pretrain-steps", "5"]
+    monkeypatch.setattr(clip, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert fomo.main(flux_options(flux, tmp_path, *cache)) == 2
+    assert "No space left on device: free some space" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_state_that_does_not_fit_together_is_named(flux, tmp_path, monkeypatch, capsys):
+    options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
+    monkeypatch.setattr(evaluate, "plot", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert fomo.main(options) == 130
+    good = torch.load(tmp_path / "run" / "state.pt")
+    for change in ({"log_bytes": -5}, {"log_bytes": "a"}, {"results": {"tasks": good["results"]["tasks"]}},
+                   {"results": good["results"] | {"tasks": 9 * good["results"]["tasks"]}}):  # fmt: skip
+        torch.save(good | change, tmp_path / "run" / "state.pt")
+        assert fomo.main(options) == 2 and "state.pt is no state of this run" in capsys.readouterr().err
+
+
+def test_whoever_stops_reading_gets_no_traceback():
+    command = f"{shlex.quote(sys.executable)} fomo.py budget --json | head -c 9"
+    done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, text=True, check=True)
+    assert len(done.stdout) == 9 and not done.stderr
+
+
 def test_a_finished_run_and_a_foreign_folder_are_not_touched(flux, tmp_path, capsys):
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"), "--method", "zero-shot")
     assert fomo.main(options) == 0
@@ -1432,7 +1653,7 @@ def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, ca
     monkeypatch.setattr(evaluate, "plot", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert fomo.main(options) == 2 and "No space left" in capsys.readouterr().err
     assert fomo.main([*options, "--lr", "1e-4"]) == 2
-    assert "--lr was 0.001, is 0.0001" in capsys.readouterr().err
+    assert "--lr was 0.0005, is 0.0001" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(fomo, "train", None)  # nothing was lost: the rest is done without training again
     assert fomo.main(options) == 0 and scores(tmp_path / "run") == scores(tmp_path / "whole")
@@ -2014,6 +2235,32 @@ def test_budget_peak_memory_is_what_a_gpu_allocates(method, size):
 # its own arithmetic
 
 
+def test_budget_counts_every_number_that_a_method_holds():
+    config = clip.CONFIGS["tiny"]
+    for name in methods.METHODS:
+        with torch.device("meta"):
+            model = clip.CLIP(config)
+        methods_like = methods.METHODS[name]()
+        if name not in METHODS_ADAPTERS:  # whose matrices are drawn, which meta tensors cannot be
+            methods_like.prepare(model)
+        else:
+            methods_like.prepare(model := clip.CLIP(config))
+        held = sum(t.numel() for t in (*model.parameters(), *{id(b): b for b in model.buffers()}.values()))
+        of = budget.memory(config, 1, name, "fp32")
+        trained = sum(p.numel() for p in methods_like.trained.values())
+        assert of["weights"] == 4 * held and trained == budget.trained_parameters(config, name), name
+        assert of["method state"] == 4 * trained * len(methods_like.kept), name
+
+
+def test_budget_follows_the_precision_and_the_rank():
+    fp32 = [budget.peak_memory(BUDGET_B16, 64, name, "fp32") for name in ("lora", "finetune")]
+    assert budget.memory_multiplier(BUDGET_B16, 64, "lora", precision="fp32") == fp32[0] / fp32[1]
+    maf = budget.mafs(BUDGET_B16, 512, "lora", rank=64)
+    assert budget.steps(BUDGET_B16, 512, "lora", 20, rank=64) == budget.steps_per_task(1.8e9, 20, maf)
+    assert maf > 1.001 * budget.mafs(BUDGET_B16, 512, "lora", rank=4)
+    assert [*budget.table(BUDGET_B16, 8, tasks=(3, 7))[0]["steps"]] == [3, 7]
+
+
 def test_budget_a_locked_tower_costs_its_forward_alone():
     full, locked = (budget.flops(BUDGET_B16, 8, m) for m in ("finetune", "locked-text"))
     text = [r for r in locked if r["tower"] == "text"]
@@ -2494,6 +2741,11 @@ for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whol
 
     @pytest.mark.parametrize("message, call", [
         ("needs an expert", lambda m: merge.merge("ties", m, [])),
+        ("a list of mappings", lambda m: merge.merge("linear", m, m)),
+        (r"tensor i is torch.int64 \[3\] in expert 0", lambda m: merge.merge(
+            "linear", {"i": torch.arange(4)}, [{"i": torch.arange(3)}])),
+        ("lines must", lambda m: merge.merge("ties", m, [m], lines=(0.5, math.nan, "linear"))),
+        ("agree must", lambda m: merge.merge("tall-mask", m, [m], agree=1.5)),
         ("two experts", lambda m: merge.merge("model-stock", m, [m])),
         ("technique must be one of", lambda m: merge.merge("tise", m, [m])),
         ("tensor b is only in the expert 1", lambda m: merge.merge("linear", m, [m, {**m, "b": m["w"]}])),
@@ -3104,6 +3356,10 @@ def test_random_matrices_are_kaiming_uniform():
     assert 0.99 * bound < a.A.abs().max() <= bound and a.A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
     _, v = methods_on_linear("vera", nn.Linear(400, 300), rank=8)
     assert v.B.abs().max() <= math.sqrt(6 / 8) and v.A.std().item() == pytest.approx(math.sqrt(2 / 400), rel=0.05)
+    assert (v.d == 0.1).all() and (v.b == 0).all()
+    for name in METHODS_ADAPTERS:
+        one, same, other = (methods_on_linear(name, nn.Linear(9, 6), rank=2, seed=seed)[1].A for seed in (1, 1, 2))
+        assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_dora_keeps_a_row_of_zeros_finite():
@@ -3301,6 +3557,11 @@ def test_galore_equals_the_published_rule_over_several_refreshes():
         assert torch.allclose(got[i], w, rtol=0, atol=1e-10)  # Gram matrix against SVD, in float64
 
 
+def test_galore_finds_the_directions_of_gradients_that_nearly_vanish():
+    g = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(methods._top_singular_vectors(g * 1e-25, 3), methods._top_singular_vectors(g, 3))
+
+
 def test_galore_gives_what_is_no_matrix_exactly_adamw():
     shapes, gradients = METHODS_SHAPES[3:], methods_gradients(METHODS_SHAPES[3:], 6)
     weights = methods_gradients(shapes, 1)[0]
@@ -3405,18 +3666,20 @@ def test_meta_schedules_peak_at_the_published_fractions(schedule, meta, fraction
 
 
 @pytest.mark.parametrize("task", range(4))
-def test_meta_schedules_follow_the_curves_that_define_them(task):
-    rate, m = methods.learning_rate, 1e-3
-    for n in range(10, 100):
+@pytest.mark.parametrize("w, c, m", [(10, 10, 1e-3), (25, 5, 0.1)])
+def test_meta_schedules_follow_the_curves_that_define_them(task, w, c, m):
+    rate = functools.partial(methods.learning_rate, warmup=w / 100, cooldown=c / 100, floor=m)
+    for n in range(w, 100):
         dynamic = rate(n, 100, task, 1.0, "cosine", "dynamic")
-        share = (task * 100 + n - 10 * (task + 1) + 1) / (90 * (task + 1))
+        share = (task * 100 + n - w * (task + 1) + 1) / ((100 - w) * (task + 1))
         assert dynamic == pytest.approx(m + (1 - m) * (1 + math.cos(math.pi * share)) / 2, abs=1e-12)
-    for n in range(10, 90):
+    for n in range(w, 100 - c):
         recovered = rate(n, 100, task, 1.0, "rsqrt", "recovered")
-        assert recovered == pytest.approx(m + math.sqrt(10 / (n + task * 80)) * (1 - m), abs=1e-12)
-        peak = m + math.sqrt(10 / (task * 90 - (task - 1) * 10)) * (1 - m) if task else 1.0
+        assert recovered == pytest.approx(m + math.sqrt(w / (n + task * (100 - c - w))) * (1 - m), abs=1e-12)
+        peak = m + math.sqrt(w / (task * (100 - c) - (task - 1) * w)) * (1 - m) if task else 1.0
         continued = rate(n, 100, task, 1.0, "rsqrt", "continued")
-        assert continued == pytest.approx(m + math.sqrt(10 / n) * (peak - m), abs=1e-12)
+        assert continued == pytest.approx(m + math.sqrt(w / n) * (peak - m), abs=1e-12)
+    assert methods.learning_rate(0, 5, 0, 1.0, "rsqrt") == 1  # a warm-up of one step is at the peak
 
 
 def test_rates_never_leave_zero_to_peak_for_any_length_and_shares():
