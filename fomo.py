@@ -4,8 +4,8 @@
     python fomo.py --method finetune                      any other method; runs/ keeps them apart
     python fomo.py --method joint                         the upper bound: all data at once
     python fomo.py report runs/*                          their table, and one picture of them all
-    python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME
-    python fomo.py evaluate --weights W --data D          scores of one checkpoint
+    python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME --out O
+    python fomo.py evaluate --weights W --data D --heldout NAME       scores of one checkpoint
     python fomo.py budget --model ViT-B-16                the compute of every method, counted
     python fomo.py merge BASE EXPERT... --technique ties -o OUT       merge files of weights
     python fomo.py bench merge | bench methods            how long merging, and a step of each method, takes
@@ -393,8 +393,9 @@ def pretrain(learner, world):
         return
     check_folder(path.parent, "--cache")
     path.parent.mkdir(parents=True, exist_ok=True)
-    clip.save(learner.model, path)  # tells now, not after the training, if the disk is full
-    path.unlink()
+    probe = path.with_name(f"probe-{os.getpid()}.safetensors")
+    clip.save(learner.model, probe)  # tells now, not after the training, if the disk is full
+    probe.unlink()
     tqdm.write(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
     method = methods.METHODS["finetune"]()
     method.prepare(learner.model)

@@ -1897,9 +1897,12 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
     lines = map(str.strip, (HERE / "README.md").read_text().splitlines())
     commands = []
     for line in lines:
-        loop = re.fullmatch(r"for m in ([\w -]+); do (python .*) \$m; done", line)
-        commands += [f"{loop[2]} {m}" for m in loop[1].split()] if loop else [line] * line.startswith("python ")
-    assert {"python fomo.py --method merge", "python fomo.py --method si"} < set(commands) and len(commands) > 20
+        loop = re.fullmatch(r"for m in ([\w -]+); do (python .*); done", line)
+        commands += [loop[2].replace("$m", m) for m in loop[1].split()] if loop else [line] * line.startswith("python ")
+    assert "python fomo.py --method merge" in commands and len(commands) > 20
+    assert "python fomo.py --out compare/si --method si" in commands
+    outs = [words[words.index("--out") + 1] for words in map(shlex.split, commands) if "--out" in words]
+    assert len(outs) == len(set(outs)) > 15 and "runs/merge-0" not in outs  # each can be run after the others
     for i in range(3):
         torch.manual_seed(i)
         clip.write_tensors({"a": torch.randn(3, 4)}, tmp_path / ("BASE", "A", "B")[i])
