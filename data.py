@@ -678,15 +678,8 @@ def _batches(make, items, workers):
     own = torch.Generator()  # else it draws from torch's global one
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None  # `make` does not pickle
     workers = workers if fork else 0
-    batches = iter(DataLoader(_Lazily(make, items), batch_size=None, num_workers=workers, generator=own,
-                              multiprocessing_context=fork))  # fmt: skip
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as e:  # torch's for a worker that was killed
-            raise OSError(f"a process that prepares batches died ({e}): is memory full? take fewer --workers") from e
-        if batch is None:
-            return
+    for batch in DataLoader(_Lazily(make, items), batch_size=None, num_workers=workers, generator=own,
+                            multiprocessing_context=fork):  # fmt: skip
         if isinstance(batch, Exception):
             raise batch
         yield batch

@@ -69,7 +69,7 @@ class Config:
 
     method: str = option("merge", "merge is ema-merge; joint the upper bound; zero-shot only evaluates", RUNS)
     model: str = option(None, "architecture; tiny without --weights, else what the weights are", list(clip.CONFIGS))
-    weights: str = option(None, "theta_0: a file or folder in any CLIP layout, hf:ORG/REPO, openai:ViT-B-32, or https://...;"
+    weights: str = option(None, "theta_0: a file or folder in any CLIP layout, hf:ORG/REPO, openai:ViT-B-32, https://...;"
                                 " without, theta_0 is trained on the pool first, once, and cached")
     activation: str = option("auto", "of --weights that do not say it", ["auto", "gelu", "quick_gelu"])
     bpe: str = option(None, "tokenizer merges: bpe_simple_vocab_16e6.txt.gz or merges.txt; by default beside them")
@@ -1037,7 +1037,7 @@ COMMANDS = {"report": report_command, "evaluate": evaluate_command, "budget": bu
             "bench": bench_command}  # fmt: skip
 
 
-FULL = ": free some space, and the same command goes on after the last finished task"
+FULL = ": free some space where --out or --cache lies, and the same command goes on after the last finished task"
 
 
 def main(argv=None):
@@ -1063,6 +1063,11 @@ def main(argv=None):
         return 2
     except (torch.OutOfMemoryError, MemoryError):
         print("fomo: the memory is full: take a smaller --batch-size or --precision bf16", file=sys.stderr)
+        return 2
+    except RuntimeError as e:  # which torch raises wherever this process is when one of its workers dies
+        if "DataLoader worker" not in str(e):
+            raise
+        print(f"fomo: a process that prepares batches died ({e}): memory full? take fewer --workers", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nfomo: interrupted; the same command goes on after the last finished task, if any", file=sys.stderr)

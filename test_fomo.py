@@ -1598,11 +1598,22 @@ def test_a_stream_of_nothing_is_refused_by_joint_too(flux, tmp_path, capsys):
     assert "the stream is empty" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_a_worker_that_dies_is_a_sentence(world, monkeypatch):
-    monkeypatch.setattr(data.Mixture, "ids", lambda *_: os._exit(9))  # only ever called in a worker
-    mixture = data.Mixture(world, data.tasks(data.concepts(world.adaptation), 3), 4)
-    with pytest.raises(OSError, match="a process that prepares batches died .* fewer --workers"):
-        list(data.loader(world, mixture, 0, 4, 32, workers=1))
+@pytest.mark.parametrize("when", ["waiting", "at work"])
+def test_a_worker_that_dies_is_a_sentence(flux, tmp_path, monkeypatch, capsys, when):
+    options = flux_options(flux, tmp_path, "--steps", "40", "--out", str(tmp_path / "run"))
+    assert fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]) == 0  # makes theta_0
+    parent, ids, loss = os.getpid(), data.Mixture.ids, fomo.Learner.loss
+
+    def dies(self, task, step):
+        return os.kill(os.getpid(), 9) if step == 20 and os.getpid() != parent else ids(self, task, step)
+
+    monkeypatch.setattr(data.Mixture, "ids", dies)
+    if when == "at work":  # slow enough for the worker to be ahead
+        monkeypatch.setattr(fomo.Learner, "loss", lambda *a: time.sleep(0.3) or loss(*a))
+    assert fomo.main([*options, "--workers", "1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search("^fomo: a process that prepares batches died .* fewer --workers", error)
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_that_cannot_be_written_are_refused_before_theta_0_is_trained(flux, tmp_path, capsys, monkeypatch):
@@ -1615,7 +1626,8 @@ def test_folders_that_cannot_be_written_are_refused_before_theta_0_is_trained(fl
     cache = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--pretrain-steps", "5"]
     monkeypatch.setattr(clip, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert fomo.main(flux_options(flux, tmp_path, *cache)) == 2
-    assert "No space left on device: free some space" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "No space left on device: free some space where" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_state_that_does_not_fit_together_is_named(flux, tmp_path, monkeypatch, capsys):
