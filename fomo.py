@@ -69,7 +69,7 @@ class Config:
 
     method: str = option("merge", "merge is ema-merge; joint the upper bound; zero-shot only evaluates", RUNS)
     model: str = option(None, "architecture; tiny without --weights, else what the weights are", list(clip.CONFIGS))
-    weights: str = option(None, "theta_0: a file or folder in any CLIP layout, hf:ORG/REPO, openai:ViT-B-32, https://...;"
+    weights: str = option(None, "theta_0: a file or folder in any CLIP layout, hf:ORG/REPO, openai:ViT-B-32, or a URL;"
                                 " without, theta_0 is trained on the pool first, once, and cached")
     activation: str = option("auto", "of --weights that do not say it", ["auto", "gelu", "quick_gelu"])
     bpe: str = option(None, "tokenizer merges: bpe_simple_vocab_16e6.txt.gz or merges.txt; by default beside them")
