@@ -487,10 +487,11 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module == "torch" and name.endswith("Storage"):
             return STORAGES[name.removesuffix("Storage")]
-        if not name.startswith("_rebuild"):
-            return _Bag
-        first = {"_rebuild_parameter": 0, "_rebuild_parameter_with_state": 0}
-        return self.tensor if name == "_rebuild_tensor_v2" else lambda *args: args[first[name]]  # KeyError names it
+        if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+            return lambda tensor, *_: tensor
+        if name.startswith("_rebuild") and name != "_rebuild_tensor_v2":
+            raise pickle.UnpicklingError(f"a tensor made by {name}")  # not to be left out silently
+        return self.tensor if name == "_rebuild_tensor_v2" else _Bag
 
     def persistent_load(self, pid):  # ("storage", dtype, name of the zip's member, device, elements)
         return pid[1], self.archive.getinfo(f"{self.root}data/{pid[2]}")
@@ -836,46 +837,60 @@ def _open(url, **headers):
         raise OSError(f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local file's path") from e
 
 
+@contextlib.contextmanager
+def _alone(folder):
+    """One process at a time, where folders can be locked: who wants the same file meanwhile waits, and finds it."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _download(url, path, sha256):
     """url -> path, which is there only when whole and verified. The part that an interrupted run left is continued if
     sha256 is known, for then pieces of two different files cannot pass as one."""
+    if os.path.exists(path):
+        return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = Path(f"{path}.part")
-    while not os.path.exists(path):
-        with open(part, "ab") as f:
-            if fcntl:
-                fcntl.flock(f, fcntl.LOCK_EX)  # another process that downloads the same is waited for
-            if part.exists() and os.path.samestat(part.stat(), os.fstat(f.fileno())):  # else it was moved meanwhile
-                _fill(f, url, sha256)
-                with open(part, "rb") as whole:
-                    found = hashlib.file_digest(whole, "sha256").hexdigest()
-                if sha256 not in (None, found):
-                    part.unlink()
-                    raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; it was thrown away")
-                os.replace(part, path)
+    with _alone(os.path.dirname(path)):
+        if os.path.exists(path):
+            return path
+        _fill(part, url, sha256)
+        with open(part, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        if sha256 not in (None, found):
+            part.unlink()
+            raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; the download was thrown away")
+        os.replace(part, path)
     return path
 
 
-def _fill(f, url, sha256):
-    """Appends to what the file f has of url, or begins anew where that cannot be checked or the server cannot do it."""
-    have = max(os.path.getsize(f.name) - 1, 0) if sha256 else 0  # -1: never ask for nothing, which fails
+def _fill(part, url, sha256):
+    """Adds to the part what it lacks of url, or begins anew where that cannot be checked or the server cannot do it."""
+    have = max(part.stat().st_size - 1, 0) if sha256 and part.exists() else 0  # -1: never ask for nothing, which fails
     try:
         answer = _open(url, Range=f"bytes={have}-")
     except OSError as e:
-        raise OSError(f"{e}; to start anew, delete {f.name}" if have else str(e)) from e
-    with answer:
-        have = have if answer.status == 206 else 0
+        raise OSError(f"{e}; to start anew, delete {part}" if have else str(e)) from e
+    with answer, open(part, "ab") as f:
+        have, broken = have if answer.status == 206 else 0, None
         f.truncate(have)
-        length = answer.headers.get("Content-Length")
-        total, broken = have + int(length) if length else None, None
-        with tqdm(desc=os.path.basename(f.name), total=total, initial=have, unit="B", unit_scale=True) as bar:
+        length = answer.headers.get("Content-Length")  # a chunked answer has none, and ends with an empty chunk
+        total = have + int(length) if length else None
+        with tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True) as bar:
             try:
                 while chunk := answer.read(1 << 20):
                     have += f.write(chunk)
                     bar.update(len(chunk))
             except (ConnectionError, TimeoutError, http.client.IncompleteRead) as e:
                 broken = e
-    f.flush()
     if broken or have < (total or 0):
         goes_on = ", it continues there" if sha256 else ""
         raise OSError(f"{url} broke off after {have} of {total or 'unknown'} bytes; run again{goes_on}") from broken

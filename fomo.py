@@ -542,6 +542,13 @@ def check_folder(path, option):
         raise ValueError(f"{path} cannot be written, for {there} is no folder that can: name another with {option}")
 
 
+def check_file(path):
+    """The same for a file, whose folder has to be there."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not path or os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {path!r} cannot be written: give a file's name in a folder that is there and can be")
+
+
 def write_json(path, value):
     aside = Path(f"{path}.part")
     aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
@@ -756,7 +763,7 @@ def report_command(argv):
     if len(groups) > 1:
         raise ValueError("runs from different theta_0 do not compare, give those of one: "
                          + "; or ".join(" ".join(group) for group in groups.values()))  # fmt: skip
-    check_folder(Path(args.out).parent, "--out")
+    check_file(args.out)
     head = ("run", "KA", "ZS", "GM", "parameters", "steps", "seconds")
     print("{:24} {:>6} {:>6} {:>6} {:>10} {:>6} {:>8}".format(*head))
     base = runs[0][1]["theta_0"]
@@ -773,6 +780,7 @@ def evaluate_command(argv):
     c = parse(argv, "fomo.py evaluate", "Scores of --weights on all test data of --data. Takes the options of a run;"
               " those of training do nothing. --out is the file of scores (default scores.json).")  # fmt: skip
     out, c = c.out or "scores.json", resolve(c)
+    check_file(out)
     world, learner = load_world(c), load_learner(c)
     if c.weights is None:
         pretrain(learner, world)
@@ -800,7 +808,7 @@ def budget_command(argv):
     args = parser.parse_args(argv)
     config, defaults = clip.CONFIGS[args.model], TINY if args.model == "tiny" else PAPER
     size = defaults["batch_size"] if args.batch_size is None else args.batch_size
-    total = args.budget or defaults["budget"] or budget.default_budget(config)
+    total = (defaults["budget"] or budget.default_budget(config)) if args.budget is None else args.budget
     lengths = args.tasks or ([TINY["tasks"]] if args.model == "tiny" else budget.TASKS)
     if args.explain:
         rows = budget.flops(config, size, args.explain, args.rank)
@@ -845,8 +853,7 @@ def merge_command(argv):
             raise ValueError(f"--lines takes two numbers and a word, got {' '.join(options['lines'])}") from None
     if os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out or remove it")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(out))):
-        raise FileNotFoundError(f"the folder of {out} is not there")
+    check_file(out)
     files = [clip.read_tensors(path) for path in (base, *experts)]
     if any(set(f) != set(files[0]) for f in files):  # different layouts, or different models, which merge() then names
         files = [clip.openai_names(f) for f in files]
@@ -1037,7 +1044,7 @@ COMMANDS = {"report": report_command, "evaluate": evaluate_command, "budget": bu
             "bench": bench_command}  # fmt: skip
 
 
-FULL = ": free some space where --out or --cache lies, and the same command goes on after the last finished task"
+FULL = ": free some space where --out or --cache lies and start the same command again; what was finished is kept"
 
 
 def main(argv=None):

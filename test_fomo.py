@@ -694,6 +694,9 @@ def test_a_wrong_checksum_leaves_nothing(clip_server, tmp_path):
     with pytest.raises(ValueError, match="its sha256 is .* not the expected 0000"):
         clip.fetch(f"{clip_server.url}/w.pt#sha256={'0' * 64}", tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    with pytest.raises(OSError, match="404"):
+        clip.fetch(f"{clip_server.url}/gone.pt", tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
     with pytest.raises(ValueError, match="sha256"):
         clip.fetch("openai:ViT-B-32".replace("openai:", f"{clip_server.url}/w.pt#md5="), tmp_path)
     file, sha256 = clip.OPENAI["ViT-B-32"]
@@ -1287,6 +1290,13 @@ def test_a_run_writes_all_that_the_readme_promises(flux, tmp_path, capsys):
     assert fomo.main(["evaluate", *flux_options(flux, tmp_path, *files)]) == 0
     written = json.loads((tmp_path / "scores.json").read_text())
     assert {k: written[k] for k in again} == again and written["chance"] == results["chance"]
+    capsys.readouterr()
+    for out in (str(tmp_path), "", str(tmp_path / "nowhere" / "x")):  # said before the work
+        assert fomo.main(["report", str(tmp_path / "run"), "-o", out]) == 2
+        if out:  # for evaluate an empty one is the default
+            assert fomo.main(["evaluate", *flux_options(flux, tmp_path, *files[:2], "--out", out)]) == 2
+        table = capsys.readouterr()
+        assert f"--out {out!r} cannot be written" in table.err and not table.out
 
 
 def test_a_killed_run_goes_on_after_its_last_task_and_ends_the_same(flux, tmp_path):
