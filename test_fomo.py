@@ -1,6 +1,6 @@
 """All tests, grouped by file. Oracles over snapshots: closed forms, other libraries, the papers' figures.
 
-    python -m pytest -q test_fomo.py
+python -m pytest -q test_fomo.py
 """
 
 import ast
@@ -54,8 +54,12 @@ import fomo
 import merge
 import methods
 
-PARITY = clip.CLIPConfig(16, 32, 16, 128, 2, 2, 512, 8, 100, 64, 2, 2, 256)  # the parity model of the facts
-SMALL = clip.CLIPConfig(24, 32, 8, 128, 2, 2, 256, 10, 40, 64, 3, 1, 256, quick_gelu=True)  # OpenAI's 64-wide heads
+PARITY = clip.CLIPConfig(
+    16, 32, 16, 128, 2, 2, 512, 8, 100, 64, 2, 2, 256
+)  # the parity model of the facts
+SMALL = clip.CLIPConfig(
+    24, 32, 8, 128, 2, 2, 256, 10, 40, 64, 3, 1, 256, quick_gelu=True
+)  # OpenAI's 64-wide heads
 
 
 def clip_random(config, seed=0):
@@ -77,7 +81,9 @@ def clip_inputs(config, batch=2, dtype=torch.float32):
     g = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, config.image_size, config.image_size, generator=g).to(dtype)
     tokens = torch.randint(1, config.vocab_size - 1, (batch, config.context_length), generator=g)
-    return images, tokens.index_fill(1, torch.tensor([config.context_length - 3]), config.vocab_size - 1)
+    return images, tokens.index_fill(
+        1, torch.tensor([config.context_length - 3]), config.vocab_size - 1
+    )
 
 
 def clip_oracle(config):
@@ -90,17 +96,28 @@ def clip_oracle(config):
 # ---------------------------------------------------------------------------------------------------------- model
 
 
-CLIP_WIDE = clip._config(64, 56, 14, (160, 2, 2, 640), (128, 2, 2), context=16, vocab=300)  # heads 80 wide, as ViT-H's
+CLIP_WIDE = clip._config(
+    64, 56, 14, (160, 2, 2, 640), (128, 2, 2), context=16, vocab=300
+)  # heads 80 wide, as ViT-H's
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-H-like"])
 def test_features_and_loss_equal_open_clips(name, monkeypatch):
     """Full width, all weights random, both activations: float32 to 1e-5, float64 to 1e-9."""
     open_clip = pytest.importorskip("open_clip")
-    config = dataclasses.replace(clip.CONFIGS.get(name, CLIP_WIDE), vocab_size=1000)  # 48,408 rows nobody looks up
-    if name == "ViT-B-16":  # its widths, heads and 197 tokens; at full depth it would take as long as all other tests
+    config = dataclasses.replace(
+        clip.CONFIGS.get(name, CLIP_WIDE), vocab_size=1000
+    )  # 48,408 rows nobody looks up
+    if (
+        name == "ViT-B-16"
+    ):  # its widths, heads and 197 tokens; at full depth it would take as long as all other tests
         config = dataclasses.replace(config, vision_layers=3, text_layers=3)
-    for init in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"):  # seconds, for weights that we replace
+    for init in (
+        "normal_",
+        "uniform_",
+        "kaiming_uniform_",
+        "xavier_uniform_",
+    ):  # seconds, for weights that we replace
         monkeypatch.setattr(torch.nn.init, init, lambda tensor, *_, **__: tensor)
     state, g = {}, torch.Generator().manual_seed(0)
     for key, value in clip.CLIP(config).state_dict().items():
@@ -136,23 +153,38 @@ def test_parity_model_gives_the_published_numbers():
     loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
     near = functools.partial(pytest.approx, abs=1e-8)  # the published digits
-    assert model.encode_image(images)[0, :3].tolist() == near([-0.01867604, -0.13052885, 0.05231189])
+    assert model.encode_image(images)[0, :3].tolist() == near(
+        [-0.01867604, -0.13052885, 0.05231189]
+    )
     assert model.encode_text(tokens)[1, :3].tolist() == near([0.30361015, -0.12295130, -0.27192695])
-    assert (scale * image @ text.T).flatten().tolist() == near([-5.72081325, 1.34909602, -5.72034751, 1.34960202])
-    assert loss.item() == pytest.approx(2.1144708560, abs=1e-9) and norm == pytest.approx(341.44592808, abs=1e-6)
+    assert (scale * image @ text.T).flatten().tolist() == near(
+        [-5.72081325, 1.34909602, -5.72034751, 1.34960202]
+    )
+    assert loss.item() == pytest.approx(2.1144708560, abs=1e-9) and norm == pytest.approx(
+        341.44592808, abs=1e-6
+    )
 
 
 def test_every_config_has_open_clips_parameters_and_published_counts():
     open_clip = pytest.importorskip("open_clip")
-    millions = {"ViT-B-32": 151.28, "ViT-B-16": 149.62, "ViT-L-14": 427.62, "ViT-H-14": 986.11, "ViT-g-14": 1366.68,
-                "ViT-bigG-14": 2539.57}  # open_clip's model_profile table
+    millions = {
+        "ViT-B-32": 151.28,
+        "ViT-B-16": 149.62,
+        "ViT-L-14": 427.62,
+        "ViT-H-14": 986.11,
+        "ViT-g-14": 1366.68,
+        "ViT-bigG-14": 2539.57,
+    }  # open_clip's model_profile table
     with torch.device("meta"):
         for name, config in clip.CONFIGS.items():
             ours = {k: v.shape for k, v in clip.CLIP(config).state_dict().items()}
             if name != "tiny":
                 theirs = open_clip.CLIP(**open_clip.get_model_config(name))
                 assert ours == {k: v.shape for k, v in theirs.state_dict().items()}, name
-                for tower, heads in ((theirs.visual, config.vision_heads), (theirs, config.text_heads)):
+                for tower, heads in (
+                    (theirs.visual, config.vision_heads),
+                    (theirs, config.text_heads),
+                ):
                     assert tower.transformer.resblocks[0].attn.num_heads == heads
             if name in millions:
                 assert round(sum(map(math.prod, ours.values())) / 1e6, 2) == millions[name]
@@ -171,11 +203,17 @@ def test_round_trips_are_bitwise(tmp_path):
     for name in ("a.pt", "hf", "b.pt", "folder", "c.safetensors"):
         loaded = clip.load(tmp_path / name)
         assert clip_same(loaded, model) and loaded.config == model.config, name
-        assert not loaded.training and loaded.logit_scale.dtype == torch.float32 and loaded.logit_scale.requires_grad
+        assert (
+            not loaded.training
+            and loaded.logit_scale.dtype == torch.float32
+            and loaded.logit_scale.requires_grad
+        )
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
-@pytest.mark.parametrize("config", [SMALL, clip.CONFIGS["tiny"], CLIP_WIDE], ids=["small", "tiny", "wide"])
+@pytest.mark.parametrize(
+    "config", [SMALL, clip.CONFIGS["tiny"], CLIP_WIDE], ids=["small", "tiny", "wide"]
+)
 def test_transformers_loads_our_hf_folder(tmp_path, config, quick_gelu):
     transformers = pytest.importorskip("transformers")
     model = clip_random(dataclasses.replace(config, quick_gelu=quick_gelu))
@@ -186,7 +224,9 @@ def test_transformers_loads_our_hf_folder(tmp_path, config, quick_gelu):
     with torch.no_grad():
         out = theirs.eval()(input_ids=tokens, pixel_values=images)
         image, text, scale = model(images, tokens)
-    assert torch.allclose(out.logits_per_image, scale * image @ text.T, atol=1e-4)  # logits are about 14 times features
+    assert torch.allclose(
+        out.logits_per_image, scale * image @ text.T, atol=1e-4
+    )  # logits are about 14 times features
     theirs.save_pretrained(tmp_path / "theirs")
     assert clip_same(clip.load(tmp_path / "theirs"), model)
     assert clip.load(tmp_path / "theirs").config == model.config
@@ -197,7 +237,9 @@ def test_open_clip_loads_our_folder_and_file_and_we_load_its(tmp_path, quick_gel
     open_clip = pytest.importorskip("open_clip")
     model = clip_random(dataclasses.replace(CLIP_WIDE, quick_gelu=quick_gelu))
     clip.save(model, tmp_path / "folder")
-    theirs = open_clip.create_model(f"local-dir:{tmp_path}/folder").eval()  # strict: no key missing, none left over
+    theirs = open_clip.create_model(
+        f"local-dir:{tmp_path}/folder"
+    ).eval()  # strict: no key missing, none left over
     images, tokens = clip_inputs(model.config)
     with torch.no_grad():
         assert torch.allclose(theirs.encode_image(images), model.encode_image(images), atol=1e-5)
@@ -205,22 +247,33 @@ def test_open_clip_loads_our_folder_and_file_and_we_load_its(tmp_path, quick_gel
     clip.save(model, tmp_path / "a.safetensors")
     again = open_clip.CLIP(**clip._open_clip_config(model.config)["model_cfg"])
     open_clip.load_checkpoint(again, str(tmp_path / "a.safetensors"))
-    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in again.state_dict().items()},
-                "optimizer": torch.optim.AdamW(again.parameters()).state_dict()}, tmp_path / "epoch_3.pt")
+    torch.save(
+        {
+            "epoch": 3,
+            "state_dict": {f"module.{k}": v for k, v in again.state_dict().items()},
+            "optimizer": torch.optim.AdamW(again.parameters()).state_dict(),
+        },
+        tmp_path / "epoch_3.pt",
+    )
     assert clip_same(clip.load(tmp_path / "epoch_3.pt", config=model.config), model)
 
 
 def test_every_prefix_and_piece_of_noise_is_accepted(tmp_path):
     model = clip_random(SMALL)
     text = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
-    state = {f"module._orig_mod.{'text.' * k.startswith(text)}{k}": v.half() for k, v in model.state_dict().items()}
+    state = {
+        f"module._orig_mod.{'text.' * k.startswith(text)}{k}": v.half()
+        for k, v in model.state_dict().items()
+    }
     state["module._orig_mod.logit_scale"] = model.logit_scale.detach().reshape(1)
     torch.save({"state_dict": state}, tmp_path / "a.pt")
     loaded = clip.load(tmp_path / "a.pt", config=SMALL)
     assert loaded.logit_scale.shape == () and loaded.visual.proj.dtype == torch.float32
     assert torch.equal(loaded.visual.proj, model.visual.proj.half().float())
     clip.save(model, tmp_path / "hf", "hf")
-    old = dict(clip.read_tensors(tmp_path / "hf")) | {"text_model.embeddings.position_ids": torch.arange(10)[None]}
+    old = dict(clip.read_tensors(tmp_path / "hf")) | {
+        "text_model.embeddings.position_ids": torch.arange(10)[None]
+    }
     torch.save(old, tmp_path / "hf" / "pytorch_model.bin")
     os.unlink(tmp_path / "hf" / "model.safetensors")
     assert clip_same(clip.load(tmp_path / "hf"), model)
@@ -232,7 +285,9 @@ def test_shards_with_an_index_are_one_mapping(tmp_path):
     tensors = dict(clip.read_tensors(tmp_path / "model.safetensors"))
     half, where = len(tensors) // 2, {}
     for i, names in enumerate((list(tensors)[:half], list(tensors)[half:]), 1):
-        clip.write_tensors({n: tensors[n] for n in names}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+        clip.write_tensors(
+            {n: tensors[n] for n in names}, tmp_path / f"model-0000{i}-of-00002.safetensors"
+        )
         where |= dict.fromkeys(names, f"model-0000{i}-of-00002.safetensors")
     os.unlink(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
@@ -259,7 +314,9 @@ def test_activation_and_heads_come_from_where_they_are_said_or_are_asked_for(tmp
     clip.write_tensors(model.state_dict(), tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="heads"):
         clip.load(tmp_path / "bare.safetensors")
-    config = dataclasses.replace(clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64)
+    config = dataclasses.replace(
+        clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64
+    )
     clip.write_tensors(clip_random(config).state_dict(), tmp_path / "known.safetensors")
     with pytest.raises(ValueError, match="quick_gelu="):
         clip.load(tmp_path / "known.safetensors")
@@ -268,26 +325,41 @@ def test_activation_and_heads_come_from_where_they_are_said_or_are_asked_for(tmp
         assert loaded.config == dataclasses.replace(config, quick_gelu=quick)
     (tmp_path / "config.json").write_text(json.dumps(clip._hf_config(config)))
     assert clip.load(tmp_path / "known.safetensors").config == config
-    assert clip.load(tmp_path / "known.safetensors", quick_gelu=True).config.quick_gelu  # the caller has the last word
+    assert clip.load(
+        tmp_path / "known.safetensors", quick_gelu=True
+    ).config.quick_gelu  # the caller has the last word
     assert clip.load(tmp_path / "known.safetensors", config=config).config == config
     other = dataclasses.replace(config, quick_gelu=True)
-    with pytest.raises(ValueError, match="says quick_gelu=False, the config says True; pass quick_gelu="):
+    with pytest.raises(
+        ValueError, match="says quick_gelu=False, the config says True; pass quick_gelu="
+    ):
         clip.load(tmp_path / "known.safetensors", config=other)
     assert clip.load(tmp_path / "known.safetensors", config=other, quick_gelu=True).config == other
     with pytest.raises(ValueError, match="widths 128 and 64"):
         clip.load(tmp_path / "bare.safetensors")  # a stranger's config.json beside it
-    old = {"vision_config": {}, "text_config": {}, "vision_config_dict": {"hidden_size": 384, "num_attention_heads": 6},
-           "text_config_dict": {"hidden_size": 384, "num_attention_heads": 6}}
-    (tmp_path / "config.json").write_text(json.dumps(old))  # first releases; hidden_act left at its default
+    old = {
+        "vision_config": {},
+        "text_config": {},
+        "vision_config_dict": {"hidden_size": 384, "num_attention_heads": 6},
+        "text_config_dict": {"hidden_size": 384, "num_attention_heads": 6},
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps(old)
+    )  # first releases; hidden_act left at its default
     assert clip.load(tmp_path / "known.safetensors").config.quick_gelu
-    foreign = {"vision_cfg": {"width": 384, "head_width": 64, "pool_type": "avg"}, "text_cfg": {"width": 384}}
+    foreign = {
+        "vision_cfg": {"width": 384, "head_width": 64, "pool_type": "avg"},
+        "text_cfg": {"width": 384},
+    }
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": foreign}))
     with pytest.raises(ValueError, match="pool_type"):
         clip.load(tmp_path / "known.safetensors")
 
 
 def test_an_openai_archive_is_read_by_openais_rules_whatever_config_lies_beside_it(tmp_path):
-    clip.save(clip_random(dataclasses.replace(SMALL, quick_gelu=False)), tmp_path)  # another model's folder
+    clip.save(
+        clip_random(dataclasses.replace(SMALL, quick_gelu=False)), tmp_path
+    )  # another model's folder
     clip.save(clip_random(SMALL), tmp_path / "ViT.pt", "openai")
     assert clip.load(tmp_path / "ViT.pt").config == SMALL and SMALL.quick_gelu
     other = dataclasses.replace(SMALL, quick_gelu=False)
@@ -297,14 +369,22 @@ def test_an_openai_archive_is_read_by_openais_rules_whatever_config_lies_beside_
 
 def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
     state = clip_random(SMALL).state_dict()
-    other = {k: v for k, v in state.items() if k != "ln_final.bias"} | {"head.weight": torch.ones(2)}
+    other = {k: v for k, v in state.items() if k != "ln_final.bias"} | {
+        "head.weight": torch.ones(2)
+    }
     clip.write_tensors(other, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"ln_final.bias missing, head.weight unexpected \(2 in all\)"):
+    with pytest.raises(
+        ValueError, match=r"ln_final.bias missing, head.weight unexpected \(2 in all\)"
+    ):
         clip.load(tmp_path / "a.safetensors", config=SMALL)
     clip.write_tensors(state, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match=r"visual.positional_embedding \[17, 128\], not \[65, 128\]"):
+    with pytest.raises(
+        ValueError, match=r"visual.positional_embedding \[17, 128\], not \[65, 128\]"
+    ):
         clip.load(tmp_path / "b.safetensors", config=dataclasses.replace(SMALL, image_size=64))
-    clip.write_tensors({"visual.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "resnet.safetensors")
+    clip.write_tensors(
+        {"visual.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "resnet.safetensors"
+    )
     with pytest.raises(ValueError, match="not a CLIP of two transformers"):
         clip.load(tmp_path / "resnet.safetensors")
     with pytest.raises(FileNotFoundError, match="nowhere.pt: no such file"):
@@ -322,7 +402,9 @@ def test_positions_are_resized_as_open_clip_does(tmp_path):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     open_clip_model.resize_pos_embed(state, oracle)
     assert torch.equal(larger.visual.positional_embedding, state["visual.positional_embedding"])
-    assert larger.config.image_size == 56 and larger.encode_image(torch.zeros(1, 3, 56, 56)).shape == (1, 24)
+    assert larger.config.image_size == 56 and larger.encode_image(
+        torch.zeros(1, 3, 56, 56)
+    ).shape == (1, 24)
     for size in (4, "64"):
         with pytest.raises(ValueError, match="image_size is pixels, from a patch's 8"):
             clip.load(tmp_path / "a.safetensors", image_size=size)
@@ -336,7 +418,9 @@ def test_torchscript_archive_is_read_without_running_its_code(tmp_path):
     for name, value in zip(clip.SCALARS, (32, 10, 40)):
         model.register_buffer(name, torch.tensor(value))
 
-    class Marked(torch.nn.Module):  # an archive whose unpickling in torch.jit.load would run code: __setstate__
+    class Marked(
+        torch.nn.Module
+    ):  # an archive whose unpickling in torch.jit.load would run code: __setstate__
         def __init__(self):
             super().__init__()
             self.inner = torch.nn.Linear(1, 1)
@@ -353,7 +437,9 @@ def test_torchscript_archive_is_read_without_running_its_code(tmp_path):
             raise RuntimeError("foreign code ran")
 
     images, tokens = clip_inputs(SMALL)
-    archive = torch.jit.trace_module(model.float(), {"forward": (images, tokens)}, strict=False, check_trace=False)
+    archive = torch.jit.trace_module(
+        model.float(), {"forward": (images, tokens)}, strict=False, check_trace=False
+    )
     archive.half().save(tmp_path / "ViT.pt")
     with zipfile.ZipFile(tmp_path / "ViT.pt") as z:
         assert any("/code/" in n for n in z.namelist())
@@ -382,10 +468,17 @@ def test_pickles_run_nothing(tmp_path):
 
 def test_torch_zips_give_views_and_dtypes_back(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"turned": base.T, "part": base[1:3, 2:5], "half": base.half(), "brain": base.bfloat16(),
-               "none": torch.zeros(0, 3), "flag": torch.tensor([True, False]), "count": torch.tensor(7),
-               "wide": torch.ones(1, 3).expand(5, 3),
-               "weight": torch.nn.Parameter(base.double())}
+    tensors = {
+        "turned": base.T,
+        "part": base[1:3, 2:5],
+        "half": base.half(),
+        "brain": base.bfloat16(),
+        "none": torch.zeros(0, 3),
+        "flag": torch.tensor([True, False]),
+        "count": torch.tensor(7),
+        "wide": torch.ones(1, 3).expand(5, 3),
+        "weight": torch.nn.Parameter(base.double()),
+    }
     torch.save(tensors, tmp_path / "a.pt")
     read = clip.read_tensors(tmp_path / "a.pt")
     assert list(read) == list(tensors)
@@ -399,7 +492,11 @@ def test_a_torch_file_loses_no_tensor_silently(tmp_path):
     torch.save({"a": tagged, "b": torch.ones(2)}, tmp_path / "a.pt")
     read = clip.read_tensors(tmp_path / "a.pt")
     assert list(read) == ["a", "b"] and read["a"].tolist() == [0, 1, 2]
-    for odd in (torch.eye(2).to_sparse(), torch._neg_view(torch.ones(2)), torch.ones(2, dtype=torch.uint16)):
+    for odd in (
+        torch.eye(2).to_sparse(),
+        torch._neg_view(torch.ones(2)),
+        torch.ones(2, dtype=torch.uint16),
+    ):
         torch.save({"a": odd}, tmp_path / "odd.pt")
         with pytest.raises(ValueError, match="odd.pt: not a torch file of plain tensors"):
             clip.read_tensors(tmp_path / "odd.pt")
@@ -430,17 +527,23 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
 def test_safetensors_are_written_byte_for_byte_as_the_package_does(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     g = torch.Generator().manual_seed(0)
-    tensors = {f"{i}.é": torch.randn(i, 3, generator=g).to(d) for i, d in enumerate(clip.DTYPES.values())}
+    tensors = {
+        f"{i}.é": torch.randn(i, 3, generator=g).to(d) for i, d in enumerate(clip.DTYPES.values())
+    }
     tensors["turned"] = torch.randn(4, 5, generator=g).T.contiguous()
     for metadata in ({}, {"format": "pt"}):
         clip.write_tensors(tensors, tmp_path / "ours", metadata)
         safetensors.save_file(tensors, tmp_path / "theirs", metadata or None)
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
         read = clip.read_tensors(tmp_path / "theirs")
-        assert read.metadata == metadata and all(torch.equal(read[k], v) for k, v in tensors.items())
+        assert read.metadata == metadata and all(
+            torch.equal(read[k], v) for k, v in tensors.items()
+        )
     assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
     with pytest.raises(ValueError, match="complex64 of complex"):
-        clip.write_tensors({"a": torch.ones(1), "complex": torch.ones(1, dtype=torch.complex64)}, tmp_path / "ours")
+        clip.write_tensors(
+            {"a": torch.ones(1), "complex": torch.ones(1, dtype=torch.complex64)}, tmp_path / "ours"
+        )
     assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
 
 
@@ -463,17 +566,26 @@ CLIP_FAULTS = {
     "no offsets": (clip_bytes({"a": {"dtype": "F32", "shape": [2]}}), "data_offsets"),
     "truncated": (clip_bytes({"a": clip_entry(0, 8)}, b"\0" * 5), "torn file"),
     "too long": (clip_bytes({"a": clip_entry(0, 8)}, b"\0" * 9), "torn file"),
-    "overlap": (clip_bytes({"a": clip_entry(0, 8), "b": clip_entry(4, 12)}, b"\0" * 12), "tensor b"),
+    "overlap": (
+        clip_bytes({"a": clip_entry(0, 8), "b": clip_entry(4, 12)}, b"\0" * 12),
+        "tensor b",
+    ),
     "hole": (clip_bytes({"a": clip_entry(0, 8), "b": clip_entry(12, 20)}, b"\0" * 20), "tensor b"),
     "wrong size": (clip_bytes({"a": clip_entry(0, 8, (3,))}), "tensor a"),
     "negative": (clip_bytes({"a": clip_entry(0, 8, (-1, -2))}), "tensor a"),
     "shape of text": (clip_bytes({"a": clip_entry(0, 8, ("2",))}), "header"),
     "shape without end": (clip_bytes({"a": clip_entry(0, 0, (0, 10**30))}, b""), "10000000000"),
-    "header in UTF-16": (clip_bytes(json.dumps({"a": clip_entry(0, 8)}).encode("utf-16")), "broken safetensors header"),
+    "header in UTF-16": (
+        clip_bytes(json.dumps({"a": clip_entry(0, 8)}).encode("utf-16")),
+        "broken safetensors header",
+    ),
     "shape of floats": (clip_bytes({"a": clip_entry(0, 8, (2.0,))}), r"shape \[2.0\]"),
     "offset is a float": (clip_bytes({"a": clip_entry(0.0, 8)}), "first byte"),
     "metadata is a list": (clip_bytes({"__metadata__": [1], "a": clip_entry(0, 8)}), "header"),
-    "metadata of numbers": (clip_bytes({"__metadata__": {"a": 1}, "a": clip_entry(0, 8)}), "no strings by name"),
+    "metadata of numbers": (
+        clip_bytes({"__metadata__": {"a": 1}, "a": clip_entry(0, 8)}),
+        "no strings by name",
+    ),
     "not a torch zip": (b"PK\3\4" + b"\0" * 40, "BadZipFile"),
 }
 
@@ -502,14 +614,19 @@ def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
         clip.read_tensors(tmp_path / "c.pt")
     with pytest.raises(ValueError, match="a folder with 3 files"):
         clip.load(tmp_path)
-    config = dataclasses.replace(clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64)
+    config = dataclasses.replace(
+        clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64
+    )
     (tmp_path / "f").mkdir()
     clip.write_tensors(clip.CLIP(config).state_dict(), tmp_path / "f" / "model.safetensors")
     for text, words in {
-        "{": "config.json: not JSON", "[1]": "config.json: not JSON .* a list", '"x"': "a str",
+        "{": "config.json: not JSON",
+        "[1]": "config.json: not JSON .* a list",
+        '"x"': "a str",
         '{"vision_config": 3}': "config.json: not a config",
         '{"vision_cfg": {"head_width": 0}, "text_cfg": {}}': "config.json: not a config",
-        '{"vision_cfg": {}}': "'text_cfg'", '{"vision_config": {"hidden_act": []}}': "config.json: not a config",
+        '{"vision_cfg": {}}': "'text_cfg'",
+        '{"vision_config": {"hidden_act": []}}': "config.json: not a config",
     }.items():
         (tmp_path / "f" / "config.json").write_text(text)
         for path in ("f", "f/model.safetensors"):
@@ -521,7 +638,9 @@ def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
 def test_an_index_of_shards_that_lists_none_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text, words in {
-        "{}": "weight_map is no list", '{"weight_map": {"a": 3}}': "weight_map is no list", "[]": "not JSON",
+        "{}": "weight_map is no list",
+        '{"weight_map": {"a": 3}}': "weight_map is no list",
+        "[]": "not JSON",
         '{"weight_map": {"a": "model.safetensors.index.json"}}': "neither a torch zip nor safetensors",
     }.items():
         index.write_text(text)
@@ -536,13 +655,17 @@ CLIP_DAMAGE = {  # to the tensors of a whole checkpoint
     "no positions": lambda s: s | {"visual.positional_embedding": torch.ones(0, 384)},
     "no layers": lambda s: {k: v for k, v in s.items() if "resblocks" not in k},
     "scale of two": lambda s: s | {"logit_scale": torch.ones(2)},
-    "half a head": lambda s: {k.replace("visual.ln_pre.bias", "vision_model.q_proj.bias"): v for k, v in s.items()},
+    "half a head": lambda s: {
+        k.replace("visual.ln_pre.bias", "vision_model.q_proj.bias"): v for k, v in s.items()
+    },
 }
 
 
 @pytest.mark.parametrize("damage", CLIP_DAMAGE)
 def test_tensors_of_odd_shapes_make_no_clip(tmp_path, damage):
-    config = dataclasses.replace(clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64)
+    config = dataclasses.replace(
+        clip.CONFIGS["ViT-S-32"], vision_layers=1, text_layers=1, vocab_size=50, image_size=64
+    )
     path = tmp_path / "w.safetensors"
     clip.write_tensors(CLIP_DAMAGE[damage](clip_random(config).state_dict()), path)
     with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -552,7 +675,13 @@ def test_tensors_of_odd_shapes_make_no_clip(tmp_path, damage):
 
 
 def test_a_config_of_impossible_sizes_is_refused(tmp_path):
-    for change in ({"vision_heads": 5}, {"text_layers": 0}, {"embed_dim": 8.0}, {"quick_gelu": 1}, {"text_mlp": True}):
+    for change in (
+        {"vision_heads": 5},
+        {"text_layers": 0},
+        {"embed_dim": 8.0},
+        {"quick_gelu": 1},
+        {"text_mlp": True},
+    ):
         with pytest.raises(ValueError, match="sizes are whole numbers|heads do not divide"):
             dataclasses.replace(SMALL, **change)
         clip.write_tensors(clip_random(SMALL).state_dict(), tmp_path / "w.safetensors",
@@ -565,7 +694,10 @@ def test_pickles_that_lie_about_their_tensors_are_named(tmp_path):
     torch.save({"a": torch.ones(4)}, tmp_path / "a.pt")
     for old, new in ((b"K\x00K\x04\x85", b"K\x00K\x05\x85"), (b"K\x00K\x04\x85", b"J\xff\xff\xff\xffK\x04\x85"),
                      (b"K\x00K\x04\x85", b"K\x00N\x85")):  # fmt: skip
-        with zipfile.ZipFile(tmp_path / "a.pt") as good, zipfile.ZipFile(tmp_path / "b.pt", "w") as bad:
+        with (
+            zipfile.ZipFile(tmp_path / "a.pt") as good,
+            zipfile.ZipFile(tmp_path / "b.pt", "w") as bad,
+        ):
             for name in good.namelist():
                 content = good.read(name)
                 assert not name.endswith("data.pkl") or old in content
@@ -584,7 +716,9 @@ print((kib("VmHWM") - before) * 1024 / size, size)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="reads the peak from Linux's /proc"
+)
 def test_loading_costs_one_model_of_memory(tmp_path):
     """VmHWM is the peak of everything resident, mapped file pages included, and starts anew with the subprocess."""
     config = clip.CONFIGS["ViT-B-16"]
@@ -593,8 +727,14 @@ def test_loading_costs_one_model_of_memory(tmp_path):
     path = tmp_path / "a.safetensors"
     clip.save(model.to_empty(device="cpu"), path)
     del model
-    out = subprocess.run([sys.executable, "-c", CLIP_PEAK, str(path)], capture_output=True, text=True, check=True,
-                         cwd=Path(clip.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    out = subprocess.run(
+        [sys.executable, "-c", CLIP_PEAK, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(clip.__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     path.unlink()
     ratio, size = map(float, out.stdout.split())
     assert size == 149_620_737 * 4 and ratio < 1.2, ratio
@@ -604,7 +744,13 @@ def test_loading_costs_one_model_of_memory(tmp_path):
 
 
 class ClipServer(http.server.BaseHTTPRequestHandler):
-    files, seen, cut, ranges, chunked = {}, [], None, True, False  # cut: hang up after so many bytes of a body
+    files, seen, cut, ranges, chunked = (
+        {},
+        [],
+        None,
+        True,
+        False,
+    )  # cut: hang up after so many bytes of a body
     protocol_version = "HTTP/1.1"
     close_connection = True
 
@@ -650,7 +796,9 @@ def test_download_resumes_verifies_and_is_cached(clip_server, tmp_path):
     clip_server.cut = None
     path = clip.fetch(spec, tmp_path)
     assert clip_server.seen[-1][1] == "bytes=1199999-" and Path(path).read_bytes() == body
-    assert clip.fetch(spec, tmp_path) == path and len(clip_server.seen) == 2  # from the cache, without a question
+    assert (
+        clip.fetch(spec, tmp_path) == path and len(clip_server.seen) == 2
+    )  # from the cache, without a question
     assert [p.name for p in Path(path).parent.iterdir()] == ["w.pt"]
 
 
@@ -658,7 +806,10 @@ def test_a_whole_part_and_a_server_without_ranges_end_well(clip_server, tmp_path
     body = random.Random(0).randbytes(100_000)
     clip_server.files["/w.pt"] = body
     for n, (part, ranges) in enumerate(itertools.product((body, body[:70_000]), (True, False))):
-        clip_server.ranges, spec = ranges, f"{clip_server.url}/w.pt#sha256={hashlib.sha256(body).hexdigest()}"
+        clip_server.ranges, spec = (
+            ranges,
+            f"{clip_server.url}/w.pt#sha256={hashlib.sha256(body).hexdigest()}",
+        )
         path = Path(clip.fetch(spec, tmp_path / str(n)))
         path.rename(f"{path}.part")
         Path(f"{path}.part").write_bytes(part)
@@ -710,18 +861,27 @@ def test_hub_repositories_come_with_their_config(clip_server, tmp_path):
     clip.save(model, tmp_path / "hf", "hf")
     weights = (tmp_path / "hf/model.safetensors").read_bytes()
     sha = hashlib.sha256(weights).hexdigest()
-    listing = {"siblings": [{"rfilename": "README.md"}, {"rfilename": "config.json"},
-                            {"rfilename": "model.safetensors", "lfs": {"sha256": sha}}]}
-    clip_server.files |= {"/api/models/org/repo?blobs=true": json.dumps(listing).encode(),
-                          "/org/repo/resolve/main/model.safetensors": weights,
-                          "/org/repo/resolve/main/config.json": (tmp_path / "hf/config.json").read_bytes()}
+    listing = {
+        "siblings": [
+            {"rfilename": "README.md"},
+            {"rfilename": "config.json"},
+            {"rfilename": "model.safetensors", "lfs": {"sha256": sha}},
+        ]
+    }
+    clip_server.files |= {
+        "/api/models/org/repo?blobs=true": json.dumps(listing).encode(),
+        "/org/repo/resolve/main/model.safetensors": weights,
+        "/org/repo/resolve/main/config.json": (tmp_path / "hf/config.json").read_bytes(),
+    }
     for spec in ("hf:org/repo", "hf:org/repo/model.safetensors"):
         loaded = clip.load(spec, cache=tmp_path / spec.replace("/", "_"))
         assert clip_same(loaded, model) and loaded.config == SMALL
     asked = len(clip_server.seen)
     clip.load("hf:org/repo", cache=tmp_path / "hf:org_repo")
     assert len(clip_server.seen) == asked  # cached: works offline
-    with pytest.raises(ValueError, match="hf:org/repo has no other.pt; it has README.md, config.json"):
+    with pytest.raises(
+        ValueError, match="hf:org/repo has no other.pt; it has README.md, config.json"
+    ):
         clip.load("hf:org/repo/other.pt", cache=tmp_path / "x")
     for answer in (b'{"error": "gated"}', b"[]", b"<html>log in</html>"):
         clip_server.files["/api/models/org/repo?blobs=true"] = answer
@@ -729,10 +889,16 @@ def test_hub_repositories_come_with_their_config(clip_server, tmp_path):
             clip.load("hf:org/repo", cache=tmp_path / "y")
 
 
-@pytest.mark.parametrize("spec, words", [
-    ("hf:org", "no such file or folder, nor hf:ORG/REPO"), ("hf:org/../../etc/passwd", "no such file"),
-    ("openai:RN50", "ViT-B-32"), ("http://example.com/w.pt", "expected https://"),
-    ("https://x.org/w#sha256=12", "64 hexadecimal")])
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("hf:org", "no such file or folder, nor hf:ORG/REPO"),
+        ("hf:org/../../etc/passwd", "no such file"),
+        ("openai:RN50", "ViT-B-32"),
+        ("http://example.com/w.pt", "expected https://"),
+        ("https://x.org/w#sha256=12", "64 hexadecimal"),
+    ],
+)
 def test_wrong_specs_say_what_is_expected(spec, words, tmp_path):
     with pytest.raises((ValueError, OSError), match=words):
         clip.load(spec, cache=tmp_path)
@@ -759,10 +925,14 @@ def clip_tokenizer(clip_bpe):
 
 
 CLIP_IDS = {
-    "a photo of a cat": "320 1125 539 320 2368", "  Hello   WORLD!! ": "3306 1002 748",
+    "a photo of a cat": "320 1125 539 320 2368",
+    "  Hello   WORLD!! ": "3306 1002 748",
     "it's 2024": "585 568 273 271 273 275",
-    "café naïve": "15304 1097 35689 563", "&lt;b&gt; &amp;amp; fish": "283 321 285 261 2759", "x²": "343 41175",
-    "__init__.py": "3838 42670 2355 269 7504", "don’t": "847 713",
+    "café naïve": "15304 1097 35689 563",
+    "&lt;b&gt; &amp;amp; fish": "283 321 285 261 2759",
+    "x²": "343 41175",
+    "__init__.py": "3838 42670 2355 269 7504",
+    "don’t": "847 713",
 }
 
 
@@ -773,45 +943,101 @@ def test_published_ids(clip_tokenizer, text):
 
 def clip_corpus():
     rng = random.Random(0)
-    words = ["a", "photo", "the", "Dog's", "CATS", "don't", "we're", "I'll", "12", "3.5", "café", "x_y", "__init__",
-             "(big)", '"quote"', "re-do", "@home", "#tag", "50%", "C++", "O'Neil"]
+    words = [
+        "a",
+        "photo",
+        "the",
+        "Dog's",
+        "CATS",
+        "don't",
+        "we're",
+        "I'll",
+        "12",
+        "3.5",
+        "café",
+        "x_y",
+        "__init__",
+        "(big)",
+        '"quote"',
+        "re-do",
+        "@home",
+        "#tag",
+        "50%",
+        "C++",
+        "O'Neil",
+    ]
     yield from (" ".join(rng.choice(words) for _ in range(rng.randint(1, 12))) for _ in range(1500))
-    chars = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
+    chars = [
+        c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")
+    ]
     for i in range(0, len(chars), 128):  # every block that this Python's Unicode knows
         block = chars[i : i + 128]
-        yield from (f"{''.join(rng.choices(block, k=6))} {rng.choice(words)}{rng.choice(block)}" for _ in range(2))
+        yield from (
+            f"{''.join(rng.choices(block, k=6))} {rng.choice(words)}{rng.choice(block)}"
+            for _ in range(2)
+        )
     yield from (f"x&#{i};y&#x{i:x}; &amp;#{i};" for i in range(400))
-    yield from (f"a{chr(i)}b{chr(i)}{chr(i)} '{chr(i)}" for i in range(0x500))  # controls, accents, quotes
+    yield from (
+        f"a{chr(i)}b{chr(i)}{chr(i)} '{chr(i)}" for i in range(0x500)
+    )  # controls, accents, quotes
     yield from CLIP_STRINGS
 
 
 CLIP_STRINGS = (
-    "❤️ 👩\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e007f 😀😀", "ＬＯＵＤ　ﾊﾝｶｸ", "“it’s” „so“", "ﬁne ﬂuﬀ",
-    "\x1b[31mred\x1b[0m", "a\u200bb\ufeffc", "line\r\nbreak\x0c\x0bx", "\ud83d\ude00 \ud83d x", "e\u0301 n\u0303",
-    "itâ€™s cafÃ© Â©2020 â€œokâ€\x9d ðŸ˜€", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "&eacute;&amp;amp;lt; &nbsp;x", "<b>&amp;amp;lt;</b>",
-    "NESCAFÉ® „Spaß“ «CAFÉ»", "1½ Ⅷ ٣ 二 x²y", "İstanbul ſt K Å", "&notit; &amp &copy2020", "a" * 300, "_'s_'S 'Re",
+    "❤️ 👩\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e007f 😀😀",
+    "ＬＯＵＤ　ﾊﾝｶｸ",
+    "“it’s” „so“",
+    "ﬁne ﬂuﬀ",
+    "\x1b[31mred\x1b[0m",
+    "a\u200bb\ufeffc",
+    "line\r\nbreak\x0c\x0bx",
+    "\ud83d\ude00 \ud83d x",
+    "e\u0301 n\u0303",
+    "itâ€™s cafÃ© Â©2020 â€œokâ€\x9d ðŸ˜€",
+    "Ð¿Ñ€Ð¸Ð²ÐµÑ‚",
+    "&eacute;&amp;amp;lt; &nbsp;x",
+    "<b>&amp;amp;lt;</b>",
+    "NESCAFÉ® „Spaß“ «CAFÉ»",
+    "1½ Ⅷ ٣ 二 x²y",
+    "İstanbul ſt K Å",
+    "&notit; &amp &copy2020",
+    "a" * 300,
+    "_'s_'S 'Re",
 )
 
 
 def test_tokenizer_equals_open_clips_on_a_corpus(clip_tokenizer):
     """What may differ: captions where ftfy guesses another encoding (we stop at Windows-1252 and intact sequences), and
     U+0345, which the regex package counts as a letter because it folds to an iota."""
-    oracle, ftfy = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer(), pytest.importorskip("ftfy")
+    oracle, ftfy = (
+        pytest.importorskip("open_clip.tokenizer").SimpleTokenizer(),
+        pytest.importorskip("ftfy"),
+    )
     corpus = list(clip_corpus())
     different = [s for s in corpus if clip_tokenizer.encode(s) != oracle.encode(s)]
-    guessed = [s for s in different if ftfy.fix_encoding(ftfy.fixes.unescape_html(s)) != ftfy.fixes.unescape_html(s)]
+    guessed = [
+        s
+        for s in different
+        if ftfy.fix_encoding(ftfy.fixes.unescape_html(s)) != ftfy.fixes.unescape_html(s)
+    ]
     print("\n".join(map(ascii, different)))
     assert len(corpus) >= 5000 and len(different) <= 10
-    assert all("\u0345" in s for s in different if s not in guessed), [ascii(s) for s in different if s not in guessed]
+    assert all("\u0345" in s for s in different if s not in guessed), [
+        ascii(s) for s in different if s not in guessed
+    ]
     plain = [s for s in corpus if s.isascii()][:200]
-    assert torch.equal(clip_tokenizer(plain, 12), oracle(plain, 12))  # truncated, the end token kept
+    assert torch.equal(
+        clip_tokenizer(plain, 12), oracle(plain, 12)
+    )  # truncated, the end token kept
 
 
 def test_control_literals_in_a_caption_are_text(clip_tokenizer):
     oracle = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
     for text in ("<start_of_text> a cat <end_of_text>", "<|startoftext|>x<|endoftext|>"):
         assert max(clip_tokenizer.encode(text)) < clip_tokenizer.start
-        assert clip_tokenizer.decode(clip_tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
+        assert clip_tokenizer.decode(clip_tokenizer.encode(text)).replace(" ", "") == text.replace(
+            " ", ""
+        )
     assert oracle.encode("<end_of_text>") == [49407]  # what an attacker wants
 
 
@@ -819,13 +1045,18 @@ def test_merges_txt_gives_the_same_ids(clip_tokenizer, clip_bpe, tmp_path):
     lines = gzip.decompress(clip_bpe.read_bytes()).decode().split("\n")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines[1:48_895]) + "\n")
     other = clip.Tokenizer(tmp_path / "merges.txt")
-    assert other.merges == clip_tokenizer.merges and other.vocab_size == clip_tokenizer.vocab_size == 49_408
+    assert (
+        other.merges == clip_tokenizer.merges
+        and other.vocab_size == clip_tokenizer.vocab_size == 49_408
+    )
     assert (other.start, other.end) == (49_406, 49_407)
     clip.save(clip_random(SMALL), tmp_path / "a.safetensors")
     assert clip.find_bpe(tmp_path / "a.safetensors") == str(tmp_path / "merges.txt")
 
 
-def test_merges_are_fetched_with_downloaded_weights_and_missed_beside_local_ones(clip_server, clip_bpe, tmp_path):
+def test_merges_are_fetched_with_downloaded_weights_and_missed_beside_local_ones(
+    clip_server, clip_bpe, tmp_path
+):
     clip_server.files[f"/{clip.OPENAI['bpe'][1]}/{clip.OPENAI['bpe'][0]}"] = clip_bpe.read_bytes()
     clip_server.files["/w.pt"] = b"weights"
     path = clip.find_bpe(f"{clip_server.url}/w.pt", tmp_path)
@@ -835,9 +1066,17 @@ def test_merges_are_fetched_with_downloaded_weights_and_missed_beside_local_ones
         clip.find_bpe(tmp_path / "local.pt")
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"\x1f\x8b123", "gzip"), (b"#version\na b c\n", "'a b c'"), (b"#version\nq zz\n", "'q zz'"),
-    (b"#version\n", "no merges"), (b"#v\na b\na b\n", "twice"), (b"#v\n\xff\n", "Unicode")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"\x1f\x8b123", "gzip"),
+        (b"#version\na b c\n", "'a b c'"),
+        (b"#version\nq zz\n", "'q zz'"),
+        (b"#version\n", "no merges"),
+        (b"#v\na b\na b\n", "twice"),
+        (b"#v\n\xff\n", "Unicode"),
+    ],
+)
 def test_a_merges_file_that_is_none_is_named(tmp_path, content, words):
     (tmp_path / "m.txt").write_bytes(content)
     with pytest.raises(ValueError, match=words) as e:
@@ -856,7 +1095,9 @@ def test_decode_inverts_encode_and_stops_at_the_end(clip_tokenizer):
 def test_a_long_caption_is_cut_or_refused(clip_tokenizer):
     for tokenizer in (clip_tokenizer, clip.Tokenizer()):
         row = tokenizer(["cat dog " * 50], context_length=10)[0].tolist()
-        assert row[0] == tokenizer.start and row[-1] == tokenizer.end and tokenizer.end not in row[:-1]
+        assert (
+            row[0] == tokenizer.start and row[-1] == tokenizer.end and tokenizer.end not in row[:-1]
+        )
         with pytest.raises(ValueError, match="the context holds 8"):
             tokenizer(["cat dog " * 50], context_length=10, truncate=False)
         with pytest.raises(TypeError, match="NoneType"):
@@ -870,14 +1111,23 @@ def test_a_long_caption_is_cut_or_refused(clip_tokenizer):
 
 def test_entities_nested_without_end_are_not_resolved_without_end():
     began = time.process_time()
-    assert clip.clean("&" + "amp;" * 15) == "&" and clip.clean("&" + "amp;" * 50_000).startswith("&amp;amp;")
+    assert clip.clean("&" + "amp;" * 15) == "&" and clip.clean("&" + "amp;" * 50_000).startswith(
+        "&amp;amp;"
+    )
     assert time.process_time() - began < 5
 
 
 def test_hundred_thousand_captions_in_ten_seconds(clip_bpe):
-    rng, syllables = random.Random(0), ["ka", "to", "mi", "re", "lon", "fish", "sun", "er", "ing", "blue", "tra", "qu"]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(20_000)]  # a hard case
-    captions = [f"A photo of {' '.join(rng.choices(words, k=8))}, it's No. {i}" for i in range(100_000)]
+    rng, syllables = (
+        random.Random(0),
+        ["ka", "to", "mi", "re", "lon", "fish", "sun", "er", "ing", "blue", "tra", "qu"],
+    )
+    words = [
+        "".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(20_000)
+    ]  # a hard case
+    captions = [
+        f"A photo of {' '.join(rng.choices(words, k=8))}, it's No. {i}" for i in range(100_000)
+    ]
     tokenizer, start = clip.Tokenizer(clip_bpe), time.process_time()
     tokens = tokenizer(captions)
     assert tokens.shape == (100_000, 77) and time.process_time() - start < 10
@@ -900,7 +1150,10 @@ def write_flux(world, root, tar=False, broken=()):
         for split, name in ((d.train, "train"), (d.test, "test")):
             items = {}
             for i in range(len(split)):
-                path, label = f"{name}/{d.classes[split.labels[i]]}/{i:03}.png", int(split.labels[i])
+                path, label = (
+                    f"{name}/{d.classes[split.labels[i]]}/{i:03}.png",
+                    int(split.labels[i]),
+                )
                 file = root / d.name / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(split.image(i)).save(file)
@@ -927,8 +1180,14 @@ def test_toy_world_has_the_sets_and_concepts_that_were_asked_for(world):
     for group in (world.adaptation, world.heldout):
         assert [d.kind for d in group].count("retrieval") == 1
     for d in world.adaptation + world.heldout:
-        assert len(d.prompts) == len(d.classes) == len(set(d.classes)) and len(d.train) == 90 and len(d.test) == 80
-        assert d.train.image(0).shape == (32, 32, 3) and all(isinstance(c, str) and c for c in d.train.captions)
+        assert (
+            len(d.prompts) == len(d.classes) == len(set(d.classes))
+            and len(d.train) == 90
+            and len(d.test) == 80
+        )
+        assert d.train.image(0).shape == (32, 32, 3) and all(
+            isinstance(c, str) and c for c in d.train.captions
+        )
 
 
 def test_toy_world_is_a_function_of_its_seed(world):
@@ -939,7 +1198,10 @@ def test_toy_world_is_a_function_of_its_seed(world):
 
 
 def test_toy_pool_knows_all_held_out_classes_and_a_quarter_of_the_others(world):
-    heldout, adaptation = world.pool.splits[: len(world.heldout)], world.pool.splits[len(world.heldout) :]
+    heldout, adaptation = (
+        world.pool.splits[: len(world.heldout)],
+        world.pool.splits[len(world.heldout) :],
+    )
     for d, part in zip(world.heldout, heldout):
         assert part is d.train
     for d, part in zip(world.adaptation, adaptation):
@@ -951,7 +1213,10 @@ def test_concat_finds_each_parts_own_picture(world):
     splits = [world.adaptation[0].train, world.heldout[0].test]
     both = data.Concat(splits)
     assert len(both) == 170 and np.array_equal(both.image(90), splits[1].image(0))
-    assert np.array_equal(both.image(89), splits[0].image(89)) and both.captions[90] == splits[1].captions[0]
+    assert (
+        np.array_equal(both.image(89), splits[0].image(89))
+        and both.captions[90] == splits[1].captions[0]
+    )
 
 
 @pytest.mark.parametrize("batch, ratios, counts", [
@@ -977,7 +1242,11 @@ def test_batches_hold_update_buffer_and_pool_samples_of_the_right_tasks(world):
         ids = mixture.ids(task, 2)
         drawn = [(n, splits[n].classes[splits[n].train.labels[i]]) for n, i in ids if n != "pool"]
         p, d, b = mixture.counts(task)
-        assert len(ids) - len(drawn) == p and sum(c in now for c in drawn) == d and sum(c in before for c in drawn) == b
+        assert (
+            len(ids) - len(drawn) == p
+            and sum(c in now for c in drawn) == d
+            and sum(c in before for c in drawn) == b
+        )
     assert mixture.counts(0)[2] == 0 and sum(mixture.counts(0)) == 100
 
 
@@ -985,11 +1254,17 @@ def test_without_a_pool_the_first_task_trains_on_its_own_data_alone(world):
     mixture, _ = mixture_of(dataclasses.replace(world, pool=None), ratios=(0, 0.5, 0.5))
     assert mixture.counts(0) == [0, 100, 0] and mixture.counts(1) == [0, 50, 50]
     for size in (7, 33):  # what the shares leave over is dealt to sources that have one
-        mixture, chunks = mixture_of(dataclasses.replace(world, pool=None), ratios=(0, 0.5, 0.5), batch_size=size)
+        mixture, chunks = mixture_of(
+            dataclasses.replace(world, pool=None), ratios=(0, 0.5, 0.5), batch_size=size
+        )
         splits = {d.name: d for d in world.adaptation}
         for task in range(2):
-            drawn = [(n, splits[n].classes[splits[n].train.labels[i]]) for n, i in mixture.ids(task, 0)]
-            assert len(drawn) == size and set(drawn) <= {c for chunk in chunks[: task + 1] for c in chunk}
+            drawn = [
+                (n, splits[n].classes[splits[n].train.labels[i]]) for n, i in mixture.ids(task, 0)
+            ]
+            assert len(drawn) == size and set(drawn) <= {
+                c for chunk in chunks[: task + 1] for c in chunk
+            }
             assert sum(c in chunks[task] for c in drawn) == (size if task == 0 else (size + 1) // 2)
 
 
@@ -997,7 +1272,9 @@ def test_a_source_is_seen_whole_before_anything_repeats(world):
     mixture, _ = mixture_of(world, ratios=(0, 1, 0))
     n = mixture.ends[1]
     seen = [i for step in range(3 * n // 100 + 1) for i in mixture.ids(0, step)]
-    assert len(set(seen[:n])) == n and len(set(seen[n : 2 * n])) == n and seen[:n] != seen[n : 2 * n]
+    assert (
+        len(set(seen[:n])) == n and len(set(seen[n : 2 * n])) == n and seen[:n] != seen[n : 2 * n]
+    )
 
 
 def test_replay_sees_only_its_share_of_the_pool(world):
@@ -1016,7 +1293,9 @@ def test_batches_are_equal_whatever_the_number_of_workers(world):
     alone, two = (list(data.loader(world, mixture, 1, 4, 32, workers=w)) for w in (0, 2))
     late = list(data.loader(world, mixture, 1, 4, 32, start=3))
     for (images, captions), (images2, captions2) in zip(alone, two, strict=True):
-        assert torch.equal(images, images2) and captions == captions2 and images.dtype == torch.uint8
+        assert (
+            torch.equal(images, images2) and captions == captions2 and images.dtype == torch.uint8
+        )
     assert torch.equal(late[0][0], alone[3][0]) and len(late) == 1
     assert not torch.equal(alone[0][0], alone[1][0])
 
@@ -1032,8 +1311,12 @@ def test_crops_and_captions_are_drawn_anew_for_every_step_and_seed_in_the_papers
     for seed in (0, 1):
         mixture = data.Mixture(world, [[("SET", "a")]], 2, (0, 0.5, 0.5), seed=seed)
         batches[seed] = list(data.loader(world, mixture, 0, 8, 32))
-    pictures = [image.numpy().tobytes() for images, _ in batches[0] + batches[1] for image in images]
-    assert len(set(pictures)) >= 28  # of 32; where ten draws do not fit, all of the picture is the box
+    pictures = [
+        image.numpy().tobytes() for images, _ in batches[0] + batches[1] for image in images
+    ]
+    assert (
+        len(set(pictures)) >= 28
+    )  # of 32; where ten draws do not fit, all of the picture is the box
     assert drawn == 32 * [((0.9, 1.0), (3 / 4, 4 / 3))]
     assert {c for _, captions in batches[0] for c in captions} == {"one", "two"}
 
@@ -1043,11 +1326,15 @@ def test_sources_tasks_and_seeds_are_permuted_apart(world, monkeypatch):
     monkeypatch.setattr(data, "_permutation", lambda n, *key: keys.add(key) or permutation(n, *key))
     pools = []
     for seed in (0, 1):
-        mixture = data.Mixture(world, data.tasks(data.concepts(world.adaptation), 3), 32, replay=5, seed=seed)
+        mixture = data.Mixture(
+            world, data.tasks(data.concepts(world.adaptation), 3), 32, replay=5, seed=seed
+        )
         pools.append(mixture.pool.tolist())
         for task in (1, 2):
             mixture.ids(task, 0)
-    assert len({key[:4] for key in keys if len(key) > 2}) == 2 * 3 * 2  # of each seed, source and task its own
+    assert (
+        len({key[:4] for key in keys if len(key) > 2}) == 2 * 3 * 2
+    )  # of each seed, source and task its own
     assert sorted(pools[0]) != sorted(pools[1])
 
 
@@ -1088,18 +1375,27 @@ def test_random_order_permutes_by_the_seed():
 def test_folders_and_tars_hold_the_same_world(world, flux, tmp_path):
     tars = write_flux(world, tmp_path / "tars", tar=True)
     a, b = (data.fomo_in_flux(r, heldout=["DIGITS"], pool=["DIGITS"]) for r in (flux, tars))
-    assert [d.name for d in a.adaptation] == ["ARROWS", "LETTERS"] and [d.name for d in a.heldout] == ["DIGITS"]
+    assert [d.name for d in a.adaptation] == ["ARROWS", "LETTERS"] and [
+        d.name for d in a.heldout
+    ] == ["DIGITS"]
     letters = next(d for d in world.adaptation if d.name == "LETTERS")
     assert a.adaptation[1].prompts == letters.prompts and a.adaptation[1].kind == "classification"
     for x, y in zip(a.adaptation + a.heldout, b.adaptation + b.heldout):
         assert x.train.captions == y.train.captions and np.array_equal(x.test.labels, y.test.labels)
-        assert all(x.test.image(i).tobytes() == y.test.image(i).tobytes() for i in range(len(x.test)))
+        assert all(
+            x.test.image(i).tobytes() == y.test.image(i).tobytes() for i in range(len(x.test))
+        )
     assert len(a.pool) == 90 and data.fingerprint(a.pool) == data.fingerprint(b.pool)
 
 
 def test_class_prompts_can_be_captions_of_training_pictures_alone(flux):
-    plain, more = (data.fomo_in_flux(flux, heldout=["DIGITS"], prompts_too=too).adaptation[1] for too in (False, True))
-    for caption, label, several in zip(plain.train.captions, plain.train.labels, more.train.captions):
+    plain, more = (
+        data.fomo_in_flux(flux, heldout=["DIGITS"], prompts_too=too).adaptation[1]
+        for too in (False, True)
+    )
+    for caption, label, several in zip(
+        plain.train.captions, plain.train.labels, more.train.captions
+    ):
         assert several == [*caption, plain.prompts[label]]
     assert more.test.captions == plain.test.captions
 
@@ -1133,7 +1429,9 @@ def spoil(root, how):
         items["/etc/passwd"] = items.pop(first)
     elif how in ("twice", "number"):
         names = root / "00_info" / "LETTERS_classnames.json"
-        names.write_text(json.dumps([*json.loads(names.read_text())[:-1], "A" if how == "twice" else 3]))
+        names.write_text(
+            json.dumps([*json.loads(names.read_text())[:-1], "A" if how == "twice" else 3])
+        )
     elif how == "picture":
         (root / "LETTERS" / first).unlink()
     elif how == "tar":
@@ -1178,30 +1476,45 @@ def test_a_perfect_classifier_scores_100_and_a_random_one_about_chance():
     labels = np.arange(5000) % 10
     assert evaluate.accuracy(7 * weights[labels], weights, labels) == 100
     score = evaluate.accuracy(torch.randn(5000, 64, generator=g), weights, labels)
-    assert abs(score - 10) < 4 * 100 * math.sqrt(0.1 * 0.9 / 5000)  # four standard deviations of a binomial
+    assert abs(score - 10) < 4 * 100 * math.sqrt(
+        0.1 * 0.9 / 5000
+    )  # four standard deviations of a binomial
 
 
 def test_classifier_is_the_normalised_text_features():
     table = {"a": [3.0, 4.0], "b": [0.0, 2.0]}
-    weights = evaluate.classifier(lambda prompts: torch.tensor([table[p] for p in prompts]), ["a", "b"])
+    weights = evaluate.classifier(
+        lambda prompts: torch.tensor([table[p] for p in prompts]), ["a", "b"]
+    )
     assert torch.allclose(weights, torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
 
 
 def test_recall_equals_a_direct_count_with_several_texts_a_picture():
     g = torch.Generator().manual_seed(1)
-    image, text, owner = torch.randn(1100, 4, generator=g), torch.randn(2300, 4, generator=g), np.arange(2300) % 1100
+    image, text, owner = (
+        torch.randn(1100, 4, generator=g),
+        torch.randn(2300, 4, generator=g),
+        np.arange(2300) % 1100,
+    )
     similarity = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     t2i = [owner[j] in similarity[:, j].topk(5).indices.tolist() for j in range(2300)]
-    i2t = [bool({i} & set(owner[similarity[i].topk(5).indices.numpy()].tolist())) for i in range(1100)]
+    i2t = [
+        bool({i} & set(owner[similarity[i].topk(5).indices.numpy()].tolist())) for i in range(1100)
+    ]
     expected = 100 * np.mean(t2i), 100 * np.mean(i2t)
     assert evaluate.recall_at_k(image, text, owner) == pytest.approx(expected)
-    assert evaluate.recall_at_k(image[:3], text[:3], [0, 1, 2]) == (100, 100)  # fewer than five to choose from
+    assert evaluate.recall_at_k(image[:3], text[:3], [0, 1, 2]) == (
+        100,
+        100,
+    )  # fewer than five to choose from
 
 
 def test_means_weigh_every_dataset_the_same():
     assert evaluate.knowledge_accumulation({"a": 10.0, "b": 50.0}) == 30
     assert evaluate.zero_shot_retention({"a": 10.0, "b": 50.0, "c": 90.0}) == 50
-    assert evaluate.geometric_mean(38.47, 67.93) == pytest.approx(51.12, abs=0.005)  # the paper's B/32, zero-shot
+    assert evaluate.geometric_mean(38.47, 67.93) == pytest.approx(
+        51.12, abs=0.005
+    )  # the paper's B/32, zero-shot
 
 
 def test_forgetting_is_the_mean_drop_from_the_best():
@@ -1213,11 +1526,16 @@ def test_subsets_are_class_balanced_of_the_papers_size_and_a_function_of_the_see
     labels = np.repeat([0, 1, 2, 3], [2000, 30, 500, 3])
     ids = evaluate.balanced_subset(labels, 0)
     assert len(ids) == 300 and len(set(ids)) == 300
-    assert np.bincount(labels[ids])[[1, 3]].tolist() == [30, 3] and abs(np.diff(np.bincount(labels[ids])[[0, 2]])) <= 1
+    assert (
+        np.bincount(labels[ids])[[1, 3]].tolist() == [30, 3]
+        and abs(np.diff(np.bincount(labels[ids])[[0, 2]])) <= 1
+    )
     assert np.array_equal(ids, evaluate.balanced_subset(labels, 0))
     assert not np.array_equal(ids, evaluate.balanced_subset(labels, 1))
     sizes = [(100, 10, 100), (1000, 200, 400), (9000, 3, 900)]  # all; 2 a class; a tenth
-    assert [len(evaluate.balanced_subset(np.arange(n) % c, 0)) for n, c, _ in sizes] == [s for *_, s in sizes]
+    assert [len(evaluate.balanced_subset(np.arange(n) % c, 0)) for n, c, _ in sizes] == [
+        s for *_, s in sizes
+    ]
 
 
 def test_the_picture_has_its_stars_where_the_scores_are(tmp_path):
@@ -1227,20 +1545,34 @@ def test_the_picture_has_its_stars_where_the_scores_are(tmp_path):
 
     def at(zs, ka):  # the ranges are padded by 8 %, at least 1: ZS 64 to 73, KA 38.4 to 61.6
         x = evaluate.LEFT + (zs - 64) / 9 * (evaluate.WIDTH - evaluate.LEFT - evaluate.RIGHT)
-        y = evaluate.HEIGHT - evaluate.BOTTOM - (ka - 38.4) / 23.2 * (evaluate.HEIGHT - evaluate.TOP - evaluate.BOTTOM)
+        y = (
+            evaluate.HEIGHT
+            - evaluate.BOTTOM
+            - (ka - 38.4) / 23.2 * (evaluate.HEIGHT - evaluate.TOP - evaluate.BOTTOM)
+        )
         return round(x), round(y)
 
     def seen(colour, zs, ka, radius):
         x, y = at(zs, ka)
-        return (abs(pixels[y - radius : y + radius + 1, x - radius : x + radius + 1] - colour) < 8).all(-1).any()
+        return (
+            (abs(pixels[y - radius : y + radius + 1, x - radius : x + radius + 1] - colour) < 8)
+            .all(-1)
+            .any()
+        )
 
     assert seen((0x1F, 0x77, 0xB4), 71.0, 42.5, 3)  # the run's line, half-way
     assert seen((128, 128, 128), 67.5, 50.0, 14)  # and the dashed one: the linear trade-off
     assert seen((0xF5, 0xB8, 0), 65.0, 60.0, 3) and seen((0, 0, 0), 70.0, 40.0, 3)
-    inside = pixels[evaluate.TOP + 3 : -evaluate.BOTTOM - 3, evaluate.LEFT + 3 : -evaluate.RIGHT - 3]
+    inside = pixels[
+        evaluate.TOP + 3 : -evaluate.BOTTOM - 3, evaluate.LEFT + 3 : -evaluate.RIGHT - 3
+    ]
     gold = np.argwhere((abs(inside - (0xF5, 0xB8, 0)) < 8).all(-1)).mean(0)
-    black = np.argwhere((inside < 8).all(-1)).mean(0)  # the golden star's outline is in it too, but is thin
-    assert gold[0] < black[0] and gold[1] < black[1]  # joint is above theta_0 (KA) and left of it (ZS)
+    black = np.argwhere((inside < 8).all(-1)).mean(
+        0
+    )  # the golden star's outline is in it too, but is thin
+    assert (
+        gold[0] < black[0] and gold[1] < black[1]
+    )  # joint is above theta_0 (KA) and left of it (ZS)
     with pytest.raises(ValueError, match="not a number"):
         evaluate.plot({"merge": [(math.nan, 1.0)]}, tmp_path / "q.png")
 
@@ -1248,7 +1580,9 @@ def test_the_picture_has_its_stars_where_the_scores_are(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ fomo.py
 
 HERE = Path(fomo.__file__).parent
-TINY_RUN = shlex.split("--model tiny --tasks 3 --steps 3 --batch-size 16 --pretrain-steps 4 --workers 0")
+TINY_RUN = shlex.split(
+    "--model tiny --tasks 3 --steps 3 --batch-size 16 --pretrain-steps 4 --workers 0"
+)
 
 
 def flux_options(root, tmp, *more):
@@ -1263,30 +1597,47 @@ def scores(folder):
 
 
 def launch(*options):
-    return subprocess.Popen([sys.executable, str(HERE / "fomo.py"), *options], stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "fomo.py"), *options], stdout=subprocess.DEVNULL
+    )
 
 
 def test_a_run_writes_all_that_the_readme_promises(flux, tmp_path, capsys):
     assert fomo.main(flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["theta_0", *(f"{scores(tmp_path / 'run')['theta_0'][k]:.1f}" for k in ("ka", "zs", "gm"))] in table
+    assert [
+        "theta_0",
+        *(f"{scores(tmp_path / 'run')['theta_0'][k]:.1f}" for k in ("ka", "zs", "gm")),
+    ] in table
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert files == {"config.json", "log.jsonl", "results.json", "picture.png", "model.safetensors"}
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [row["task"] for row in results["tasks"]] == [1, 2, 3] and results["config"]["method"] == "merge"
+    assert [row["task"] for row in results["tasks"]] == [1, 2, 3] and results["config"][
+        "method"
+    ] == "merge"
     for row in (results["theta_0"], *results["tasks"], results["final"]):
         d = row["datasets"]
-        assert row["ka"] == pytest.approx((d["LETTERS"] + d["ARROWS"]) / 2) and row["zs"] == d["DIGITS"]
+        assert (
+            row["ka"] == pytest.approx((d["LETTERS"] + d["ARROWS"]) / 2)
+            and row["zs"] == d["DIGITS"]
+        )
         assert row["gm"] == pytest.approx(math.sqrt(row["ka"] * row["zs"]))
     assert results["chance"]["ka"] == pytest.approx((100 / 26 + 100 / 8) / 2)
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [r["event"] for r in rows].count("step") == 9 and [r["event"] for r in rows].count("evaluation") == 4
+    assert [r["event"] for r in rows].count("step") == 9 and [r["event"] for r in rows].count(
+        "evaluation"
+    ) == 4
     deployed = clip.load(tmp_path / "run" / "model.safetensors")
     world = data.fomo_in_flux(flux, heldout=["DIGITS"])
     c = fomo.resolve(fomo.parse(flux_options(flux, tmp_path)))
     again = fomo.Learner(deployed, clip.Tokenizer(), c).score_all(world, True, 0, "again")
     assert again == results["final"]
-    files = ["--weights", str(tmp_path / "run" / "model.safetensors"), "--out", str(tmp_path / "scores.json")]
+    files = [
+        "--weights",
+        str(tmp_path / "run" / "model.safetensors"),
+        "--out",
+        str(tmp_path / "scores.json"),
+    ]
     assert fomo.main(["evaluate", *flux_options(flux, tmp_path, *files)]) == 0
     written = json.loads((tmp_path / "scores.json").read_text())
     assert {k: written[k] for k in again} == again and written["chance"] == results["chance"]
@@ -1294,7 +1645,10 @@ def test_a_run_writes_all_that_the_readme_promises(flux, tmp_path, capsys):
     for out in (str(tmp_path), "", str(tmp_path / "nowhere" / "x")):  # said before the work
         assert fomo.main(["report", str(tmp_path / "run"), "-o", out]) == 2
         if out:  # for evaluate an empty one is the default
-            assert fomo.main(["evaluate", *flux_options(flux, tmp_path, *files[:2], "--out", out)]) == 2
+            assert (
+                fomo.main(["evaluate", *flux_options(flux, tmp_path, *files[:2], "--out", out)])
+                == 2
+            )
         table = capsys.readouterr()
         assert f"--out {out!r} cannot be written" in table.err and not table.out
 
@@ -1306,7 +1660,9 @@ def test_a_killed_run_goes_on_after_its_last_task_and_ends_the_same(flux, tmp_pa
     process = launch(*options, "--out", str(cut))
     deadline = time.time() + 100
     while time.time() < deadline and process.poll() is None:
-        if (cut / "log.jsonl").exists() and '"task": 2, "step": 0' in (cut / "log.jsonl").read_text():
+        if (cut / "log.jsonl").exists() and '"task": 2, "step": 0' in (
+            cut / "log.jsonl"
+        ).read_text():
             break
         time.sleep(0.005)
     process.kill()
@@ -1316,17 +1672,23 @@ def test_a_killed_run_goes_on_after_its_last_task_and_ends_the_same(flux, tmp_pa
     assert scores(cut) == scores(whole)
     same = [(p / "model.safetensors").read_bytes() for p in (cut, whole)]
     assert same[0] == same[1]
-    kept = [[json.loads(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (cut, whole)]
+    kept = [
+        [json.loads(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (cut, whole)
+    ]
     assert [{**r, "seconds": 0} for r in kept[0]] == [{**r, "seconds": 0} for r in kept[1]]
 
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS))
-def test_every_method_keeps_what_it_learnt_between_tasks_and_resumes_bitwise(flux, tmp_path, monkeypatch, method):
+def test_every_method_keeps_what_it_learnt_between_tasks_and_resumes_bitwise(
+    flux, tmp_path, monkeypatch, method
+):
     options = flux_options(flux, tmp_path, "--method", method, "--lr", "1e-2", "--tasks", "2")
     starts, ends, train = [], [], fomo.train
 
     def watched(learner, m, batches, steps, rate, title, log):
-        starts.append(m.plain(learner.model) | {n: p.detach().clone() for n, p in m.trained.items()})
+        starts.append(
+            m.plain(learner.model) | {n: p.detach().clone() for n, p in m.trained.items()}
+        )
         train(learner, m, batches, steps, rate, title, log)
         ends.append(m.plain(learner.model) | {n: p.detach().clone() for n, p in m.trained.items()})
 
@@ -1335,7 +1697,9 @@ def test_every_method_keeps_what_it_learnt_between_tasks_and_resumes_bitwise(flu
             raise KeyboardInterrupt
         train(learner, m, batches, steps, rate, title, log)
 
-    fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")])  # theta_0 is in the cache
+    fomo.main(
+        [*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]
+    )  # theta_0 is in the cache
     monkeypatch.setattr(fomo, "train", watched)
     assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
     assert any(not torch.equal(starts[0][k], ends[0][k]) for k in starts[0])
@@ -1349,7 +1713,9 @@ def test_every_method_keeps_what_it_learnt_between_tasks_and_resumes_bitwise(flu
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_loop_calls_every_hook_in_its_place_with_what_the_options_say(flux, tmp_path, monkeypatch):
+def test_the_loop_calls_every_hook_in_its_place_with_what_the_options_say(
+    flux, tmp_path, monkeypatch
+):
     calls, pull = [], 1e6
 
     class Recorder(methods.Method):
@@ -1369,9 +1735,14 @@ def test_the_loop_calls_every_hook_in_its_place_with_what_the_options_say(flux, 
             calls.append("step")
             norm = math.sqrt(sum(p.grad.square().sum().item() for p in self.trained.values()))
             assert norm == pytest.approx(1e-3, rel=1e-3)  # clipped
-            assert model.logit_scale.grad.item() == pytest.approx(norm, rel=1e-3)  # the penalty is in it, and outweighs
+            assert model.logit_scale.grad.item() == pytest.approx(
+                norm, rel=1e-3
+            )  # the penalty is in it, and outweighs
             groups = self.made.param_groups
-            assert {g["lr"] for g in groups} == {lr} and {g["weight_decay"] for g in groups} == {0.3, 0.0}
+            assert {g["lr"] for g in groups} == {lr} and {g["weight_decay"] for g in groups} == {
+                0.3,
+                0.0,
+            }
             assert lr == methods.learning_rate(calls.count("step") - 1 - 4 * calls.count("after"), 4,
                                                calls.count("after"), 2e-3, warmup=0.5, floor=0.25)  # fmt: skip
 
@@ -1379,12 +1750,20 @@ def test_the_loop_calls_every_hook_in_its_place_with_what_the_options_say(flux, 
             calls.append("after")
             assert all(torch.isfinite(loss(model, batch)) and n == 16 for batch, n in batches)
 
-    more = shlex.split("--steps 4 --tasks 2 --clip-norm 1e-3 --weight-decay .3 --lr 2e-3 --warmup .5 --floor .25")
+    more = shlex.split(
+        "--steps 4 --tasks 2 --clip-norm 1e-3 --weight-decay .3 --lr 2e-3 --warmup .5 --floor .25"
+    )
     options = flux_options(flux, tmp_path, *more)
-    assert fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]) == 0  # makes theta_0
+    assert (
+        fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]) == 0
+    )  # makes theta_0
     monkeypatch.setitem(methods.METHODS, "finetune", Recorder)
     assert fomo.main([*options, "--method", "finetune", "--out", str(tmp_path / "run")]) == 0
-    assert calls == [call for t in range(2) for call in [f"before {t}", "optimizer", *["penalty", "step"] * 4, "after"]]
+    assert calls == [
+        call
+        for t in range(2)
+        for call in [f"before {t}", "optimizer", *["penalty", "step"] * 4, "after"]
+    ]
 
 
 def test_optimizers_take_the_options_they_are_given():
@@ -1392,7 +1771,9 @@ def test_optimizers_take_the_options_they_are_given():
         method = methods_ready(name, model := methods_model())
         options = {"lr": 0.5, "betas": (0.6, 0.7), "eps": 0.1, "weight_decay": 0.3}
         groups = method.optimizer(model, **options).param_groups
-        assert all(group[k] == v for group in groups for k, v in options.items() if k != "weight_decay"), name
+        assert all(
+            group[k] == v for group in groups for k, v in options.items() if k != "weight_decay"
+        ), name
 
 
 def test_ewc_in_the_loop_is_what_its_weight_says(flux, tmp_path):
@@ -1411,7 +1792,14 @@ def test_the_temperature_is_clamped(flux, tmp_path):
     model = clip_random(clip.CONFIGS["tiny"])
     model.logit_scale.data.fill_(clip.MAX_LOGIT_SCALE + 1)
     clip.save(model, tmp_path / "hot.safetensors")
-    options = ["--weights", str(tmp_path / "hot.safetensors"), "--method", "finetune", "--out", str(tmp_path / "run")]
+    options = [
+        "--weights",
+        str(tmp_path / "hot.safetensors"),
+        "--method",
+        "finetune",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
     rows = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     scales = [row["logit_scale"] for row in rows if row["event"] == "step"]
@@ -1419,14 +1807,30 @@ def test_the_temperature_is_clamped(flux, tmp_path):
 
 
 def test_fp16_clips_the_gradient_and_not_its_scaled_copy(flux, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=256.0))
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=256.0)
+    )
     norms = []
-    assert fomo.main(flux_options(flux, tmp_path, "--method", "zero-shot", "--out", str(tmp_path / "zero"))) == 0
+    assert (
+        fomo.main(
+            flux_options(flux, tmp_path, "--method", "zero-shot", "--out", str(tmp_path / "zero"))
+        )
+        == 0
+    )
     [cached] = [p for p in (tmp_path.parent / "cache").glob("theta_0-*") if fomo.fingerprint(clip.read_tensors(p))
                 == json.loads((tmp_path / "zero" / "results.json").read_text())["theta_0_sha256"]]  # fmt: skip
     for precision in ("fp32", "fp16"):
         out = tmp_path / precision
-        options = ["--weights", str(cached), "--method", "finetune", "--precision", precision, "--out", str(out)]
+        options = [
+            "--weights",
+            str(cached),
+            "--method",
+            "finetune",
+            "--precision",
+            precision,
+            "--out",
+            str(out),
+        ]
         assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
         rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         norms.append(next(row["grad_norm"] for row in rows if row["event"] == "step"))
@@ -1437,7 +1841,9 @@ def test_the_mixture_is_made_of_what_the_options_say(flux, tmp_path, monkeypatch
     made, mixture = [], data.Mixture
     monkeypatch.setattr(data, "Mixture", lambda *a, **k: made.append(a) or mixture(*a, **k))
     for seed in ("0", "1"):
-        options = shlex.split(f"--method zero-shot --mixture .1/.2/.7 --replay 5 --seed {seed} --out {tmp_path / seed}")
+        options = shlex.split(
+            f"--method zero-shot --mixture .1/.2/.7 --replay 5 --seed {seed} --out {tmp_path / seed}"
+        )
         assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
     a, b = [args for args in made if len(args[1]) == 3]  # the others are theta_0's
     assert a[2:] == (16, (0.1, 0.2, 0.7), 5, 0) and b[2:] == (16, (0.1, 0.2, 0.7), 5, 1)
@@ -1445,17 +1851,23 @@ def test_the_mixture_is_made_of_what_the_options_say(flux, tmp_path, monkeypatch
 
 
 def test_a_method_looks_back_on_the_tasks_own_samples_once_each(world, monkeypatch):
-    mixture = data.Mixture(world, data.tasks(data.order(data.concepts(world.adaptation)), 40), 4, seed=3)
+    mixture = data.Mixture(
+        world, data.tasks(data.order(data.concepts(world.adaptation)), 40), 4, seed=3
+    )
     seen = []
     monkeypatch.setattr(data, "loader", lambda world, mixture, task, steps, *_: iter(
         [seen.extend(mixture.ids(task, n)) or (None, [""] * 4) for n in range(steps)]))  # fmt: skip
     batches = list(fomo.look_back(fomo.Config(batch_size=4, workers=0), world, mixture, 1, 32))
     own = mixture.samples[mixture.ends[1] : mixture.ends[2]]
-    assert len(set(seen)) == len(seen) == len(own) // 4 * 4 == 4 * len(batches) and set(seen) <= set(own)
+    assert len(set(seen)) == len(seen) == len(own) // 4 * 4 == 4 * len(batches) and set(
+        seen
+    ) <= set(own)
 
 
 def test_pictures_are_normalised_and_both_directions_of_retrieval_count(world):
-    learner = fomo.Learner(clip.CLIP(clip.CONFIGS["tiny"]).eval(), clip.Tokenizer(), fomo.resolve(fomo.Config()))
+    learner = fomo.Learner(
+        clip.CLIP(clip.CONFIGS["tiny"]).eval(), clip.Tokenizer(), fomo.resolve(fomo.Config())
+    )
     pixels = torch.from_numpy(world.heldout[0].test.pixels[:7]).permute(0, 3, 1, 2)
     expected = data.v2.functional.normalize(pixels / 255, clip.MEAN, clip.STD)
     torch.testing.assert_close(learner.images(pixels), expected)
@@ -1467,7 +1879,10 @@ def test_pictures_are_normalised_and_both_directions_of_retrieval_count(world):
 
 def test_the_same_seed_gives_the_same_scores_and_another_another_order(flux, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        assert fomo.main(flux_options(flux, tmp_path, "--seed", seed, "--out", str(tmp_path / name))) == 0
+        assert (
+            fomo.main(flux_options(flux, tmp_path, "--seed", seed, "--out", str(tmp_path / name)))
+            == 0
+        )
     a, b, c = (scores(tmp_path / name) for name in "abc")
     losses = [[r["loss"] for r in map(json.loads, (tmp_path / n / "log.jsonl").read_text().splitlines()) if "loss" in r]
               for n in "abc"]  # fmt: skip
@@ -1477,14 +1892,20 @@ def test_the_same_seed_gives_the_same_scores_and_another_another_order(flux, tmp
 
 def test_merge_is_the_ema_of_what_the_tasks_end_with(flux, tmp_path, monkeypatch):
     ends, plain, starts, train = [], methods.Method.plain, [], fomo.train
-    monkeypatch.setattr(methods.Method, "plain", lambda self, model: ends.append(plain(self, model)) or ends[-1])
-    monkeypatch.setattr(fomo, "train", lambda *a, **k: starts.append(plain(a[1], a[0].model)) or train(*a, **k))
+    monkeypatch.setattr(
+        methods.Method, "plain", lambda self, model: ends.append(plain(self, model)) or ends[-1]
+    )
+    monkeypatch.setattr(
+        fomo, "train", lambda *a, **k: starts.append(plain(a[1], a[0].model)) or train(*a, **k)
+    )
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"), "--merge-weight", ".8")
     assert fomo.main(options) == 0
     learner = fomo.load_learner(c := fomo.resolve(fomo.parse(options)))
     fomo.pretrain(learner, fomo.load_world(c))
     expected = {k: v.double() for k, v in learner.model.state_dict().items()}
-    for start, theta in zip(starts[-3:], ends, strict=True):  # theta_0's training comes first, if it is not cached
+    for start, theta in zip(
+        starts[-3:], ends, strict=True
+    ):  # theta_0's training comes first, if it is not cached
         for name, value in expected.items():  # a task starts from the merge, in float32
             torch.testing.assert_close(start[name].double(), value, rtol=1e-6, atol=1e-7)
         expected = {k: 0.8 * v + 0.2 * theta[k].double() for k, v in expected.items()}
@@ -1505,7 +1926,9 @@ def test_every_cell_of_the_time_grid_runs_and_resumes(flux, tmp_path, monkeypatc
             raise KeyboardInterrupt
         train(learner, m, batches, steps, rate, title, log)
 
-    fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")])  # theta_0 is in the cache
+    fomo.main(
+        [*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]
+    )  # theta_0 is in the cache
     assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
     monkeypatch.setattr(fomo, "train", stopped)
     assert fomo.main([*options, "--out", str(tmp_path / "cut")]) == 130
@@ -1517,7 +1940,12 @@ def test_every_cell_of_the_time_grid_runs_and_resumes(flux, tmp_path, monkeypatc
 
 def test_joint_is_one_run_over_everything_and_zero_shot_none(flux, tmp_path):
     for method in ("joint", "zero-shot", "finetune"):
-        assert fomo.main(flux_options(flux, tmp_path, "--method", method, "--out", str(tmp_path / method))) == 0
+        assert (
+            fomo.main(
+                flux_options(flux, tmp_path, "--method", method, "--out", str(tmp_path / method))
+            )
+            == 0
+        )
     joint, zero = scores(tmp_path / "joint"), scores(tmp_path / "zero-shot")
     assert [row["steps"] for row in joint["tasks"]] == [9] and zero["tasks"] == []
     assert zero["final"] == zero["theta_0"] == joint["theta_0"]
@@ -1535,11 +1963,21 @@ def test_tars_and_folders_give_the_same_scores(world, flux, tmp_path):
 
 def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp_path, capsys):
     stream = tmp_path / "stream.json"
-    data.write_stream([("DIGITS", "one"), ("LETTERS", "B"), ("ARROWS", "up"), ("LETTERS", "A")], stream)
-    assert fomo.main(flux_options(flux, tmp_path, "--out", str(tmp_path / "r"), "--stream", str(stream))) == 0
+    data.write_stream(
+        [("DIGITS", "one"), ("LETTERS", "B"), ("ARROWS", "up"), ("LETTERS", "A")], stream
+    )
+    assert (
+        fomo.main(
+            flux_options(flux, tmp_path, "--out", str(tmp_path / "r"), "--stream", str(stream))
+        )
+        == 0
+    )
     assert "1 of the stream's 4 concepts" in capsys.readouterr().out
     c = fomo.parse(["--stream", str(stream)])
-    assert fomo.load_stream(c, data.fomo_in_flux(flux, heldout=["DIGITS"])) == data.read_stream(stream)[1:]
+    assert (
+        fomo.load_stream(c, data.fomo_in_flux(flux, heldout=["DIGITS"]))
+        == data.read_stream(stream)[1:]
+    )
 
 
 @pytest.mark.parametrize("options, says", [
@@ -1587,9 +2025,14 @@ def test_a_picture_that_does_not_decode_stops_the_run_and_leaves_no_folder(world
     root = write_flux(world, tmp_path / "root")
     bad = min((root / "LETTERS" / "train").rglob("*.png"))
     bad.write_bytes(bad.read_bytes()[:60])
-    options = flux_options(root, tmp_path, "--steps", "12", "--tasks", "1", "--out", str(tmp_path / "run"))
+    options = flux_options(
+        root, tmp_path, "--steps", "12", "--tasks", "1", "--out", str(tmp_path / "run")
+    )
     assert fomo.main(options) == 2
-    assert f"{bad} does not decode as an image" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert (
+        f"{bad} does not decode as an image" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_run_that_was_killed_as_it_began_starts_again(flux, tmp_path):
@@ -1603,7 +2046,14 @@ def test_a_run_that_was_killed_as_it_began_starts_again(flux, tmp_path):
 
 def test_a_stream_of_nothing_is_refused_by_joint_too(flux, tmp_path, capsys):
     (tmp_path / "s.json").write_text('["DIGITS+++one"]')
-    options = ["--method", "joint", "--stream", str(tmp_path / "s.json"), "--out", str(tmp_path / "run")]
+    options = [
+        "--method",
+        "joint",
+        "--stream",
+        str(tmp_path / "s.json"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert fomo.main(flux_options(flux, tmp_path, *options)) == 2
     assert "the stream is empty" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -1611,11 +2061,17 @@ def test_a_stream_of_nothing_is_refused_by_joint_too(flux, tmp_path, capsys):
 @pytest.mark.parametrize("when", ["waiting", "at work"])
 def test_a_worker_that_dies_is_a_sentence(flux, tmp_path, monkeypatch, capsys, when):
     options = flux_options(flux, tmp_path, "--steps", "40", "--out", str(tmp_path / "run"))
-    assert fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]) == 0  # makes theta_0
+    assert (
+        fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]) == 0
+    )  # makes theta_0
     parent, ids, loss = os.getpid(), data.Mixture.ids, fomo.Learner.loss
 
     def dies(self, task, step):
-        return os.kill(os.getpid(), 9) if step == 20 and os.getpid() != parent else ids(self, task, step)
+        return (
+            os.kill(os.getpid(), 9)
+            if step == 20 and os.getpid() != parent
+            else ids(self, task, step)
+        )
 
     monkeypatch.setattr(data.Mixture, "ids", dies)
     if when == "at work":  # slow enough for the worker to be ahead
@@ -1626,15 +2082,28 @@ def test_a_worker_that_dies_is_a_sentence(flux, tmp_path, monkeypatch, capsys, w
     assert not (tmp_path / "run").exists()
 
 
-def test_folders_that_cannot_be_written_are_refused_before_theta_0_is_trained(flux, tmp_path, capsys, monkeypatch):
+def test_folders_that_cannot_be_written_are_refused_before_theta_0_is_trained(
+    flux, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(fomo, "train", None)
     (tmp_path / "file").write_text("")
     cache = ["--cache", str(tmp_path / "file"), "--out", str(tmp_path / "run")]
     for options, name in ((["--out", str(tmp_path / "file" / "run")], "--out"), (cache, "--cache")):
         assert fomo.main(flux_options(flux, tmp_path, *options)) == 2
-        assert re.search(f"file .*is no folder that can: name another with {name}", capsys.readouterr().err)
-    cache = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--pretrain-steps", "5"]
-    monkeypatch.setattr(clip, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert re.search(
+            f"file .*is no folder that can: name another with {name}", capsys.readouterr().err
+        )
+    cache = [
+        "--cache",
+        str(tmp_path / "cache"),
+        "--out",
+        str(tmp_path / "run"),
+        "--pretrain-steps",
+        "5",
+    ]
+    monkeypatch.setattr(
+        clip, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     assert fomo.main(flux_options(flux, tmp_path, *cache)) == 2
     assert "No space left on device: free some space where" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -1648,12 +2117,17 @@ def test_a_state_that_does_not_fit_together_is_named(flux, tmp_path, monkeypatch
     for change in ({"log_bytes": -5}, {"log_bytes": "a"}, {"results": {"tasks": good["results"]["tasks"]}},
                    {"results": good["results"] | {"tasks": 9 * good["results"]["tasks"]}}):  # fmt: skip
         torch.save(good | change, tmp_path / "run" / "state.pt")
-        assert fomo.main(options) == 2 and "state.pt is no state of this run" in capsys.readouterr().err
+        assert (
+            fomo.main(options) == 2
+            and "state.pt is no state of this run" in capsys.readouterr().err
+        )
 
 
 def test_whoever_stops_reading_gets_no_traceback():
     command = f"{shlex.quote(sys.executable)} fomo.py budget --json | head -c 9"
-    done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=HERE, capture_output=True, text=True, check=True
+    )
     assert len(done.stdout) == 9 and not done.stderr
 
 
@@ -1672,12 +2146,16 @@ def test_a_finished_run_and_a_foreign_folder_are_not_touched(flux, tmp_path, cap
 def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, capsys):
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
     assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(evaluate, "plot", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        evaluate, "plot", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     assert fomo.main(options) == 2 and "No space left" in capsys.readouterr().err
     assert fomo.main([*options, "--lr", "1e-4"]) == 2
     assert "--lr was 0.0005, is 0.0001" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(fomo, "train", None)  # nothing was lost: the rest is done without training again
+    monkeypatch.setattr(
+        fomo, "train", None
+    )  # nothing was lost: the rest is done without training again
     assert fomo.main(options) == 0 and scores(tmp_path / "run") == scores(tmp_path / "whole")
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "whole"))
     assert a == b
@@ -1698,7 +2176,9 @@ def test_an_error_in_the_first_task_leaves_other_peoples_files(flux, tmp_path, m
     assert fomo.main([*options, "--method", "zero-shot", "--out", str(tmp_path / "zero")]) == 0
     # a new process, for torch's threads do not survive a fork
     killed = "import fomo, os, sys; fomo.train = lambda *a: os.kill(os.getpid(), 9); fomo.main(sys.argv[1:])"
-    child = subprocess.run([sys.executable, "-c", killed, *options], cwd=HERE, capture_output=True, check=False)
+    child = subprocess.run(
+        [sys.executable, "-c", killed, *options], cwd=HERE, capture_output=True, check=False
+    )
     assert child.returncode == -9  # in its first task: config.json and log.jsonl stay
     assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl"}
     (out / "notes.txt").write_text("mine")
@@ -1712,24 +2192,41 @@ def test_an_error_in_the_first_task_leaves_other_peoples_files(flux, tmp_path, m
 
 
 def test_rows_on_a_subset_say_so_and_score_all_has_none(flux, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "balanced_subset", lambda labels, seed: np.arange(len(labels) // 2))
+    monkeypatch.setattr(
+        evaluate, "balanced_subset", lambda labels, seed: np.arange(len(labels) // 2)
+    )
     for more, marked in ([], ["1", "2"]), (["--score-all"], []):
         out = tmp_path / "-".join(["run", *more])
         assert fomo.main(flux_options(flux, tmp_path, "--out", str(out), *more)) == 0
         rows = [line for line in capsys.readouterr().out.splitlines() if "class-balanced" in line]
         assert [row.split()[0] for row in rows] == marked
         results = json.loads((out / "results.json").read_text())
-        samples = [row["samples"] for row in (results["theta_0"], *results["tasks"], results["final"])]
+        samples = [
+            row["samples"] for row in (results["theta_0"], *results["tasks"], results["final"])
+        ]
         some = samples[0] // (2 if marked else 1)
         assert samples == [samples[0], some, some, samples[0], samples[0]]
 
 
 def test_a_step_that_overflows_in_fp16_leaves_no_trace(flux, tmp_path, monkeypatch):
     scale = 2.0**40  # halved at each overflow: all 3 steps of both tasks are left out
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale)
+    )
     importance = []
-    monkeypatch.setattr(methods.SI, "after_task", lambda self, *a: importance.extend(self.path.values()))
-    options = ["--method", "si", "--precision", "fp16", "--tasks", "2", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(
+        methods.SI, "after_task", lambda self, *a: importance.extend(self.path.values())
+    )
+    options = [
+        "--method",
+        "si",
+        "--precision",
+        "fp16",
+        "--tasks",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
     assert importance and all((path == 0).all() for path in importance)
     assert scores(tmp_path / "run")["final"]["ka"] == scores(tmp_path / "run")["theta_0"]["ka"]
@@ -1738,10 +2235,15 @@ def test_a_step_that_overflows_in_fp16_leaves_no_trace(flux, tmp_path, monkeypat
 def test_bench_measures_the_same_ties_as_merge(tmp_path, capsys, monkeypatch):
     for i in range(4):
         torch.manual_seed(i)
-        clip.write_tensors({"a": torch.randn(40, 9), "b": torch.randn(7)}, tmp_path / f"{i}.safetensors")
+        clip.write_tensors(
+            {"a": torch.randn(40, 9), "b": torch.randn(7)}, tmp_path / f"{i}.safetensors"
+        )
     base, *experts = [clip.read_tensors(tmp_path / f"{i}.safetensors") for i in range(4)]
     ours = merge.merge("ties", base, experts, density=0.2)
-    assert all(torch.allclose(ours[k], v, atol=1e-6) for k, v in fomo._stacked_ties(base, experts, 0.2).items())
+    assert all(
+        torch.allclose(ours[k], v, atol=1e-6)
+        for k, v in fomo._stacked_ties(base, experts, 0.2).items()
+    )
     if not os.path.exists("/proc/self/status"):
         pytest.skip("peak memory is read from Linux' /proc")
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
@@ -1770,7 +2272,11 @@ def test_a_second_process_in_the_same_folder_is_refused(flux, tmp_path, capsys, 
 
 
 def test_a_run_that_somebody_finished_meanwhile_is_not_touched(flux, tmp_path, capsys, monkeypatch):
-    options, load_world, codes = flux_options(flux, tmp_path, "--out", str(tmp_path / "run")), fomo.load_world, []
+    options, load_world, codes = (
+        flux_options(flux, tmp_path, "--out", str(tmp_path / "run")),
+        fomo.load_world,
+        [],
+    )
 
     def meanwhile(c):  # after the folder was looked at, before it is locked
         if not codes:
@@ -1795,12 +2301,18 @@ def test_a_full_disk_keeps_the_last_good_state(flux, tmp_path, monkeypatch, caps
         saved.append(path)
         if len(saved) == 2:
             Path(path).write_bytes(b"half")
-            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 462464 vs 462352")
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:671] . unexpected pos 462464 vs 462352"
+            )
         save(state, path)
 
     monkeypatch.setattr(torch, "save", full)
     assert fomo.main(options) == 2 and "is the disk full?" in capsys.readouterr().err
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "log.jsonl", "state.pt"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "log.jsonl",
+        "state.pt",
+    }
     assert fomo.main(options) == 0 and scores(tmp_path / "run") == scores(tmp_path / "whole")
 
 
@@ -1812,35 +2324,72 @@ def test_weights_are_what_they_are_and_model_only_says_what_is_expected(flux, tm
     assert "quick.safetensors is no ViT-B-32: leave --model out" in capsys.readouterr().err
     assert fomo.main(flux_options(flux, tmp_path, *weights)) == 0
     assert clip.load(tmp_path / "run" / "model.safetensors").config == config
-    clip.write_tensors(clip_random(config).state_dict(), tmp_path / "quick.safetensors")  # which says nothing
+    clip.write_tensors(
+        clip_random(config).state_dict(), tmp_path / "quick.safetensors"
+    )  # which says nothing
     assert fomo.main(flux_options(flux, tmp_path, *weights, "--out", str(tmp_path / "mute"))) == 2
-    assert "does not say its activation" in (error := capsys.readouterr().err) and "--activation" in error
+    assert (
+        "does not say its activation" in (error := capsys.readouterr().err)
+        and "--activation" in error
+    )
 
 
 def test_the_budget_buys_what_budget_says(world):
     """Steps of each task, in the end times what they cost, against the whole stream's GFLOPs."""
     config, samples = clip.CONFIGS["ViT-B-16"], 100_000
-    for options in ("merge", "joint", "lora --rank 64", "galore --gap 10", "ewc", "ewc --fisher-samples 2000"):
-        words = ["--method", *options.split(), "--model", "ViT-B-16", "--weights", "x", "--budget", "1.8e9"]
+    for options in (
+        "merge",
+        "joint",
+        "lora --rank 64",
+        "galore --gap 10",
+        "ewc",
+        "ewc --fisher-samples 2000",
+    ):
+        words = [
+            "--method",
+            *options.split(),
+            "--model",
+            "ViT-B-16",
+            "--weights",
+            "x",
+            "--budget",
+            "1.8e9",
+        ]
         c = fomo.resolve(fomo.parse(words))
         tasks, steps, costs = fomo.plan(c, config, samples)
         method = c.method if c.method in budget.METHODS else "finetune"
         flops = budget.step_flops(config, 512, method, c.rank or 0, *([c.gap] if c.gap else []))
         per_step = flops / 1e9 * budget.memory_multiplier(config, 512, method, c.rank or 0)
-        seen = min(samples // (20 * 512), (c.fisher_samples or 50_000) // 512) * 512 if c.method == "ewc" else 0
-        once = budget.task_flops(config, 512, method, seen) / 1e9 * budget.memory_multiplier(config, 512, method)
+        seen = (
+            min(samples // (20 * 512), (c.fisher_samples or 50_000) // 512) * 512
+            if c.method == "ewc"
+            else 0
+        )
+        once = (
+            budget.task_flops(config, 512, method, seen)
+            / 1e9
+            * budget.memory_multiplier(config, 512, method)
+        )
         assert tasks == (1 if c.method == "joint" else 20) and (once > 0) == (c.method == "ewc")
         assert costs["maf_gflops_per_step"] == pytest.approx(per_step, rel=1e-9)
-        assert abs(tasks * (steps * per_step + once) - 1.8e9) <= tasks * per_step / 2  # rounded, as the paper does
-        assert costs["gflops"] == 1.8e9 and costs["gflops_spent"] == pytest.approx(tasks * (steps * per_step + once))
+        assert (
+            abs(tasks * (steps * per_step + once) - 1.8e9) <= tasks * per_step / 2
+        )  # rounded, as the paper does
+        assert costs["gflops"] == 1.8e9 and costs["gflops_spent"] == pytest.approx(
+            tasks * (steps * per_step + once)
+        )
         tasks, steps, costs = fomo.plan(dataclasses.replace(c, steps=7), config, samples)
-        assert tasks * steps == 140 and costs["gflops"] is None  # as given; what it costs is told all the same
+        assert (
+            tasks * steps == 140 and costs["gflops"] is None
+        )  # as given; what it costs is told all the same
         assert costs["gflops_spent"] == pytest.approx(tasks * (steps * per_step + once))
 
 
 @pytest.mark.parametrize("meta", ["none", "autoregressive", "continued"])
 def test_the_logged_rates_are_the_meta_schedules(flux, tmp_path, meta):
-    options = shlex.split(f"--schedule rsqrt --meta {meta} --steps 12 --cooldown .2 --warmup .25 --lr 2e-4")
+    options = shlex.split(
+        f"--schedule rsqrt --meta {meta} --steps 12 --cooldown .2 --warmup .25 --lr 2e-4"
+    )
     assert fomo.main(flux_options(flux, tmp_path, *options, "--out", str(tmp_path / "run"))) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     logged = {(row["task"], row["step"]): row["lr"] for row in rows if row["event"] == "step"}
@@ -1854,8 +2403,16 @@ def test_runs_of_one_name_and_a_second_joint_run_keep_their_own_lines(flux, tmp_
     drawn = []
     monkeypatch.setattr(evaluate, "plot", lambda lines, path: drawn.append(list(lines)))
     run = {"theta_0": {"ka": 1, "zs": 2}, "tasks": [{"ka": 3, "zs": 4}]}
-    runs = [("a/merge-0", "merge"), ("b/merge-0", "merge"), ("a/joint-0", "joint"), ("b/joint-1", "joint")]
-    fomo.draw(fomo.named([(folder, run | {"config": {"method": method}}) for folder, method in runs]), "p.png")
+    runs = [
+        ("a/merge-0", "merge"),
+        ("b/merge-0", "merge"),
+        ("a/joint-0", "joint"),
+        ("b/joint-1", "joint"),
+    ]
+    fomo.draw(
+        fomo.named([(folder, run | {"config": {"method": method}}) for folder, method in runs]),
+        "p.png",
+    )
     assert drawn == [["a/merge-0", "b/merge-0", "joint", "joint-1"]]
 
 
@@ -1865,7 +2422,10 @@ def test_weights_that_are_not_finite_are_named(flux, tmp_path, capsys):
     clip.save(model, tmp_path / "nan.safetensors")
     nan = ["--weights", str(tmp_path / "nan.safetensors")]
     options = flux_options(flux, tmp_path, *nan, "--out", str(tmp_path / "run"))
-    assert fomo.main(options) == 2 and "nan.safetensors holds numbers that are not finite" in capsys.readouterr().err
+    assert (
+        fomo.main(options) == 2
+        and "nan.safetensors holds numbers that are not finite" in capsys.readouterr().err
+    )
 
 
 def test_sixteen_bit_pictures_are_scaled_not_clipped(world, tmp_path):
@@ -1876,7 +2436,12 @@ def test_sixteen_bit_pictures_are_scaled_not_clipped(world, tmp_path):
 
 
 def test_unknown_and_ill_typed_options_are_errors(capsys):
-    for options in (["--metod", "merge"], ["--lr", "fast"], ["--method", "magic"], ["--tasks", "2.5"]):
+    for options in (
+        ["--metod", "merge"],
+        ["--lr", "fast"],
+        ["--method", "magic"],
+        ["--tasks", "2.5"],
+    ):
         with pytest.raises(SystemExit) as e:
             fomo.main(options)
         assert e.value.code == 2
@@ -1898,7 +2463,13 @@ for name in {names}:
     importlib.import_module(name)
     del sys.path[0], sys.modules[name]  # the next one must not find it
 """
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -1920,11 +2491,19 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
     commands = []
     for line in lines:
         loop = re.fullmatch(r"for m in ([\w -]+); do (python .*); done", line)
-        commands += [loop[2].replace("$m", m) for m in loop[1].split()] if loop else [line] * line.startswith("python ")
+        commands += (
+            [loop[2].replace("$m", m) for m in loop[1].split()]
+            if loop
+            else [line] * line.startswith("python ")
+        )
     assert "python fomo.py --method merge" in commands and len(commands) > 20
     assert "python fomo.py --out compare/si --method si" in commands
-    outs = [words[words.index("--out") + 1] for words in map(shlex.split, commands) if "--out" in words]
-    assert len(outs) == len(set(outs)) > 15 and "runs/merge-0" not in outs  # each can be run after the others
+    outs = [
+        words[words.index("--out") + 1] for words in map(shlex.split, commands) if "--out" in words
+    ]
+    assert (
+        len(outs) == len(set(outs)) > 15 and "runs/merge-0" not in outs
+    )  # each can be run after the others
     for i in range(3):
         torch.manual_seed(i)
         clip.write_tensors({"a": torch.randn(3, 4)}, tmp_path / ("BASE", "A", "B")[i])
@@ -1948,11 +2527,17 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
 
 def test_the_readme_states_the_size_of_the_code():
     lines = {p.name: len(p.read_text().splitlines()) for p in HERE.glob("*.py")}
-    table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE))
+    table = dict(
+        re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    )
     assert {name: int(n) for name, n in table.items()} == pytest.approx(lines, rel=0.05)
-    total = re.search(r"([\d,]+) lines in all, and ([\d,]+) of tests", (HERE / "README.md").read_text()).groups()
+    total = re.search(
+        r"([\d,]+) lines in all, and ([\d,]+) of tests", (HERE / "README.md").read_text()
+    ).groups()
     tests = lines.pop("test_fomo.py")
-    assert [int(n.replace(",", "")) for n in total] == pytest.approx([sum(lines.values()), tests], rel=0.05)
+    assert [int(n.replace(",", "")) for n in total] == pytest.approx(
+        [sum(lines.values()), tests], rel=0.05
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- budget
@@ -1964,7 +2549,16 @@ BUDGET_CONFIGS = {
     "ViT-S-32, shallow": (dataclasses.replace(clip.CONFIGS["ViT-S-32"], **BUDGET_SHALLOW), 2),
     "80-wide heads": (dataclasses.replace(clip.CONFIGS["ViT-H-14"], **BUDGET_SHALLOW), 3),
 }
-BUDGET_DISTINCT = ["finetune", "locked-text", "locked-image", "lnfit", "bitfit", "lora", "dora", "vera"]
+BUDGET_DISTINCT = [
+    "finetune",
+    "locked-text",
+    "locked-image",
+    "lnfit",
+    "bitfit",
+    "lora",
+    "dora",
+    "vera",
+]
 
 
 class BudgetAdapter(nn.Module):
@@ -1974,7 +2568,9 @@ class BudgetAdapter(nn.Module):
         super().__init__()
         self.method, trained = method, method != "vera"
         self.A = nn.Parameter(torch.zeros(pieces, rank, weight.shape[1]), requires_grad=trained)
-        self.B = nn.Parameter(torch.zeros(pieces, len(weight) // pieces, rank), requires_grad=trained)
+        self.B = nn.Parameter(
+            torch.zeros(pieces, len(weight) // pieces, rank), requires_grad=trained
+        )
         if method == "vera":
             self.d = nn.Parameter(torch.ones(pieces, rank, 1))
             self.b = nn.Parameter(torch.ones(pieces, len(weight) // pieces, 1))
@@ -1999,7 +2595,10 @@ def budget_model(config, method, rank=4):
     model.logit_scale.requires_grad_(recipe.scale)
     if recipe.vision == "adapters":
         for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
-            for owner, name, pieces in ((block.attn, "in_proj_weight", 3), (block.mlp.c_proj, "weight", 1)):
+            for owner, name, pieces in (
+                (block.attn, "in_proj_weight", 3),
+                (block.mlp.c_proj, "weight", 1),
+            ):
                 adapter = BudgetAdapter(method, getattr(owner, name), rank, pieces)
                 parametrize.register_parametrization(owner, name, adapter)
     return model
@@ -2007,7 +2606,9 @@ def budget_model(config, method, rank=4):
 
 def budget_batch(config, size):
     pixels = config.image_size
-    return torch.zeros(size, 3, pixels, pixels), torch.zeros(size, config.context_length, dtype=torch.long)
+    return torch.zeros(size, 3, pixels, pixels), torch.zeros(
+        size, config.context_length, dtype=torch.long
+    )
 
 
 def budget_flash(q, k, v, is_causal):
@@ -2023,7 +2624,9 @@ def budget_counted(config, size, method):
             loss = clip.contrastive_loss(*model(*batch))
             if budget.METHODS[method].penalty:
                 constants = [p.detach() for p in model.parameters()]
-                loss = loss + methods.Quadratic.apply(1.0, constants, constants, *model.parameters())
+                loss = loss + methods.Quadratic.apply(
+                    1.0, constants, constants, *model.parameters()
+                )
             loss.backward()
     return counter.get_total_flops()
 
@@ -2041,10 +2644,16 @@ def test_budget_counts_the_published_gflops_of_a_step(method):
 def test_budget_explains_the_published_gflops_of_the_adapters_digit_by_digit():
     towers = budget.towers(BUDGET_B16)
     cells = [(t.layers, out, inside) for t in towers for out, inside in t.adapted()]
-    product = sum(n * 2 * 4 * o * i for n, o, i in cells) / 1e9  # B @ A of every adapted weight, rank 4
-    base = budget.step_flops(BUDGET_B16, 512, "lora") / 1e9 - 3 * product  # forward, and the gradients of A and of B
+    product = (
+        sum(n * 2 * 4 * o * i for n, o, i in cells) / 1e9
+    )  # B @ A of every adapted weight, rank 4
+    base = (
+        budget.step_flops(BUDGET_B16, 512, "lora") / 1e9 - 3 * product
+    )  # forward, and the gradients of A and of B
     lora = round(base + 3 * product, 4)
-    assert (lora + lora + lora) / 3 < lora and str((lora + lora + lora) / 3).startswith("54479.2515")
+    assert (lora + lora + lora) / 3 < lora and str((lora + lora + lora) / 3).startswith(
+        "54479.2515"
+    )
     assert round(base + 4 * product, 4) == budget.PAPER["dora"][0]  # B @ A once more, for the norm
     # ((diag(b) B) diag(d)) A from left to right, each with the gradients that frozen A and B leave
     full = sum(n * 2 * (2 * o * o * 4 + 3 * o * 4 * 4 + 2 * o * 4 * i) for n, o, i in cells) / 1e9
@@ -2055,16 +2664,29 @@ def test_budget_gives_all_published_step_counts_with_the_published_memory():
     full = budget.PAPER["finetune"][1]
     for method, (_, gib, at_20) in budget.PAPER.items():
         if gib:
-            assert budget.steps(BUDGET_B16, 512, method, 20, memory_ratio=gib / full) == at_20, method
+            assert budget.steps(BUDGET_B16, 512, method, 20, memory_ratio=gib / full) == at_20, (
+                method
+            )
 
 
 def test_budget_charges_the_fisher_pass_once_a_task_where_the_paper_charges_every_step():
-    step, once = budget.step_flops(BUDGET_B16, 512, "ewc"), budget.task_flops(BUDGET_B16, 512, "ewc")
+    step, once = (
+        budget.step_flops(BUDGET_B16, 512, "ewc"),
+        budget.task_flops(BUDGET_B16, 512, "ewc"),
+    )
     assert once == 98 * step  # 50,000 samples in batches of 512
     ratio = budget.memory_multiplier(BUDGET_B16, 512, "ewc")
-    assert budget.steps_per_task(1.8e9, 20, (step + once) / 1e9 * ratio) == budget.PAPER["ewc"][2] == 14
-    assert budget.steps(BUDGET_B16, 512, "ewc", 20, memory_ratio=1.0) == round(9e7 / 63394.7585) - 98
-    assert budget.steps(BUDGET_B16, 512, "ewc", 20) == pytest.approx(1303, rel=0.05)  # at their memory, unpublished
+    assert (
+        budget.steps_per_task(1.8e9, 20, (step + once) / 1e9 * ratio)
+        == budget.PAPER["ewc"][2]
+        == 14
+    )
+    assert (
+        budget.steps(BUDGET_B16, 512, "ewc", 20, memory_ratio=1.0) == round(9e7 / 63394.7585) - 98
+    )
+    assert budget.steps(BUDGET_B16, 512, "ewc", 20) == pytest.approx(
+        1303, rel=0.05
+    )  # at their memory, unpublished
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -2097,7 +2719,9 @@ def test_budget_knows_the_sizes_of_the_models(name, parameters, image, text):
 def test_budget_equals_flop_counter_on_the_real_model(method, name, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", budget_flash)
     config, size = BUDGET_CONFIGS[name]
-    updates = sum(r["times"] * r["update"] for r in budget.flops(config, size, method))  # no part of the backward
+    updates = sum(
+        r["times"] * r["update"] for r in budget.flops(config, size, method)
+    )  # no part of the backward
     assert budget_counted(config, size, method) == budget.step_flops(config, size, method) - updates
 
 
@@ -2110,12 +2734,17 @@ def test_budget_merging_and_joint_training_step_as_finetuning_does(method):
 
 @pytest.mark.parametrize("method", BUDGET_DISTINCT)
 def test_budget_exceeds_unfused_attention_by_one_product_of_each_backward(method):
-    config, size = BUDGET_CONFIGS["tiny"]  # the maths backend keeps q k^T, which flash attention forms anew
+    config, size = BUDGET_CONFIGS[
+        "tiny"
+    ]  # the maths backend keeps q k^T, which flash attention forms anew
     towers, recipe = budget.towers(config), budget.METHODS[method]
     trains = zip(towers, (recipe.vision, recipe.text))
     recomputed = sum(t.layers * 2 * size * t.tokens**2 * t.width for t, how in trains if how)
     with sdpa_kernel(SDPBackend.MATH):
-        assert budget_counted(config, size, method) == budget.step_flops(config, size, method) - recomputed
+        assert (
+            budget_counted(config, size, method)
+            == budget.step_flops(config, size, method) - recomputed
+        )
 
 
 def test_budget_equals_flop_counter_on_galore_s_projections():
@@ -2127,7 +2756,9 @@ def test_budget_equals_flop_counter_on_galore_s_projections():
             torch.mm(g.T, g)  # the Gram matrix
             basis = g.new_empty(g.shape[1], rank)
             torch.mm(torch.mm(g, basis), basis.T)
-    eigenvectors = sum(9 * min(g.shape) ** 3 for g in matrices)  # eigh is none of the counter's matrix products
+    eigenvectors = sum(
+        9 * min(g.shape) ** 3 for g in matrices
+    )  # eigh is none of the counter's matrix products
     rows = budget.flops(config, 1, "galore", rank, gap=1)
     assert sum(r["update"] for r in rows) == counter.get_total_flops() + eigenvectors
 
@@ -2136,11 +2767,17 @@ def budget_kept(config, size, method, cuda=False):
     """Bytes that autograd saves in a real forward, once per storage, beside parameters, buffers and the batch. With
     cuda, under bf16 autocast on a pretended GPU: shapes and dtypes of CUDA's kernels, and no numbers."""
     model, batch = budget_model(config, method), budget_batch(config, size)
-    own, seen, alive = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch)}, {}, []
+    own, seen, alive = (
+        {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch)},
+        {},
+        [],
+    )
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and tensor.dtype != torch.uint64:  # flash attention's random state, 24 bytes
+        if (
+            storage._cdata not in own and tensor.dtype != torch.uint64
+        ):  # flash attention's random state, 24 bytes
             seen[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
@@ -2188,7 +2825,10 @@ class BudgetLive(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in self.sizes:
+            if (
+                isinstance(t, torch.Tensor)
+                and (storage := t.untyped_storage())._cdata not in self.sizes
+            ):
                 self.sizes[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -2214,7 +2854,11 @@ def budget_peak(config, size, method, half):
         def step():
             with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
                 loss = clip.contrastive_loss(*model(*batch))
-            loss = loss + methods.Quadratic.apply(1.0, *state[:2], *trained) if recipe.penalty else loss
+            loss = (
+                loss + methods.Quadratic.apply(1.0, *state[:2], *trained)
+                if recipe.penalty
+                else loss
+            )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -2229,9 +2873,14 @@ def budget_peak(config, size, method, half):
 @pytest.mark.parametrize("method", ["finetune", "locked-text", "lnfit", "lora", "dora", "ewc"])
 def test_budget_peak_memory_is_that_of_a_whole_step(method, precision):
     config = dataclasses.replace(BUDGET_B16, **BUDGET_SHALLOW)
-    for size, tolerance in ((64, 0.01), (8, 0.05)):  # with 8 pairs the gradients of the blocks done so far matter
+    for size, tolerance in (
+        (64, 0.01),
+        (8, 0.05),
+    ):  # with 8 pairs the gradients of the blocks done so far matter
         real = budget_peak(config, size, method, precision == "bf16")
-        assert budget.peak_memory(config, size, method, precision) == pytest.approx(real, rel=tolerance)
+        assert budget.peak_memory(config, size, method, precision) == pytest.approx(
+            real, rel=tolerance
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a GPU")
@@ -2241,7 +2890,11 @@ def test_budget_peak_memory_is_what_a_gpu_allocates(method, size):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     with torch.device("cuda"):
-        model, batch, recipe = budget_model(BUDGET_B16, method), budget_batch(BUDGET_B16, size), budget.METHODS[method]
+        model, batch, recipe = (
+            budget_model(BUDGET_B16, method),
+            budget_batch(BUDGET_B16, size),
+            budget.METHODS[method],
+        )
         trained = [p for p in model.parameters() if p.requires_grad]
         state = [[torch.zeros_like(p) for p in trained] for _ in range(recipe.copies)]
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -2270,10 +2923,14 @@ def test_budget_counts_every_number_that_a_method_holds():
             methods_like.prepare(model)
         else:
             methods_like.prepare(model := clip.CLIP(config))
-        held = sum(t.numel() for t in (*model.parameters(), *{id(b): b for b in model.buffers()}.values()))
+        held = sum(
+            t.numel() for t in (*model.parameters(), *{id(b): b for b in model.buffers()}.values())
+        )
         of = budget.memory(config, 1, name, "fp32")
         trained = sum(p.numel() for p in methods_like.trained.values())
-        assert of["weights"] == 4 * held and trained == budget.trained_parameters(config, name), name
+        assert of["weights"] == 4 * held and trained == budget.trained_parameters(config, name), (
+            name
+        )
         assert of["method state"] == 4 * trained * len(methods_like.kept), name
 
 
@@ -2281,7 +2938,9 @@ def test_budget_follows_the_precision_and_the_rank():
     fp32 = [budget.peak_memory(BUDGET_B16, 64, name, "fp32") for name in ("lora", "finetune")]
     assert budget.memory_multiplier(BUDGET_B16, 64, "lora", precision="fp32") == fp32[0] / fp32[1]
     maf = budget.mafs(BUDGET_B16, 512, "lora", rank=64)
-    assert budget.steps(BUDGET_B16, 512, "lora", 20, rank=64) == budget.steps_per_task(1.8e9, 20, maf)
+    assert budget.steps(BUDGET_B16, 512, "lora", 20, rank=64) == budget.steps_per_task(
+        1.8e9, 20, maf
+    )
     assert maf > 1.001 * budget.mafs(BUDGET_B16, 512, "lora", rank=4)
     assert [*budget.table(BUDGET_B16, 8, tasks=(3, 7))[0]["steps"]] == [3, 7]
 
@@ -2290,19 +2949,28 @@ def test_budget_a_locked_tower_costs_its_forward_alone():
     full, locked = (budget.flops(BUDGET_B16, 8, m) for m in ("finetune", "locked-text"))
     text = [r for r in locked if r["tower"] == "text"]
     assert sum(r["total"] for r in text) == 8 * budget.forward_flops(BUDGET_B16)[1]
-    assert [r for r in locked if r["tower"] == "vision"] == [r for r in full if r["tower"] == "vision"]
+    assert [r for r in locked if r["tower"] == "vision"] == [
+        r for r in full if r["tower"] == "vision"
+    ]
 
 
 def test_budget_steps_times_mafs_spend_the_budget_of_every_method():
     for method in budget.METHODS:
         steps = budget.steps(BUDGET_B16, 512, method, 20)
         maf = budget.mafs(BUDGET_B16, 512, method)
-        once = budget.task_flops(BUDGET_B16, 512, method) / 1e9 * budget.memory_multiplier(BUDGET_B16, 512, method)
+        once = (
+            budget.task_flops(BUDGET_B16, 512, method)
+            / 1e9
+            * budget.memory_multiplier(BUDGET_B16, 512, method)
+        )
         assert abs(20 * (steps * maf + once) - 1.8e9) <= 20 * maf / 2
 
 
 def test_budget_default_is_the_paper_s_and_scales_with_the_forward_pass():
-    assert [budget.default_budget(clip.CONFIGS[n]) for n in ("ViT-B-16", "ViT-B-32")] == [1.8e9, 5.7e8]
+    assert [budget.default_budget(clip.CONFIGS[n]) for n in ("ViT-B-16", "ViT-B-32")] == [
+        1.8e9,
+        5.7e8,
+    ]
     other = clip.CONFIGS["ViT-L-14"]
     scale = sum(budget.forward_flops(other)) / sum(budget.forward_flops(BUDGET_B16))
     assert budget.default_budget(other) == pytest.approx(1.8e9 * scale)
@@ -2328,11 +2996,23 @@ def test_budget_table_has_the_paper_beside_it_only_where_the_paper_measured():
     rows = {r["method"]: r for r in budget.table(BUDGET_B16, 512, rank=4)}
     assert list(rows) == list(budget.METHODS)
     assert {m for m, r in rows.items() if r["paper"]} == set(budget.PAPER)
-    assert all(r["paper"]["steps_of_ours"] in (None, r["paper"]["steps"]) for r in rows.values() if r["paper"])
+    assert all(
+        r["paper"]["steps_of_ours"] in (None, r["paper"]["steps"])
+        for r in rows.values()
+        if r["paper"]
+    )
     assert rows["lora"]["samples"][50] == rows["lora"]["steps"][50] * 50 * 512
     assert budget.table(BUDGET_B16, 512, rank=64)[list(rows).index("lora")]["paper"] is None
-    assert not any(r["paper"] for r in budget.table(BUDGET_B16, 256) + budget.table(clip.CONFIGS["ViT-B-32"], 512))
-    assert budget.table(BUDGET_B16, 512, total_gflops=1e6)[0]["steps"] == {20: 1, 50: None, 100: None, 200: None}
+    assert not any(
+        r["paper"]
+        for r in budget.table(BUDGET_B16, 256) + budget.table(clip.CONFIGS["ViT-B-32"], 512)
+    )
+    assert budget.table(BUDGET_B16, 512, total_gflops=1e6)[0]["steps"] == {
+        20: 1,
+        50: None,
+        100: None,
+        200: None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -2345,8 +3025,14 @@ def test_budget_table_has_the_paper_beside_it_only_where_the_paper_measured():
         (lambda: budget.step_flops(BUDGET_B16, 1, "lora", -4), "rank"),
         (lambda: budget.step_flops(BUDGET_B16, 1, "galore", gap=0), "gap"),
         (lambda: budget.step_flops(object(), 1), "no field embed_dim"),
-        (lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, text_layers=0), 1), "text_layers"),
-        (lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, patch_size=300), 1), "patch of 300"),
+        (
+            lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, text_layers=0), 1),
+            "text_layers",
+        ),
+        (
+            lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, patch_size=300), 1),
+            "patch of 300",
+        ),
         (lambda: budget.peak_memory(BUDGET_B16, 1, precision="int8"), "unknown precision 'int8'"),
         (lambda: budget.mafs(BUDGET_B16, 1, memory_ratio=0), "ratio"),
         (lambda: budget.task_flops(BUDGET_B16, 1, "ewc", -1), "samples"),
@@ -2374,14 +3060,19 @@ def test_budget_of_all_methods_and_configs_takes_under_50_ms_without_torch():
         print(json.dumps([len(configs), min(count() for _ in range(3)), "torch" in sys.modules]))"""
     folder = os.path.dirname(os.path.abspath(budget.__file__))
     command = [sys.executable, "-c", program]
-    run = subprocess.run(command, input=json.dumps(configs), capture_output=True, text=True, cwd=folder, check=True)
+    run = subprocess.run(
+        command, input=json.dumps(configs), capture_output=True, text=True, cwd=folder, check=True
+    )
     count, seconds, torch_too = json.loads(run.stdout)
     assert (count, torch_too) == (9, False) and seconds < 0.05
 
 
 # ------------------------------------------------------------------------------------------------------- merge.py
 
-MERGE_A, MERGE_B = torch.tensor([1.0, -2, 0.1, 3, 0, -0.5]), torch.tensor([2.0, 1, -0.2, -1, 0.4, -0.6])
+MERGE_A, MERGE_B = (
+    torch.tensor([1.0, -2, 0.1, 3, 0, -0.5]),
+    torch.tensor([2.0, 1, -0.2, -1, 0.4, -0.6]),
+)
 MERGE_DETERMINISTIC = [t for t in merge.TECHNIQUES if t not in ("dare", "random")]
 MERGE_CELLS = list(itertools.product(merge.SOURCES, merge.SOURCES[1:]))
 MERGE_SUMS = ("task-arithmetic", "ties", "dare", "breadcrumbs")  # weights multiply the task vectors
@@ -2392,7 +3083,9 @@ def merge_one(technique, base, experts, weights=None, **options):
 
 
 def merge_close(x, y, tolerance=1e-6):
-    torch.testing.assert_close(x.double(), torch.as_tensor(y, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        x.double(), torch.as_tensor(y, dtype=torch.float64), rtol=tolerance, atol=tolerance
+    )
 
 
 def merge_ranks(tau):
@@ -2408,7 +3101,11 @@ def merge_elect(tau, function):
     for column in tau.T.tolist():
         sign = 1 if sum(column) >= 0 else -1
         agreeing = [x for x in column if x * sign > 0] or [0.0]
-        how = {"mean": sum(agreeing) / len(agreeing), "sum": sum(agreeing), "max": sign * max(map(abs, agreeing))}
+        how = {
+            "mean": sum(agreeing) / len(agreeing),
+            "sum": sum(agreeing),
+            "max": sign * max(map(abs, agreeing)),
+        }
         merged.append(how[function])
     return torch.tensor(merged, dtype=torch.float64)
 
@@ -2439,7 +3136,9 @@ def merge_oracle(technique, base, experts, w=None, **o):
         first, last = round(o.get("top", 0.01) * n), n - round(o.get("bottom", 0.85) * n)
         merged = (w * tau * (ranks >= first) * (ranks < last)).sum(0)
     elif technique == "magmax":
-        merged = torch.tensor([max(reversed(c), key=abs) for c in tau.T.tolist()], dtype=torch.float64)
+        merged = torch.tensor(
+            [max(reversed(c), key=abs) for c in tau.T.tolist()], dtype=torch.float64
+        )
     elif technique == "model-stock":
         cosines = [float(a @ b / (a.norm() * b.norm())) if a.norm() * b.norm() > 0 else 0.0
                    for a, b in itertools.combinations(tau, 2)]  # fmt: skip
@@ -2457,7 +3156,10 @@ def merge_random(kind, k=3, n=400, dtype=torch.float64, seed=0):
     """base [n] and k experts [n]. On the grid, sums are exact in float32 too, and equal magnitudes, zero entries and
     sums of zero abound."""
     g = torch.Generator().manual_seed(seed)
-    base, tau = torch.randn(n, generator=g, dtype=torch.float64), torch.randn(k, n, generator=g, dtype=torch.float64)
+    base, tau = (
+        torch.randn(n, generator=g, dtype=torch.float64),
+        torch.randn(k, n, generator=g, dtype=torch.float64),
+    )
     if kind == "grid":
         base, tau = (base * 4).round() / 4, (tau * 2).round() / 4
     elif kind == "equal experts":
@@ -2466,7 +3168,9 @@ def merge_random(kind, k=3, n=400, dtype=torch.float64, seed=0):
         tau.zero_()
     elif kind == "one zero":
         tau[1] = 0
-    elif kind == "opposed":  # every cosine negative; sums near zero but not at it, where rounding would elect
+    elif (
+        kind == "opposed"
+    ):  # every cosine negative; sums near zero but not at it, where rounding would elect
         tau = tau - 0.9 * tau.mean(0)
     return base.to(dtype), (base + tau).to(dtype)
 
@@ -2506,7 +3210,9 @@ class TestMergeTechniques:
         merge_close(stock, [0.82842712, 0.41421356])
 
     @pytest.mark.parametrize("piece", [64, 2**18])
-    @pytest.mark.parametrize("kind", ["gauss", "grid", "equal experts", "no task vectors", "one zero", "opposed"])
+    @pytest.mark.parametrize(
+        "kind", ["gauss", "grid", "equal experts", "no task vectors", "one zero", "opposed"]
+    )
     @pytest.mark.parametrize("technique, options", MERGE_CASES)
     def test_agrees_with_its_definition(self, monkeypatch, technique, options, kind, piece):
         monkeypatch.setattr(merge, "PIECE", piece)
@@ -2514,16 +3220,22 @@ class TestMergeTechniques:
         expected = merge_oracle(technique, base, experts, **options)
         merge_close(merge_one(technique, base, experts, **options), expected, 1e-12)
         if kind == "grid":  # float32 sums are exact here, so every decision falls as in float64
-            merge_close(merge_one(technique, base.float(), experts.float(), **options), expected, 1e-5)
+            merge_close(
+                merge_one(technique, base.float(), experts.float(), **options), expected, 1e-5
+            )
 
     @pytest.mark.parametrize("technique, options", MERGE_CASES)
     def test_float32_stays_near_its_definition(self, technique, options):
         base, experts = merge_random("gauss", dtype=torch.float32)
         merged = merge_one(technique, base, experts, **options)
         assert merged.dtype == torch.float32
-        merge_close(merged, merge_oracle(technique, base.double(), experts.double(), **options), 1e-5)
+        merge_close(
+            merged, merge_oracle(technique, base.double(), experts.double(), **options), 1e-5
+        )
 
-    @pytest.mark.parametrize("technique, options", [c for c in MERGE_CASES if c[0] != "model-stock"])
+    @pytest.mark.parametrize(
+        "technique, options", [c for c in MERGE_CASES if c[0] != "model-stock"]
+    )
     def test_one_expert(self, technique, options):
         base, experts = merge_random("gauss", k=1)
         expected = merge_oracle(technique, base, experts, **options)
@@ -2536,11 +3248,17 @@ class TestMergeTechniques:
         expected = merge_oracle(technique, base, experts, weights)
         merge_close(merge_one(technique, base, experts, weights, **options), expected, 1e-12)
 
-    @pytest.mark.parametrize("technique", [t for t in MERGE_DETERMINISTIC if t not in ("slerp", "magmax")])
+    @pytest.mark.parametrize(
+        "technique", [t for t in MERGE_DETERMINISTIC if t not in ("slerp", "magmax")]
+    )
     def test_order_of_experts_does_not_matter(self, technique):
         base, experts = merge_random("gauss", k=4)
         for order in ([3, 1, 0, 2], [1, 2, 3, 0]):
-            merge_close(merge_one(technique, base, experts[order]), merge_one(technique, base, experts), 1e-12)
+            merge_close(
+                merge_one(technique, base, experts[order]),
+                merge_one(technique, base, experts),
+                1e-12,
+            )
 
     def test_later_expert_wins_a_tie_in_magmax(self):
         a, b = torch.tensor([1.0, -2]), torch.tensor([-1.0, 2])
@@ -2561,11 +3279,15 @@ class TestMergeRandomness:
         n, drop = 100_000, 0.75
         merged = merge_one("dare", torch.zeros(n), [torch.ones(n)], drop=drop)
         assert set(merged.tolist()) == {0.0, 4.0}
-        assert abs(float(merged.mean()) - 1) < 5 * 4 * math.sqrt(drop * (1 - drop) / n)  # five standard errors
+        assert abs(float(merged.mean()) - 1) < 5 * 4 * math.sqrt(
+            drop * (1 - drop) / n
+        )  # five standard errors
 
     def test_dare_masks_of_experts_are_independent(self):
         n = 100_000
-        merged = merge_one("dare", torch.zeros(n), [torch.ones(n), torch.full((n,), 10.0)], drop=0.5)
+        merged = merge_one(
+            "dare", torch.zeros(n), [torch.ones(n), torch.full((n,), 10.0)], drop=0.5
+        )
         counts = Counter(merged.tolist())  # 0, 2, 20, 22: a quarter each
         assert sorted(counts) == [0, 2, 20, 22]
         assert all(abs(c / n - 0.25) < 5 * math.sqrt(0.25 * 0.75 / n) for c in counts.values())
@@ -2573,13 +3295,21 @@ class TestMergeRandomness:
     @pytest.mark.parametrize("function", ["mean", "sum", "max"])
     def test_dare_without_drops_is_its_aggregation(self, function):
         base, experts = merge_random("grid")
-        merge_close(merge_one("dare", base, experts, drop=0), merge_oracle("task-arithmetic", base, experts), 1e-12)
+        merge_close(
+            merge_one("dare", base, experts, drop=0),
+            merge_oracle("task-arithmetic", base, experts),
+            1e-12,
+        )
         elected = merge_oracle("ties", base, experts, density=1, function=function)
-        merge_close(merge_one("dare", base, experts, drop=0, elect=True, function=function), elected, 1e-12)
+        merge_close(
+            merge_one("dare", base, experts, drop=0, elect=True, function=function), elected, 1e-12
+        )
 
     def test_random_takes_each_entry_from_one_expert_with_its_probability(self):
         n, weights = 100_000, [0.5, 0.0, 0.2, 0.3]
-        merged = merge_one("random", torch.zeros(n), [torch.full((n,), float(i)) for i in range(1, 5)], weights)
+        merged = merge_one(
+            "random", torch.zeros(n), [torch.full((n,), float(i)) for i in range(1, 5)], weights
+        )
         for i, p in enumerate(weights, 1):
             assert abs(float((merged == i).float().mean()) - p) <= 5 * math.sqrt(p * (1 - p) / n)
         assert (merged > 0).all()
@@ -2587,8 +3317,12 @@ class TestMergeRandomness:
     @pytest.mark.parametrize("technique", ["dare", "random"])
     def test_masks_depend_on_seed_and_name_only(self, monkeypatch, technique):
         base, experts = merge_random("gauss", dtype=torch.float32)
+
         def both(names, **o):
-            return merge.merge(technique, {n: base for n in names}, [{n: e for n in names} for e in experts], **o)
+            return merge.merge(
+                technique, {n: base for n in names}, [{n: e for n in names} for e in experts], **o
+            )
+
         merged = both("ab")
         assert not torch.equal(merged["a"], merged["b"])
         assert not torch.equal(merged["a"], both("ab", seed=1)["a"])
@@ -2620,19 +3354,28 @@ class TestMergeCut:
         """Tensors of unlike scale, so that per tensor differs; ties go to the largest tensor, then the first entry."""
         monkeypatch.setattr(merge, "PIECE", 64)
         base, experts = merge_random(kind, n=600, dtype=dtype)
-        experts = base + (experts - base) * torch.cat([torch.full((100,), 4.0), torch.full((500,), 0.5)]).to(dtype)
+        experts = base + (experts - base) * torch.cat(
+            [torch.full((100,), 4.0), torch.full((500,), 0.5)]
+        ).to(dtype)
+
         def cut(x):
             return {"small": x[:100].reshape(4, 25), "large": x[100:]}
+
         merged = merge.merge("ties", cut(base), [cut(e) for e in experts], density=0.3, whole=True)
         by_size = torch.cat([torch.arange(100, 600), torch.arange(100)])
-        expected = merge_oracle("ties", base.double()[by_size], experts.double()[:, by_size], density=0.3)
+        expected = merge_oracle(
+            "ties", base.double()[by_size], experts.double()[:, by_size], density=0.3
+        )
         merge_close(torch.cat([merged["large"], merged["small"].flatten()]), expected, 1e-6)
         apart = merge.merge("ties", cut(base), [cut(e) for e in experts], density=0.3)
         assert not torch.allclose(apart["large"], merged["large"])
 
     def test_whole_vector_of_mixed_precision(self):
         base = {"a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(3)}
-        expert = {"a": torch.tensor([1 + 1e-12, 0.1, 1.0], dtype=torch.float64), "b": torch.tensor([1.0, 3.0, 0.2])}
+        expert = {
+            "a": torch.tensor([1 + 1e-12, 0.1, 1.0], dtype=torch.float64),
+            "b": torch.tensor([1.0, 3.0, 0.2]),
+        }
         merged = merge.merge("ties", base, [expert], density=1 / 3, whole=True)
         assert merged["a"].tolist() == [1 + 1e-12, 0, 0] and merged["b"].tolist() == [0, 3, 0]
 
@@ -2641,9 +3384,11 @@ class TestMergeTensors:
     @pytest.mark.parametrize("technique", merge.TECHNIQUES)
     def test_inputs_stay_and_outputs_are_new(self, technique):
         g = torch.Generator().manual_seed(0)
+
         def some():
             return {"w": torch.randn(8, 5, generator=g), "scale": torch.randn((), generator=g), "ids": torch.arange(6),
                     "half": torch.randn(9, generator=g).bfloat16(), "empty": torch.zeros(0, 3)}  # fmt: skip
+
         models = [some() for _ in range(4)]
         before = [{n: t.clone() for n, t in m.items()} for m in models]
         merged = merge.merge(technique, models[0], models[1:])
@@ -2657,10 +3402,21 @@ class TestMergeTensors:
     @pytest.mark.parametrize("technique", merge.TECHNIQUES)
     def test_scalars_are_averaged_and_integers_are_the_bases(self, technique):
         def model(x):
-            return {"logit_scale": torch.tensor(x), "bias": torch.tensor([x]), "ids": torch.tensor([int(x)])}
+            return {
+                "logit_scale": torch.tensor(x),
+                "bias": torch.tensor([x]),
+                "ids": torch.tensor([int(x)]),
+            }
+
         merged = merge.merge(technique, model(1.0), [model(4.0), model(6.0)])
-        assert (merged["logit_scale"], merged["bias"], merged["ids"]) == (torch.tensor(5.0), torch.tensor([5.0]), 1)
-        if technique in MERGE_SUMS:  # a weight below zero takes a task vector away, and is no share of an average
+        assert (merged["logit_scale"], merged["bias"], merged["ids"]) == (
+            torch.tensor(5.0),
+            torch.tensor([5.0]),
+            1,
+        )
+        if (
+            technique in MERGE_SUMS
+        ):  # a weight below zero takes a task vector away, and is no share of an average
             merged = merge.merge(technique, model(1.0), [model(4.0), model(6.0)], [1.0, -0.5])
             assert merged["logit_scale"] == 5.0
 
@@ -2670,14 +3426,20 @@ class TestMergeTensors:
             tau = torch.arange(1.0, n + 1)
             options = {"breadcrumbs": {"top": 0.0}, "dare": {"drop": 0.0}}.get(technique, {})
             merged = merge_one(technique, torch.zeros(n), [tau], **options)
-            assert merged[-1] == n and (technique not in ("ties", "breadcrumbs") or (merged[:-1] == 0).all())
+            assert merged[-1] == n and (
+                technique not in ("ties", "breadcrumbs") or (merged[:-1] == 0).all()
+            )
 
     def test_sixteen_bit_files_are_averaged_in_float32(self):
         """Twenty times 1 + 2^-7: summed up in bfloat16 the small part is lost at once."""
         experts = [torch.full((3,), 1 + 2**-7, dtype=torch.bfloat16)] * 20
-        assert torch.equal(merge_one("linear", torch.zeros(3, dtype=torch.bfloat16), experts), experts[0])
+        assert torch.equal(
+            merge_one("linear", torch.zeros(3, dtype=torch.bfloat16), experts), experts[0]
+        )
         base = torch.zeros(3, dtype=torch.float32)
-        assert torch.equal(merge_one("linear", base, [e.half() for e in experts[:2]]), experts[0].float())
+        assert torch.equal(
+            merge_one("linear", base, [e.half() for e in experts[:2]]), experts[0].float()
+        )
 
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
     def test_files_read_in_pieces_merge_as_tensors_do(self, tmp_path, suffix):
@@ -2693,9 +3455,14 @@ class TestMergeTensors:
         assert [len(piece) for piece in pieces] == [merge.ONCE, merge.ONCE, 7]
         assert torch.equal(torch.cat(pieces), models[0]["long"])
         merged = merge.merge("linear", stored[0], stored[1:])
-        assert all(torch.equal(merged[k], v) for k, v in merge.merge("linear", models[0], models[1:]).items())
+        assert all(
+            torch.equal(merged[k], v)
+            for k, v in merge.merge("linear", models[0], models[1:]).items()
+        )
         os.truncate(files[2], os.path.getsize(files[2]) // 2)  # while the run reads it
-        with pytest.raises(ValueError, match=rf"2.{suffix}: a tensor of shape .* is not where the file puts it"):
+        with pytest.raises(
+            ValueError, match=rf"2.{suffix}: a tensor of shape .* is not where the file puts it"
+        ):
             merge.merge("linear", stored[0], stored[1:])
 
     @pytest.mark.parametrize("technique, options", [
@@ -2703,10 +3470,12 @@ class TestMergeTensors:
     ])  # fmt: skip
     def test_reads_every_expert_as_rarely_as_it_can(self, technique, options):
         reads = Counter()
+
         class Lazy(dict):
             def __getitem__(self, name):
                 reads[id(self), name] += 1
                 return super().__getitem__(name)
+
         base = {"a": torch.zeros(5), "b": torch.zeros(2, 2)}
         experts = [Lazy(a=torch.ones(5), b=torch.eye(2)) for _ in range(3)]
         merge.merge(technique, base, experts, **options)
@@ -2715,9 +3484,16 @@ class TestMergeTensors:
 
     @pytest.mark.parametrize("technique", [t for t in merge.TECHNIQUES if t not in merge.THETA])
     def test_lines_scales_the_merged_task_vector_of_each_layer(self, technique):
-        names = [*(f"visual.resblocks.{i}.w" for i in range(3)), "resblocks.0.w", "resblocks.1.w", "proj"]
+        names = [
+            *(f"visual.resblocks.{i}.w" for i in range(3)),
+            "resblocks.0.w",
+            "resblocks.1.w",
+            "proj",
+        ]
         g = torch.Generator().manual_seed(0)
-        base, *experts = [{n: torch.randn(30, generator=g, dtype=torch.float64) for n in names} for _ in range(3)]
+        base, *experts = [
+            {n: torch.randn(30, generator=g, dtype=torch.float64) for n in names} for _ in range(3)
+        ]
         plain = merge.merge(technique, base, experts)
         scaled = merge.merge(technique, base, experts, lines=(0.5, 0.5, "linear"), scale=2.0)
         for name, factor in zip(names, [0.5, 0.75, 1, 0.5, 1, 0.5]):
@@ -2729,8 +3505,14 @@ class TestMergeTensors:
                  "one.0.w", "visual.conv1.weight", "0.w", "1.w"]  # fmt: skip
         scales = list(merge.layer_scales(names, 0.5, 0.5).values())
         assert scales == [0.5, 0.75, 1, 0.5, 0.625, 0.75, 0.875, 1, 0.5, 0.5, 0.5, 1]
-        merge_close(torch.tensor(list(merge.layer_scales(names[:3], 1, 2, "quadratic").values())), [1, 1.5, 3])
-        merge_close(torch.tensor(list(merge.layer_scales(names[:3], 1, 2, "sqrt").values())), [1, 1 + 2**0.5, 3])
+        merge_close(
+            torch.tensor(list(merge.layer_scales(names[:3], 1, 2, "quadratic").values())),
+            [1, 1.5, 3],
+        )
+        merge_close(
+            torch.tensor(list(merge.layer_scales(names[:3], 1, 2, "sqrt").values())),
+            [1, 1 + 2**0.5, 3],
+        )
 
     def test_peak_memory_is_below_twice_the_model(self, tmp_path):
         """Three experts of 74 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter, each technique in a
@@ -2756,7 +3538,10 @@ for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whol
 """
         if not os.path.exists("/proc/self/status"):
             pytest.skip("peak memory is read from Linux' /proc")
-        command, env = [sys.executable, "-c", script, str(tmp_path)], {**os.environ, "OMP_NUM_THREADS": "1"}
+        command, env = (
+            [sys.executable, "-c", script, str(tmp_path)],
+            {**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         done = subprocess.run(command, check=True, capture_output=True, text=True,
                               cwd=os.path.dirname(merge.__file__), env=env)  # fmt: skip
         size = sum(t.nbytes for t in model.values())
@@ -2824,7 +3609,9 @@ class TestMergeTimeline:
         ("all", "latest", [8, 24, 48]), ("all", "ema", [4, 14, 31]), ("all", "all", [8, 16, 80 / 3]),
     ])  # fmt: skip
     def test_cell_by_hand(self, init, deploy, expected):
-        timeline = merge.Timeline({"w": torch.zeros(2, dtype=torch.float64)}, init, deploy, weight=0.5)
+        timeline = merge.Timeline(
+            {"w": torch.zeros(2, dtype=torch.float64)}, init, deploy, weight=0.5
+        )
         assert float(timeline.start()["w"][0]) == float(timeline.deploy()["w"][0]) == 0
         assert merge_train(timeline, [8, 16, 32]) == pytest.approx(expected, rel=1e-14)
 
@@ -2835,20 +3622,35 @@ class TestMergeTimeline:
     ])  # fmt: skip
     def test_named_methods(self, name, expected):
         """Steps 1, 2, 4 from 0 with w = .9; zs-merge, whose experts they are, is the published .1, .29, .661."""
-        timeline = merge.Timeline({"w": torch.zeros(2, dtype=torch.float64)}, **merge.TIMELINES[name], weight=0.9)
+        timeline = merge.Timeline(
+            {"w": torch.zeros(2, dtype=torch.float64)}, **merge.TIMELINES[name], weight=0.9
+        )
         assert merge_train(timeline, [1, 2, 4]) == pytest.approx(expected, rel=1e-14)
 
     def test_anchored_merge_pulls_to_a_base_that_is_not_zero(self):
-        timeline = merge.Timeline({"w": torch.full((2,), 10.0)}, **merge.TIMELINES["ft-merge"], weight=0.75)
-        assert merge_train(timeline, [4, 4]) == [11, 11.25]  # .75 * 10 + .25 * 14, then start from 11
+        timeline = merge.Timeline(
+            {"w": torch.full((2,), 10.0)}, **merge.TIMELINES["ft-merge"], weight=0.75
+        )
+        assert merge_train(timeline, [4, 4]) == [
+            11,
+            11.25,
+        ]  # .75 * 10 + .25 * 14, then start from 11
 
     @pytest.mark.parametrize("init, deploy", MERGE_CELLS)
     @pytest.mark.parametrize("technique", merge.TECHNIQUES)
     def test_every_technique_runs_in_every_cell(self, technique, init, deploy):
         base = clip.CLIP(clip._config(8, 8, 4, (8, 2, 2, 16), (8, 2, 2), 4, 20)).state_dict()
-        g, timeline = torch.Generator().manual_seed(0), merge.Timeline(base, init, deploy, technique)
+        g, timeline = (
+            torch.Generator().manual_seed(0),
+            merge.Timeline(base, init, deploy, technique),
+        )
         for _ in range(3):
-            timeline.add({n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in timeline.start().items()})
+            timeline.add(
+                {
+                    n: t + 0.1 * torch.randn(t.shape, generator=g)
+                    for n, t in timeline.start().items()
+                }
+            )
         deployed = timeline.deploy()
         assert all(t.isfinite().all() for t in deployed.values())
         assert not torch.equal(deployed["visual.proj"], base["visual.proj"])
@@ -2864,7 +3666,11 @@ class TestMergeTimeline:
             if average:
                 running = merge_slerp(running, theta, 0.3)
             elif t == 0:  # theta_0 has no task vector: the first is alone
-                running = theta if technique == "model-stock" else merge_oracle(technique, base, theta[None])
+                running = (
+                    theta
+                    if technique == "model-stock"
+                    else merge_oracle(technique, base, theta[None])
+                )
             else:
                 running = merge_oracle(technique, base, torch.stack([running, theta]))
             merge_close(timeline.deploy()["w"], running, 1e-12)
@@ -2893,13 +3699,18 @@ class TestMergeTimeline:
         def deployed(**o):
             timeline = merge.Timeline({"w": torch.full((2,), 6.0)}, "zero-shot", "all", **o)
             return merge_train(timeline, [6, 12])[-1]  # experts 12 and 18 over a base of 6
+
         assert deployed(expert_weights="linear") == pytest.approx(16)
         assert deployed(expert_weights="linear", reverse=True) == pytest.approx(14)
         assert deployed(include_base=True) == pytest.approx(12)
-        assert deployed(expert_weights="linear", include_base=True) == pytest.approx((6 + 24 + 54) / 6)
+        assert deployed(expert_weights="linear", include_base=True) == pytest.approx(
+            (6 + 24 + 54) / 6
+        )
         assert deployed(technique="task-arithmetic") == pytest.approx(6 + 6 + 12)
         # sums get k times the weights: 2/3 and 4/3
-        assert deployed(technique="task-arithmetic", expert_weights="linear") == pytest.approx(6 + 4 + 16)
+        assert deployed(technique="task-arithmetic", expert_weights="linear") == pytest.approx(
+            6 + 4 + 16
+        )
 
     @pytest.mark.parametrize("init, deploy", MERGE_CELLS)
     def test_what_goes_in_or_out_is_not_the_running_state(self, init, deploy):
@@ -2924,8 +3735,15 @@ class TestMergeTimeline:
     @pytest.mark.parametrize("init, deploy", MERGE_CELLS)
     def test_state_survives_saving_bitwise(self, init, deploy, technique):
         g = torch.Generator().manual_seed(0)
-        base = {"w": torch.randn(50, generator=g).bfloat16(), "v": torch.randn(40, generator=g), "ids": torch.arange(3)}
-        steps = [{"w": torch.randn(50, generator=g), "v": torch.randn(40, generator=g), "ids": 0} for _ in range(4)]
+        base = {
+            "w": torch.randn(50, generator=g).bfloat16(),
+            "v": torch.randn(40, generator=g),
+            "ids": torch.arange(3),
+        }
+        steps = [
+            {"w": torch.randn(50, generator=g), "v": torch.randn(40, generator=g), "ids": 0}
+            for _ in range(4)
+        ]
         whole, broken = (merge.Timeline(base, init, deploy, technique) for _ in range(2))
         for t, step in enumerate(steps):
             for timeline in (whole, broken):
@@ -2942,14 +3760,18 @@ class TestMergeTimeline:
     def test_experts_on_disk_serve_a_run_that_was_killed_between_adding_and_saving(self, tmp_path):
         base, thetas = merge_random("gauss", dtype=torch.float32)
         memory = merge.Timeline({"w": base}, "all", "all", expert_weights="linear")
-        disk = merge.Timeline({"w": base}, "all", "all", expert_weights="linear", store=fomo.ExpertFiles(tmp_path))
+        disk = merge.Timeline(
+            {"w": base}, "all", "all", expert_weights="linear", store=fomo.ExpertFiles(tmp_path)
+        )
         for theta in thetas[:2]:
             memory.add({"w": theta})
             disk.add({"w": theta})
         state = disk.state()
         assert state["experts"] == [] and len(disk.store) == 2
         disk.add({"w": thetas[1] * 7})  # and dies before the next state is saved
-        resumed = merge.Timeline({"w": base}, "all", "all", expert_weights="linear", store=fomo.ExpertFiles(tmp_path))
+        resumed = merge.Timeline(
+            {"w": base}, "all", "all", expert_weights="linear", store=fomo.ExpertFiles(tmp_path)
+        )
         resumed.load_state(state)
         assert torch.equal(resumed.start()["w"], memory.start()["w"])
         memory.add({"w": thetas[2]})
@@ -2963,26 +3785,38 @@ class TestMergeTimeline:
     @pytest.mark.parametrize("technique", ["linear", "slerp", "ties"])
     def test_running_merge_of_a_16_bit_base_is_kept_in_float32(self, technique):
         """A hundred steps of 2^-10 / 10 each: bfloat16 would round every one of them away."""
-        timeline = merge.Timeline({"w": torch.ones(4, dtype=torch.bfloat16)}, "zero-shot", "ema", technique)
+        timeline = merge.Timeline(
+            {"w": torch.ones(4, dtype=torch.bfloat16)}, "zero-shot", "ema", technique
+        )
         for _ in range(100):
             timeline.add({"w": torch.full((4,), 1 + 2**-6, dtype=torch.bfloat16)})
-        assert timeline.running["w"].dtype == torch.float32 and timeline.deploy()["w"].dtype == torch.bfloat16
+        assert (
+            timeline.running["w"].dtype == torch.float32
+            and timeline.deploy()["w"].dtype == torch.bfloat16
+        )
         assert float(timeline.deploy()["w"][0]) == 1 + 2**-6  # 1 + 2^-6 (1 - .9^100)
 
     def test_ema_update_is_in_place_and_costs_less_than_two_copies(self):
         theta = {str(i): torch.randn(2**21) for i in range(16)}  # 134 MB
         timeline, copy = merge.Timeline(theta), {n: t.clone() for n, t in theta.items()}
         places = {n: t.data_ptr() for n, t in timeline.running.items()}
+
         def seconds(f):
             began = time.perf_counter()
             f()
             return time.perf_counter() - began
+
         def copying():
             for n, t in copy.items():
                 t.copy_(theta[n])
-        updates, copies = zip(*[(seconds(lambda: timeline.add(theta)), seconds(copying)) for _ in range(15)])
+
+        updates, copies = zip(
+            *[(seconds(lambda: timeline.add(theta)), seconds(copying)) for _ in range(15)]
+        )
         assert {n: t.data_ptr() for n, t in timeline.running.items()} == places
-        assert min(updates) < 2 * min(copies)  # the best of 15: what the machine can do, whoever else is using it
+        assert min(updates) < 2 * min(
+            copies
+        )  # the best of 15: what the machine can do, whoever else is using it
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @pytest.mark.parametrize("technique", merge.TECHNIQUES)
@@ -3039,8 +3873,13 @@ class TestMergeCommand:
         with pytest.raises(ValueError, match="exists"):
             fomo.merge_command([*paths, "-o", paths[0]])
         with pytest.raises(ValueError, match="density"):
-            fomo.merge_command([*paths, "--technique", "ties", "--density", "0", "-o", str(tmp_path / "x")])
-        assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "0.safetensors").read_bytes() == content
+            fomo.merge_command(
+                [*paths, "--technique", "ties", "--density", "0", "-o", str(tmp_path / "x")]
+            )
+        assert (
+            sorted(os.listdir(tmp_path)) == before
+            and (tmp_path / "0.safetensors").read_bytes() == content
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ methods
@@ -3064,7 +3903,9 @@ def methods_loss(model, batch):
     return clip.contrastive_loss(*model(*batch))
 
 
-def methods_train(method, model, task, batch, loss=methods_loss, steps=3, lr=1e-3, seen=None, batches=None):
+def methods_train(
+    method, model, task, batch, loss=methods_loss, steps=3, lr=1e-3, seen=None, batches=None
+):
     """The loop of fomo.py in small: one task on one batch. seen collects each step's clipped gradients; batches are
     what after_task reads."""
     optimizer = method.optimizer(model, lr=lr)
@@ -3097,7 +3938,9 @@ def methods_expected(name, model):
     norms = [m for m, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
     image = [n for n in names if n.split(".")[0] == "visual"]
     if name in METHODS_ADAPTERS:
-        return {f"{b}.{leaf}" for b in blocks for leaf in ("attn.in_proj_weight", "mlp.c_proj.weight")}
+        return {
+            f"{b}.{leaf}" for b in blocks for leaf in ("attn.in_proj_weight", "mlp.c_proj.weight")
+        }
     return set({
         "locked-text": image, "locked-image": [n for n in names if n not in image],
         "lnfit": [f"{m}.{leaf}" for m in norms for leaf in ("weight", "bias")],
@@ -3124,8 +3967,14 @@ def test_optimizer_holds_what_is_trained_and_decays_only_matrices(name):
     method = methods_ready(name, model)
     groups = method.optimizer(model, weight_decay=0.2).param_groups
     held = {id(p) for g in groups for p in g["params"]}
-    assert held == {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in method.trained.values()}
-    assert all(g["weight_decay"] == (0.2 if p.ndim >= 2 else 0) for g in groups for p in g["params"])
+    assert (
+        held
+        == {id(p) for p in model.parameters() if p.requires_grad}
+        == {id(p) for p in method.trained.values()}
+    )
+    assert all(
+        g["weight_decay"] == (0.2 if p.ndim >= 2 else 0) for g in groups for p in g["params"]
+    )
     assert all(g["betas"] == (0.9, 0.999) and g["eps"] == 1e-8 and g["lr"] == 1e-5 for g in groups)
 
 
@@ -3144,7 +3993,9 @@ def test_second_task_starts_from_what_the_first_taught(name):
     methods_train(method, model, 2, second, steps=1, lr=1e-6)
     kept = method.plain(model)
     assert 0 < methods_distance(kept, taught) < 0.05 * methods_distance(taught, start)
-    assert methods_loss(model, first).item() < loss0 - 0.05  # measured: lower by 0.13 (vera) to 2.34 (galore)
+    assert (
+        methods_loss(model, first).item() < loss0 - 0.05
+    )  # measured: lower by 0.13 (vera) to 2.34 (galore)
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -3190,14 +4041,22 @@ def test_a_penalty_that_nothing_has_earned_yet_is_zero():
 
 
 def test_options_are_one_flat_set_and_are_checked():
-    galore, lora = (methods.METHODS[n](rank=None, scale=None, si_c=1, seed=2) for n in ("galore", "lora"))
+    galore, lora = (
+        methods.METHODS[n](rank=None, scale=None, si_c=1, seed=2) for n in ("galore", "lora")
+    )
     assert (galore.rank, galore.scale, lora.rank, lora.scale) == (16, 2.0, 4, 1.0)
     with pytest.raises(TypeError, match="no option 'rnk'; they have rank, scale"):
         methods.Method(rnk=4)
     for wrong in ({"rank": 4.0}, {"gap": "200"}, {"seed": True}):
         with pytest.raises(TypeError, match="must be int"):
             methods.Method(**wrong)
-    for wrong in ({"rank": 0}, {"si_xi": 0.0}, {"ewc_lambda": -1.0}, {"scale": math.nan}, {"si_c": math.inf}):
+    for wrong in (
+        {"rank": 0},
+        {"si_xi": 0.0},
+        {"ewc_lambda": -1.0},
+        {"scale": math.nan},
+        {"si_c": math.inf},
+    ):
         with pytest.raises(ValueError, match="finite and at least"):
             methods.Method(**wrong)
 
@@ -3260,10 +4119,18 @@ def test_merged_weights_give_the_features_of_the_adapted_model(name):
 def test_adapters_have_the_parameters_of_the_formula(name, rank):
     method = methods_ready(name, methods_model(), rank=rank)
     expected = 0
-    for width, mlp, blocks in (96, 384, 3), (64, 256, 2):  # both towers: q, k and v, and the MLP's second matrix
+    for width, mlp, blocks in (
+        (96, 384, 3),
+        (64, 256, 2),
+    ):  # both towers: q, k and v, and the MLP's second matrix
         matrices = 3 * rank * (width + width) + rank * (mlp + width)
         outputs = 3 * width + width
-        expected += blocks * {"lora": matrices, "dora": matrices + outputs, "vera": 3 * rank + rank + outputs}[name]
+        expected += (
+            blocks
+            * {"lora": matrices, "dora": matrices + outputs, "vera": 3 * rank + rank + outputs}[
+                name
+            ]
+        )
     assert sum(p.numel() for p in method.trained.values()) == expected
 
 
@@ -3271,13 +4138,17 @@ def test_adapters_have_the_parameters_of_the_formula(name, rank):
 def test_loading_other_weights_starts_the_adapters_afresh(name):
     model, other = methods_model(), methods_model(5).state_dict()
     method = methods_ready(name, model)
-    fresh = copy.deepcopy({n: p for n, p in method.trained.items() if not n.endswith(".m")})  # m is the weights' norm
+    fresh = copy.deepcopy(
+        {n: p for n, p in method.trained.items() if not n.endswith(".m")}
+    )  # m is the weights' norm
     methods_train(method, model, 0, methods_batch(1))
     method.load(model, other)
     assert all(torch.equal(other[k], v) for k, v in method.plain(model).items())
     assert all(torch.equal(p, method.trained[n]) for n, p in fresh.items())
     methods_train(method, model, 1, methods_batch(1))
-    assert all(torch.equal(other[k], methods_model(5).state_dict()[k]) for k in other)  # not aliased
+    assert all(
+        torch.equal(other[k], methods_model(5).state_dict()[k]) for k in other
+    )  # not aliased
 
 
 @pytest.mark.parametrize("name", METHODS_ADAPTERS)
@@ -3296,7 +4167,10 @@ def test_the_fused_projection_has_one_adapter_for_each_of_q_k_v(name):
         expected.append(torch.diag(a.m[rows] / v.detach().norm(dim=1)) @ v if name == "dora" else v)
     expected, given = torch.cat(expected), torch.sin(torch.arange(24.0).double()).view(6, 4)
     assert torch.allclose(linear.weight, expected, rtol=0, atol=1e-14)
-    gradients = [torch.autograd.grad((w * given).sum(), list(a.parameters())) for w in (linear.weight, expected)]
+    gradients = [
+        torch.autograd.grad((w * given).sum(), list(a.parameters()))
+        for w in (linear.weight, expected)
+    ]
     assert all(g.any() and torch.allclose(g, h, rtol=0, atol=1e-13) for g, h in zip(*gradients))
 
 
@@ -3369,7 +4243,12 @@ def test_vera_matrices_are_one_for_all_layers_of_a_shape_and_frozen():
     method = methods_ready("vera", model, seed=1)
     adapters = list(method.adapted.values())
     shapes = {a.B.shape + a.A.shape for a in adapters}  # two per tower
-    assert len({a.A.data_ptr() for a in adapters}) == len({a.B.data_ptr() for a in adapters}) == len(shapes) == 4
+    assert (
+        len({a.A.data_ptr() for a in adapters})
+        == len({a.B.data_ptr() for a in adapters})
+        == len(shapes)
+        == 4
+    )
     assert not any(n.endswith((".A", ".B")) for n in method.trained)
     other = methods_ready("vera", methods_model(), seed=2)
     assert not torch.equal(adapters[0].A, next(iter(other.adapted.values())).A)
@@ -3377,13 +4256,21 @@ def test_vera_matrices_are_one_for_all_layers_of_a_shape_and_frozen():
 
 def test_random_matrices_are_kaiming_uniform():
     _, a = methods_on_linear("lora", nn.Linear(400, 300), rank=8)
-    bound = math.sqrt(6 / ((1 + 8) * 400))  # gain^2 = 2 / (1 + a^2) with a = sqrt(r); bound = gain sqrt(3 / fan_in)
-    assert 0.99 * bound < a.A.abs().max() <= bound and a.A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    bound = math.sqrt(
+        6 / ((1 + 8) * 400)
+    )  # gain^2 = 2 / (1 + a^2) with a = sqrt(r); bound = gain sqrt(3 / fan_in)
+    assert 0.99 * bound < a.A.abs().max() <= bound and a.A.std().item() == pytest.approx(
+        bound / 3**0.5, rel=0.05
+    )
     _, v = methods_on_linear("vera", nn.Linear(400, 300), rank=8)
-    assert v.B.abs().max() <= math.sqrt(6 / 8) and v.A.std().item() == pytest.approx(math.sqrt(2 / 400), rel=0.05)
+    assert v.B.abs().max() <= math.sqrt(6 / 8) and v.A.std().item() == pytest.approx(
+        math.sqrt(2 / 400), rel=0.05
+    )
     assert (v.d == 0.1).all() and (v.b == 0).all()
     for name in METHODS_ADAPTERS:
-        one, same, other = (methods_on_linear(name, nn.Linear(9, 6), rank=2, seed=seed)[1].A for seed in (1, 1, 2))
+        one, same, other = (
+            methods_on_linear(name, nn.Linear(9, 6), rank=2, seed=seed)[1].A for seed in (1, 1, 2)
+        )
         assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -3425,7 +4312,9 @@ def methods_check_penalty(method, model, weight, importance, anchor):
         for p in model.parameters():
             p += torch.cos(torch.arange(p.numel()).double()).view(p.shape)
     theta = [p.detach().clone().requires_grad_() for p in model.parameters()]
-    expected = sum(weight / 2 * (f * (t - a) ** 2).sum() for f, t, a in zip(importance, theta, anchor))
+    expected = sum(
+        weight / 2 * (f * (t - a) ** 2).sum() for f, t, a in zip(importance, theta, anchor)
+    )
     expected.backward()
     value = method.penalty(model)
     (3 * value).backward()
@@ -3444,7 +4333,9 @@ def test_ewc_equals_its_formula_over_three_tasks():
     fisher = [torch.zeros_like(p) for p in model.parameters()]
     for task in range(3):
         batches = [methods_regression(10 * task + i) for i in range(3)]
-        methods_train(method, model, task, batches[0], methods_mse, batches=[(b, 8) for b in batches])
+        methods_train(
+            method, model, task, batches[0], methods_mse, batches=[(b, 8) for b in batches]
+        )
         for f in fisher:
             f *= 0.5
         for batch in batches:
@@ -3462,15 +4353,24 @@ def test_ewc_stops_at_its_number_of_samples_and_needs_one_batch():
 
     def sizes(samples, offered):
         method, read = methods_ready("ewc", model, fisher_samples=samples), []
-        method.after_task(model, ((methods_regression(read.append(i) or i), 8) for i in range(offered)), methods_mse)
+        method.after_task(
+            model,
+            ((methods_regression(read.append(i) or i), 8) for i in range(offered)),
+            methods_mse,
+        )
         batches = [methods_regression(i) for i in read]
         return method, batches
 
     for samples, used in ((24, 3), (31, 3), (5, 1), (1000, 6)):
         method, batches = sizes(samples, 6)
-        squares = [torch.autograd.grad(methods_mse(model, b), list(model.parameters())) for b in batches[:used]]
+        squares = [
+            torch.autograd.grad(methods_mse(model, b), list(model.parameters()))
+            for b in batches[:used]
+        ]
         for i, root in enumerate(method.root_fisher.values()):
-            assert torch.allclose(root**2, sum(g[i] ** 2 for g in squares) / used, rtol=1e-12, atol=0)
+            assert torch.allclose(
+                root**2, sum(g[i] ** 2 for g in squares) / used, rtol=1e-12, atol=0
+            )
     with pytest.raises(ValueError, match="there is none"):
         sizes(24, 0)
 
@@ -3513,7 +4413,9 @@ def test_si_equals_its_formula_over_three_tasks():
     importance = [torch.zeros_like(p) for p in model.parameters()]
     for task in range(3):
         start, seen = methods_values(model), []
-        methods_train(method, model, task, methods_regression(task), methods_mse, steps=5, lr=lr, seen=seen)
+        methods_train(
+            method, model, task, methods_regression(task), methods_mse, steps=5, lr=lr, seen=seen
+        )
         for i, (big, p, s) in enumerate(zip(importance, methods_values(model), start)):
             omega = sum(lr * step[i] ** 2 for step in seen)
             big += omega / ((p - s) ** 2 + 0.1)
@@ -3538,7 +4440,9 @@ def test_si_path_under_sgd_is_the_loss_won():
                 p -= lr * p.grad
     won = before - methods_mse(model, batch).item()
     assert won > 0.02
-    assert sum(w.sum().item() for w in method.path.values()) == pytest.approx(won, rel=2e-3)  # first order in lr
+    assert sum(w.sum().item() for w in method.path.values()) == pytest.approx(
+        won, rel=2e-3
+    )  # first order in lr
 
 
 # ------------------------------------------------------------------------------------------------------- galore
@@ -3546,7 +4450,9 @@ def test_si_path_under_sgd_is_the_loss_won():
 
 def methods_gradients(shapes, steps):
     g = torch.Generator().manual_seed(0)
-    return [[torch.randn(s, generator=g, dtype=torch.float64) for s in shapes] for _ in range(steps)]
+    return [
+        [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes] for _ in range(steps)
+    ]
 
 
 def methods_galore(weights, gradients, lr=1e-2, eps=1e-8, weight_decay=0.2, **options):
@@ -3565,9 +4471,18 @@ METHODS_SHAPES = [(7, 4), (4, 7), (5, 5), (6,), (2, 3, 2)]
 
 
 def test_galore_equals_the_published_rule_over_several_refreshes():
-    gradients, lr, decay, rank, gap, scale = methods_gradients(METHODS_SHAPES, 11), 1e-2, 0.2, 2, 4, 0.7
+    gradients, lr, decay, rank, gap, scale = (
+        methods_gradients(METHODS_SHAPES, 11),
+        1e-2,
+        0.2,
+        2,
+        4,
+        0.7,
+    )
     weights = methods_gradients(METHODS_SHAPES, 1)[0]
-    got, _ = methods_galore(weights, gradients, lr, weight_decay=decay, rank=rank, gap=gap, scale=scale)
+    got, _ = methods_galore(
+        weights, gradients, lr, weight_decay=decay, rank=rank, gap=gap, scale=scale
+    )
     for i in range(3):
         w, m, v = weights[i].clone(), 0.0, 0.0
         for t, g in enumerate(step[i] for step in gradients):
@@ -3578,13 +4493,17 @@ def test_galore_equals_the_published_rule_over_several_refreshes():
             low = g @ basis if g.shape[0] >= g.shape[1] else basis.T @ g
             m, v = 0.9 * m + 0.1 * low, 0.999 * v + 0.001 * low**2
             n = (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
-            w = (1 - lr * decay) * w - lr * scale * (n @ basis.T if g.shape[0] >= g.shape[1] else basis @ n)
+            w = (1 - lr * decay) * w - lr * scale * (
+                n @ basis.T if g.shape[0] >= g.shape[1] else basis @ n
+            )
         assert torch.allclose(got[i], w, rtol=0, atol=1e-10)  # Gram matrix against SVD, in float64
 
 
 def test_galore_finds_the_directions_of_gradients_that_nearly_vanish():
     g = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(methods._top_singular_vectors(g * 1e-25, 3), methods._top_singular_vectors(g, 3))
+    torch.testing.assert_close(
+        methods._top_singular_vectors(g * 1e-25, 3), methods._top_singular_vectors(g, 3)
+    )
 
 
 def test_galore_gives_what_is_no_matrix_exactly_adamw():
@@ -3625,7 +4544,11 @@ def test_galore_moments_have_the_low_rank_shapes():
     got, optimizer = methods_galore(gradients[0], gradients, rank=3)
     shapes = [tuple(optimizer.state[p][k].shape) for p in got for k in ("exp_avg", "exp_avg_sq")]
     assert shapes[::2] == shapes[1::2] == [(7, 3), (3, 7), (5, 3), (6,), (2, 3, 2)]
-    assert [tuple(optimizer.state[p]["projector"].shape) for p in got[:3]] == [(4, 3), (4, 3), (5, 3)]
+    assert [tuple(optimizer.state[p]["projector"].shape) for p in got[:3]] == [
+        (4, 3),
+        (4, 3),
+        (5, 3),
+    ]
 
 
 def test_galore_optimizer_state_continues_exactly():
@@ -3673,7 +4596,9 @@ def test_methods_run_on_a_gpu_under_autocast_as_on_the_cpu(name):
     ("cosine", "autoregressive", 1, (0.04918, 0.49178, 0.49163, 0.28054, 0.01580, 0.01301, 0.00100)),
 ])  # fmt: skip
 def test_learning_rates_are_the_published_ones(schedule, meta, task, values):
-    rates = [methods.learning_rate(n, 100, task, 1.0, schedule, meta) for n in (0, 9, 10, 50, 89, 90, 99)]
+    rates = [
+        methods.learning_rate(n, 100, task, 1.0, schedule, meta) for n in (0, 9, 10, 50, 89, 90, 99)
+    ]
     assert rates == pytest.approx(values, abs=6e-6)
 
 
@@ -3686,7 +4611,10 @@ def test_learning_rates_are_the_published_ones(schedule, meta, task, values):
 ])  # fmt: skip
 def test_meta_schedules_peak_at_the_published_fractions(schedule, meta, fractions):
     steps = 100_000  # the published cosine fractions are the limit of many steps
-    peaks = [methods.learning_rate(9_999, steps, t, 1.0, schedule, meta, floor=0.0) for t in range(len(fractions))]
+    peaks = [
+        methods.learning_rate(9_999, steps, t, 1.0, schedule, meta, floor=0.0)
+        for t in range(len(fractions))
+    ]
     assert peaks == pytest.approx(fractions, abs=6e-4)
 
 
@@ -3697,10 +4625,14 @@ def test_meta_schedules_follow_the_curves_that_define_them(task, w, c, m):
     for n in range(w, 100):
         dynamic = rate(n, 100, task, 1.0, "cosine", "dynamic")
         share = (task * 100 + n - w * (task + 1) + 1) / ((100 - w) * (task + 1))
-        assert dynamic == pytest.approx(m + (1 - m) * (1 + math.cos(math.pi * share)) / 2, abs=1e-12)
+        assert dynamic == pytest.approx(
+            m + (1 - m) * (1 + math.cos(math.pi * share)) / 2, abs=1e-12
+        )
     for n in range(w, 100 - c):
         recovered = rate(n, 100, task, 1.0, "rsqrt", "recovered")
-        assert recovered == pytest.approx(m + math.sqrt(w / (n + task * (100 - c - w))) * (1 - m), abs=1e-12)
+        assert recovered == pytest.approx(
+            m + math.sqrt(w / (n + task * (100 - c - w))) * (1 - m), abs=1e-12
+        )
         peak = m + math.sqrt(w / (task * (100 - c) - (task - 1) * w)) * (1 - m) if task else 1.0
         continued = rate(n, 100, task, 1.0, "rsqrt", "continued")
         assert continued == pytest.approx(m + math.sqrt(w / n) * (peak - m), abs=1e-12)
@@ -3710,7 +4642,9 @@ def test_meta_schedules_follow_the_curves_that_define_them(task, w, c, m):
 def test_rates_never_leave_zero_to_peak_for_any_length_and_shares():
     shares = (0.0, 0.1, 0.35, 0.5, 1.0)
     for schedule, metas in methods.SCHEDULES.items():
-        for args in [(m, w, c, f) for m in metas for w in shares for c in shares for f in (0.0, 1e-3, 0.3)]:
+        for args in [
+            (m, w, c, f) for m in metas for w in shares for c in shares for f in (0.0, 1e-3, 0.3)
+        ]:
             for steps, task in [(s, t) for s in (1, 2, 3, 9, 10, 11, 37) for t in (0, 1, 2, 19)]:
                 for n in range(steps):
                     assert 0 <= methods.learning_rate(n, steps, task, 0.3, schedule, *args) <= 0.3
@@ -3718,13 +4652,27 @@ def test_rates_never_leave_zero_to_peak_for_any_length_and_shares():
 
 def test_a_task_of_one_step_trains_under_cosine_and_its_warm_up_is_whole():
     assert methods.learning_rate(0, 1, 0, 1.0) == 1
-    assert [methods.learning_rate(n, 4, 0, 1.0, warmup=1.0) for n in range(4)] == [0.25, 0.5, 0.75, 1]
-    assert methods.learning_rate(6, 100, 0, 1.0, warmup=0.07) == 1  # .07 * 100 = 7.000000000000001 is 7 steps
+    assert [methods.learning_rate(n, 4, 0, 1.0, warmup=1.0) for n in range(4)] == [
+        0.25,
+        0.5,
+        0.75,
+        1,
+    ]
+    assert (
+        methods.learning_rate(6, 100, 0, 1.0, warmup=0.07) == 1
+    )  # .07 * 100 = 7.000000000000001 is 7 steps
 
 
 def test_a_schedule_that_does_not_exist_is_refused_with_those_that_do():
-    for schedule, meta in (("cosine", "continued"), ("rsqrt", "dynamic"), ("linear", "none"), ("cosine", "x")):
-        with pytest.raises(ValueError, match="cosine with none, autoregressive, dynamic; rsqrt with none, autoreg"):
+    for schedule, meta in (
+        ("cosine", "continued"),
+        ("rsqrt", "dynamic"),
+        ("linear", "none"),
+        ("cosine", "x"),
+    ):
+        with pytest.raises(
+            ValueError, match="cosine with none, autoregressive, dynamic; rsqrt with none, autoreg"
+        ):
             methods.learning_rate(0, 10, 0, schedule=schedule, meta=meta)
     bounds = {"warmup": 1.1}, {"cooldown": -0.1}, {"floor": 2}, {"lr": -1}
     for wrong in ({"step": 10}, {"step": -1}, {"task": -1}, *bounds):
