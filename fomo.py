@@ -571,7 +571,7 @@ def load_stream(c, world):
 
 def make_method(c):
     """What trains: merges and joint runs finetune."""
-    return methods.METHODS.get(c.method, methods.Method)(**{name: getattr(c, name) for name in methods.LEAST})
+    return methods.METHODS.get(c.method, methods.Method)(**{name: getattr(c, name) for name in methods.OPTIONS})
 
 
 def plan(c, model_config, samples):
@@ -580,7 +580,7 @@ def plan(c, model_config, samples):
     method = c.method if c.method in budget.METHODS else "finetune"
     rank, gap = c.rank or 0, c.gap or budget.GAP  # rank 0 is the paper's
     maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
-    at_most = max(1, (c.fisher_samples or methods.Method.fisher_samples) // c.batch_size)
+    at_most = max(1, (c.fisher_samples or methods.EWC.fisher_samples) // c.batch_size)
     batches = min(max(1, samples // max(1, tasks) // c.batch_size), at_most)  # that EWC looks back on
     once = maf * (budget.task_flops(model_config, c.batch_size, method, batches * c.batch_size)
                   / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
