@@ -248,26 +248,29 @@ def backward(encode_image, encode_text, images, texts, scale, piece=None, rows=N
         optimizer.step()
     """
     n = len(images)
-    if piece is None or piece >= n:
-        piece = n
+    piece = min(piece or n, n)
     first, total = rows or (0, n)
-    towers = ((encode_image, images), (encode_text, texts))
-    features, leaves = [], []
-    for encode, inputs in towers:
-        with torch.set_grad_enabled(piece == n):  # one piece: its graph is kept, for step 3
-            mine = torch.cat([encode(inputs[i : i + piece]) for i in range(0, n, piece)])  # [n, D]
-        features.append(mine)
-        leaves.append(_gather(mine.detach(), first, total).requires_grad_())  # [total, D]
+    towers = []
+    for encode, inputs in ((encode_image, images), (encode_text, texts)):
+        mine = encode(inputs[:piece])  # [b, D]; with one piece its graph is kept for the end
+        trained = mine.requires_grad
+        if piece < n:
+            with torch.no_grad():
+                others = [encode(inputs[i : i + piece]) for i in range(piece, n, piece)]
+            mine = torch.cat([mine.detach(), *others])  # [n, D]
+        leaf = _gather(mine.detach(), first, total).requires_grad_(trained)  # [total, D]
+        towers.append((encode, inputs, mine, leaf))
 
-    loss = contrastive_loss(*leaves, scale if first == 0 else scale.detach())
+    image, text = (leaf for *_, leaf in towers)
+    loss = contrastive_loss(image, text, scale if first == 0 else scale.detach())
     (factor * loss).backward()
 
-    for (encode, inputs), mine, leaf in zip(towers, features, leaves):
+    for encode, inputs, mine, leaf in towers:
+        if not leaf.requires_grad:  # a frozen tower
+            continue
         gradient = leaf.grad[first : first + n]  # [n, D]
         for i in range(0, n, piece):
             again = mine if piece == n else encode(inputs[i : i + piece])  # [b, D]
-            if not again.requires_grad:  # a frozen tower
-                break
             again.backward(gradient[i : i + piece])
     return loss.detach()
 
