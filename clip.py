@@ -216,11 +216,85 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(image, text, scale):
-    """Symmetric InfoNCE (CLIP, fig. 3): image [B, D] and text [B, D] normalised, row i of one belongs to row i of the
-    other; scale = 1 / tau. Returns a scalar."""
-    logits = scale * image @ text.T  # [B, B]
+    """Symmetric InfoNCE (CLIP, fig. 3). image [B, D] and text [B, D] are normalised, row i of one
+    belongs to row i of the other; scale = 1 / tau. Returns a scalar."""
+    logits = scale * (image @ text.T)  # [B, B]
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def backward(encode_image, encode_text, images, texts, scale, piece=None, rows=None, factor=1.0):
+    """Adds to .grad the exact gradient of contrastive_loss over a batch that is too large for one
+    graph or one process. Returns the loss of the whole batch, detached.
+
+    Plain accumulation over small batches is another loss, since every sample is contrasted with
+    all others of its batch. Exact is the chain rule: all features first, without a graph; the loss
+    and its gradient at the features; then the towers again, a piece at a time, each with its rows
+    of that gradient (Gao et al. 2021, "GradCache", arXiv 2101.06983; BASIC, arXiv 2111.10050).
+
+    encode_image, encode_text: slice of images, of texts -> [b, D], normalised, in float32; any two
+    towers whose output is a function of the sample alone (no dropout, no batch statistics).
+    images, texts: of one length, anything that slices. scale: 1 / tau, a scalar tensor.
+    piece: samples in a graph; all by default, and then each tower runs once.
+    rows: (first, total), where torch.distributed runs: these are rows first, first + 1, ... of a
+    batch of `total`. Each process then holds its own samples' part of the gradient (the first one
+    the scale's): sum .grad over the processes (sum_gradients) before using it.
+    factor: multiplies the gradient, for float16's sake.
+
+        loss = clip.backward(
+            lambda x: F.normalize(model.encode_image(x), dim=-1),
+            lambda x: F.normalize(model.encode_text(x), dim=-1),
+            images, tokens, model.logit_scale.exp(), piece=64)
+        optimizer.step()
+    """
+    n = len(images)
+    piece = min(piece or n, n)
+    first, total = rows or (0, n)
+    towers = []
+    for encode, inputs in ((encode_image, images), (encode_text, texts)):
+        mine = encode(inputs[:piece])  # [b, D]; with one piece its graph is kept for the end
+        trained = mine.requires_grad
+        if piece < n:
+            with torch.no_grad():
+                others = [encode(inputs[i : i + piece]) for i in range(piece, n, piece)]
+            mine = torch.cat([mine.detach(), *others])  # [n, D]
+        leaf = _gather(mine.detach(), first, total).requires_grad_(trained)  # [total, D]
+        towers.append((encode, inputs, mine, leaf))
+
+    image, text = (leaf for *_, leaf in towers)
+    loss = contrastive_loss(image, text, scale if first == 0 else scale.detach())
+    (factor * loss).backward()
+
+    for encode, inputs, mine, leaf in towers:
+        if not leaf.requires_grad:  # a frozen tower
+            continue
+        gradient = leaf.grad[first : first + n]  # [n, D]
+        for i in range(0, n, piece):
+            again = mine if piece == n else encode(inputs[i : i + piece])  # [b, D]
+            again.backward(gradient[i : i + piece])
+    return loss.detach()
+
+
+def _gather(mine, first, total):
+    """[n, D] of each process -> [total, D] of all. Shares may differ in size, so each process fills
+    in its own rows of zeros, and all add up."""
+    if len(mine) == total:
+        return mine
+    everything = mine.new_zeros(total, mine.shape[1])
+    everything[first : first + len(mine)] = mine
+    torch.distributed.all_reduce(everything)
+    return everything
+
+
+def sum_gradients(parameters):
+    """Sums .grad over the processes of torch.distributed, in one flat all-reduce: afterwards all
+    hold the same bits."""
+    parameters = list(parameters)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                      for p in parameters])  # fmt: skip
+    torch.distributed.all_reduce(flat)
+    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = gradient.view_as(p)
 
 
 def normalise(images):
