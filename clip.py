@@ -258,7 +258,7 @@ def backward(encode_image, encode_text, images, texts, scale, piece=None, rows=N
             with torch.no_grad():
                 others = [encode(inputs[i : i + piece]) for i in range(piece, n, piece)]
             mine = torch.cat([mine.detach(), *others])  # [n, D]
-        leaf = _gather(mine.detach(), first, total).requires_grad_(trained)  # [total, D]
+        leaf = gather_rows(mine.detach(), first, total).requires_grad_(trained)  # [total, D]
         towers.append((encode, inputs, mine, leaf))
 
     image, text = (leaf for *_, leaf in towers)
@@ -275,9 +275,9 @@ def backward(encode_image, encode_text, images, texts, scale, piece=None, rows=N
     return loss.detach()
 
 
-def _gather(mine, first, total):
-    """[n, D] of each process -> [total, D] of all. Shares may differ in size, so each process fills
-    in its own rows of zeros, and all add up."""
+def gather_rows(mine, first, total):
+    """[n, D] of each process of torch.distributed -> [total, D] of all: these are rows first, first
+    + 1, ... Shares may differ in size, so each process fills in zeros, and all add up."""
     if len(mine) == total:
         return mine
     everything = mine.new_zeros(total, mine.shape[1])

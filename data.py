@@ -685,7 +685,7 @@ def _batches(make, items, workers):
         yield batch
 
 
-def loader(world, mixture, task, steps, image_size, workers=0, start=0):
+def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0, 1)):
     """Training batches of one task, steps start to steps - 1: (images uint8 [B, 3, S, S], captions list[str]).
     A sample's crop and caption are a pure function of (seed, task, step, slot), whatever the number of workers."""
     splits = {d.name: d.train for d in world.adaptation} | {"pool": world.pool}
@@ -694,7 +694,9 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0):
         images, captions = [], []
         with torch.random.fork_rng(devices=[]):
             chance = np.random.default_rng((mixture.seed, 5, task, step)).integers(2**63, size=(mixture.batch_size, 2))
-            for (source, i), (crop_seed, which) in zip(mixture.ids(task, step), chance.tolist()):
+            mine = slice(*(mixture.batch_size * rank // part[1] for rank in (part[0], part[0] + 1)))
+            slots = list(zip(mixture.ids(task, step), chance.tolist()))[mine]
+            for (source, i), (crop_seed, which) in slots:
                 torch.default_generator.manual_seed(crop_seed)
                 images.append(train_crop(_pil(splits[source].image(i)), image_size))
                 caption = splits[source].captions[i]

@@ -1,16 +1,16 @@
 """Continual pretraining of CLIP: one model, many small updates, a compute budget.
 
-    python fomo.py --method merge                         the whole of it on an embedded world: no files, no network
-    python fomo.py --method finetune                      any other method; runs/ keeps them apart
-    python fomo.py --method joint                         the upper bound: all data at once
-    python fomo.py report runs/*                          their table, and one picture of them all
-    python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME --out O
-    python fomo.py evaluate --weights W --data D --heldout NAME       scores of one checkpoint
-    python fomo.py budget --model ViT-B-16                the compute of every method, counted
+    python fomo.py --method merge                 all of it on a drawn world: no files, no network
+    python fomo.py --method finetune              any other method; runs/ keeps them apart
+    python fomo.py --method joint                 the upper bound: all data at once
+    python fomo.py report runs/*                  their table, and one picture of them all
+    python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME
+    torchrun --nproc-per-node 2 fomo.py --method merge     the same on two GPUs, or two CPU processes
+    python fomo.py evaluate --weights W --data D  scores of one checkpoint
+    python fomo.py budget --model ViT-B-16        the compute of every method, counted
     python fomo.py merge BASE EXPERT... --technique ties -o OUT       merge files of weights
-    python fomo.py bench merge | bench methods            how long merging, and a step of each method, takes
 
-After Roth et al. 2024, "A Practitioner's Guide to Continual Multimodal Pretraining" (arXiv 2408.14471).
+Roth et al. 2024, "A Practitioner's Guide to Continual Multimodal Pretraining" (arXiv 2408.14471).
 """
 
 import argparse
@@ -22,18 +22,25 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-import statistics
-import subprocess
+import signal
 import sys
-import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads sleep at barriers; torch reads it
+
+import numpy
+import PIL
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
 from tqdm import tqdm
 
 import budget
@@ -45,186 +52,392 @@ import methods
 
 try:
     import fcntl
-except ImportError:  # not POSIX
+except ImportError:  # not POSIX: nobody is locked out
     fcntl = None
 
 TIMELINES = {"merge": merge.TIMELINES["ema-merge"], **merge.TIMELINES}
 RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "joint", "zero-shot"]
 
-# What the paper uses (sec. 3 and 4), and what makes the same picture out of the tiny model in minutes. See --help.
-PAPER = {"batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None}
-TINY = {"batch_size": 64, "lr": 5e-4, "tasks": 8, "merge_weight": 0.6, "replay": 2000, "budget": 3000.0}
+USES = {
+    "lora": ("rank", "scale"), "dora": ("rank", "scale"), "vera": ("rank", "scale"),
+    "galore": ("rank", "gap", "scale"), "ewc": ("ewc_lambda", "ewc_gamma", "fisher_samples"),
+    "si": ("si_c", "si_xi"),
+}  # fmt: skip
+
+# What the paper uses (sec. 3 and 4), and what makes the same picture of the tiny model in minutes.
+PAPER = {
+    "batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None,
+}  # fmt: skip
+TINY = {
+    "batch_size": 64, "lr": 5e-4, "tasks": 8, "merge_weight": 0.6, "replay": 2000, "budget": 3000.0,
+}  # fmt: skip
 
 
-progress = partial(tqdm, leave=False, disable=None)  # a bar, where there is a terminal
-
-
-def option(default, text, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(group, default, text, choices=None, least=None, above=None):
+    """A field of Config. least, above: the smallest value, or the one that all are larger than."""
+    metadata = {"group": group, "help": text, "choices": choices, "least": least, "above": above}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Config:
-    """One run. None is filled from PAPER or TINY, by the model, before anything starts."""
+    """One run. What is None here is filled in by resolve()."""
 
-    method: str = option("merge", "merge is ema-merge; joint the upper bound; zero-shot only evaluates", RUNS)
-    model: str = option(None, "architecture; tiny without --weights, else what the weights are", list(clip.CONFIGS))
-    weights: str = option(None, "theta_0: a file or folder in any CLIP layout, hf:ORG/REPO, openai:ViT-B-32, or a URL;"
-                                " without, theta_0 is trained on the pool first, once, and cached")
-    activation: str = option("auto", "of --weights that do not say it", ["auto", "gelu", "quick_gelu"])
-    bpe: str = option(None, "tokenizer merges: bpe_simple_vocab_16e6.txt.gz or merges.txt; by default beside them")
-    data: str = option(None, "folder in FoMo-in-Flux's layout; without, the drawn toy world")
-    stream: str = option(None, "JSON list of DATASET+++class; without, all concepts in random order (sec. 3.3)")
-    heldout: tuple[str, ...] = option(None, "datasets never trained on: ZS; default the paper's 22")
-    pool: tuple[str, ...] = option((), "datasets whose training split stands for the pretraining data P")
-    prompts_too: bool = option(False, "a training picture's class prompt is one of its captions, where these name none")
-    out: str = option(None, "folder of the run; default runs/<method>-<seed>")
-    cache: str = option("~/.cache/fomo", "folder for theta_0 and downloads")
-    seed: int = option(0, "of the order of concepts and samples; theta_0 and the toy world stay the same")
+    method: str = option("run", "merge", "merge is ema-merge, joint the upper bound; zero-shot only"
+                         " evaluates", RUNS)
+    tasks: int = option("run", None, "T, updates in the stream (sec. 4)", least=1)
+    budget: float = option("run", None, "GFLOPs of the whole stream, memory-adjusted (sec. 3.2);"
+                           " default the paper's, in proportion to the model", above=0)
+    steps: int = option("run", None, "steps a task, whatever they cost, in place of --budget", least=1)
+    batch_size: int = option("run", None, "image-text pairs a step", least=1)
+    seed: int = option("run", 0, "of the order of concepts and samples; theta_0 and the drawn world"
+                       " stay the same", least=0)
+    score_all: bool = option("run", False, "score all test data after every task; the paper, between"
+                             " the first and the last, a class-balanced subset")
+    out: str = option("run", None, "folder of the run; default runs/<method>-<seed>")
+    plan: bool = option("run", False, "say what the run would do, time two steps, and stop")
+    accept_changes: bool = option("run", False, "go on with an unfinished run although its input has"
+                                  " changed; results.json records what")
 
-    tasks: int = option(None, "T, updates in the stream (sec. 4)")
-    budget: float = option(None, "GFLOPs of the whole stream, memory-adjusted (sec. 3.2); default the paper's, scaled")
-    steps: int = option(None, "steps per task, whatever they cost, in place of --budget")
-    mixture: str = option("0.33/0.34/0.33", "P/D/B, shares of pool, update and buffer in a batch (sec. 3.1)")
-    replay: int = option(None, "samples of the pool at hand for P, 0 for all; the paper replays 2 M of 2 B")
-    batch_size: int = option(None, "image-text pairs a step")
+    model: str = option("theta_0", None, "architecture; tiny without --weights, else what the weights"
+                        " are", list(clip.CONFIGS))
+    weights: str = option("theta_0", None, "a file or folder in any CLIP layout, hf:ORG/REPO,"
+                          " openai:ViT-B-32, or a URL; without, theta_0 is trained on the pool first")
+    activation: str = option("theta_0", "auto", "of --weights that do not say it",
+                             ["auto", "gelu", "quick_gelu"])
+    bpe: str = option("theta_0", None, "tokenizer merges: bpe_simple_vocab_16e6.txt.gz or merges.txt;"
+                      " by default those beside the weights")
+    pretrain_steps: int = option("theta_0", 1800, "of training it on the pool", least=1)
+    pretrain_lr: float = option("theta_0", 1.5e-3, "peak learning rate of that", above=0)
 
-    lr: float = option(None, "peak learning rate (sec. 4)")
-    warmup: float = option(0.1, "share of a task's steps (sec. 4)")
-    floor: float = option(1e-3, "share of the peak that a decay ends at")
-    weight_decay: float = option(0.2, "of AdamW, betas .9 and .999")
-    clip_norm: float = option(1.0, "gradient norm")
-    schedule: str = option("cosine", "within a task (sec. 6.1)", list(methods.SCHEDULES))
-    meta: str = option("none", "meta-schedule over tasks (sec. 6.1)", sorted(set().union(*methods.SCHEDULES.values())))
-    cooldown: float = option(0.1, "share of a task's steps, rsqrt only")
+    data: str = option("data", None, "folder in FoMo-in-Flux's layout; without, the drawn world")
+    stream: str = option("data", None, "JSON list of DATASET+++class; without, all concepts in random"
+                         " order (sec. 3.3)")
+    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default the"
+                                      " paper's 22")
+    pool: tuple[str, ...] = option("data", (), "datasets whose training split stands for the"
+                                   " pretraining data P")
+    prompts_too: bool = option("data", False, "a training picture's class prompt is one of its"
+                               " captions, where these name none")
+    mixture: str = option("data", "0.33/0.34/0.33", "P/D/B, shares of pool, update and buffer in a"
+                          " batch (sec. 3.1)")
+    replay: int = option("data", None, "samples of the pool at hand for P, 0 for all; the paper"
+                         " replays 2 M of 2 B", least=0)
 
-    rank: int = option(None, "of lora, dora, vera (default 4) and galore (16)")
-    scale: float = option(None, "s of lora, dora and vera (default 1) and galore (2)")
-    gap: int = option(None, "galore: steps between projections (default 200)")
-    ewc_lambda: float = option(None, "weight of EWC's penalty (default 1)")
-    ewc_gamma: float = option(None, "what a task leaves of the Fisher before it (default 1)")
-    fisher_samples: int = option(None, "ewc: at most so many of a task enter its Fisher (default 50,000)")
-    si_c: float = option(None, "weight of SI's penalty (default .5)")
-    si_xi: float = option(None, "SI's damping (default 1)")
+    lr: float = option("schedule", None, "peak learning rate (sec. 4)", above=0)
+    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)", list(methods.SCHEDULES))
+    meta: str = option("schedule", "none", "meta-schedule over tasks (sec. 6.1)",
+                       sorted(set().union(*methods.SCHEDULES.values())))
+    warmup: float = option("schedule", 0.1, "share of a task's steps (sec. 4)")
+    cooldown: float = option("schedule", 0.1, "share of a task's steps, rsqrt only")
+    floor: float = option("schedule", 1e-3, "share of the peak that a decay ends at")
+    weight_decay: float = option("schedule", 0.2, "of AdamW, betas .9 and .999", least=0)
+    clip_norm: float = option("schedule", 1.0, "gradient norm", above=0)
 
-    merge_weight: float = option(None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs the old weights")
-    merge_init: str = option(None, "what a task starts from if not as the method says (TIME, 3)", list(merge.SOURCES))
-    merge_deploy: str = option(None, "what is evaluated and shipped, likewise", list(merge.SOURCES[1:]))
-    merge_technique: str = option("linear", "how weights are merged", list(merge.TECHNIQUES))
-    merge_options: tuple[str, ...] = option((), "of the technique, as density=0.2 scale=0.5 (see fomo.py merge --help)")
-    merge_growth: str = option("uniform", "how the experts' weights grow with time, for 'all'", list(merge.GROWTHS))
-    merge_reverse: bool = option(False, "they shrink instead")
-    merge_base: bool = option(False, "theta_0 counts as the first expert, for 'all'")
+    rank: int = option("method", None, "of lora, dora, vera (default 4) and galore (16)")
+    scale: float = option("method", None, "s of lora, dora and vera (default 1) and galore (2)")
+    gap: int = option("method", None, "galore: steps between projections (default 200)")
+    ewc_lambda: float = option("method", None, "weight of EWC's penalty (default 1)")
+    ewc_gamma: float = option("method", None, "what a task leaves of the Fisher before it (default 1)")
+    fisher_samples: int = option("method", None, "ewc: at most so many of a task enter its Fisher"
+                                 " (default 50,000)")
+    si_c: float = option("method", None, "weight of SI's penalty (default .5)")
+    si_xi: float = option("method", None, "SI's damping (default 1)")
 
-    pretrain_steps: int = option(1800, "of theta_0 on the pool, where --weights is absent; batches as above")
-    pretrain_lr: float = option(1.5e-3, "its peak learning rate")
-    score_all: bool = option(False, "score all test data after every task; the paper, between the first and the last, a"
-                                    " class-balanced subset")  # fmt: skip
-    device: str = option("auto", "auto is cuda where there is one, else cpu")
-    precision: str = option("auto", "of the forward pass; auto is bf16 on a GPU that has it, else fp32",
-                            ["auto", "fp32", "bf16", "fp16"])  # fmt: skip
-    workers: int = option(-1, "processes that prepare batches; -1 is two fewer than there are cores, at most 16")
+    merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs the"
+                                 " old weights")
+    merge_init: str = option("merging", None, "what a task starts from if not as the method says"
+                             " (TIME, 3)", list(merge.SOURCES))
+    merge_deploy: str = option("merging", None, "what is evaluated and shipped, likewise",
+                               list(merge.SOURCES[1:]))
+    merge_technique: str = option("merging", "linear", "how weights are merged",
+                                  list(merge.TECHNIQUES))
+    merge_options: tuple[str, ...] = option("merging", (), "of the technique, as density=0.2 scale=0.5")
+    merge_growth: str = option("merging", "uniform", "how the experts' weights grow with time, for"
+                               " 'all'", list(merge.GROWTHS))
+    merge_reverse: bool = option("merging", False, "they shrink instead")
+    merge_base: bool = option("merging", False, "theta_0 counts as the first expert, for 'all'")
+
+    device: str = option("machine", "auto", "auto is cuda where there is one, else cpu")
+    precision: str = option("machine", "auto", "of the forward pass; auto is bf16 on a GPU that has"
+                            " it, else fp32", ["auto", "fp32", "bf16", "fp16"])
+    micro_batch: int = option("machine", None, "pairs in memory at a time; the gradient is still the"
+                              " whole batch's, for a second forward pass", least=1)
+    threads: int = option("machine", None, "of a CPU process; default 1 for tiny, whose matrices are"
+                          " too small to share, else torch's", least=1)
+    workers: int = option("machine", -1, "processes that prepare batches; -1 is what the cores leave",
+                          least=-1)
+    cache: str = option("machine", "~/.cache/fomo", "folder for theta_0 and downloads")
+    save_every: float = option("machine", 300.0, "seconds from one saving of the state to the next, or"
+                               " 50 times what a saving takes", above=0)
 
 
-FREE = ("out", "cache", "workers")  # change nothing in the scores, so that a resumed run may change them
+PATHS = ("data", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
+FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes")  # change no result
+MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------- the loop
 
 
-def parse(argv, program="fomo.py", description=__doc__):
-    """Config from arguments: one option a field, its type the field's."""
-    parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+@dataclass
+class Stage:
+    """A stretch of training and how far it is: theta_0's on the pool, then that on the stream."""
+
+    name: str  # "theta_0" or "stream"
+    learner: "Learner"
+    method: methods.Method
+    timeline: merge.Timeline
+    mixture: data.Mixture
+    tasks: int
+    steps: int  # of each task
+    rate: "callable"  # (step, steps, task) -> learning rate
+    betas: tuple[float, float]  # AdamW's
+    score: "callable"  # (task) -> None: after each task, of what is deployed
+    results: dict
+    task: int = 0
+    step: int = 0  # steps that the task has done; steps + 1: it is merged too, and not yet scored
+    optimizer: torch.optim.Optimizer = None
+    scaler: torch.amp.GradScaler = None
+    saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
+
+
+def train(stage, folder):
+    """The loop: each task starts from what the timeline says, trains, is merged and scored."""
+    learner, method, timeline = stage.learner, stage.method, stage.timeline
+    model, c = learner.model, learner.c
+    for task in range(stage.task, stage.tasks):
+        if stage.step == 0:
+            if task == 0 or timeline.init != "latest":  # else the model is where it was left
+                method.load(model, timeline.start())
+            method.before_task(model, task)
+        model.train()
+        start_optimizer(stage)
+        optimizer, scaler = stage.optimizer, stage.scaler
+        batches = learner.batches(stage.mixture, task, stage.steps, stage.step)
+        for batch in Lines(batches, title(stage), stage.steps, stage.step, learner):
+            rate = set_rate(optimizer, stage.rate(step=stage.step, steps=stage.steps, task=task))
+            loss = learner.backward(batch, factor=scaler.get_scale())
+            add_penalty(method, model, scaler)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(method.trained.values(), c.clip_norm)
+            if c.precision != "fp16" or norm.isfinite():  # else the scaler leaves this step out
+                method.after_backward(model, rate)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            clamp_scale(model)
+            folder.log_step(stage, rate, loss, norm, model.logit_scale)
+            stage.step += 1
+            folder.pause(stage)  # saves the state if it is time to, and stops if somebody asks
+        if stage.step <= stage.steps:
+            method.after_task(model, look_back(stage, folder), learner.gradient)
+            timeline.add(on_cpu(method.plain(model)))
+            stage.step = stage.steps + 1
+        stage.optimizer = stage.scaler = optimizer = scaler = None  # free, while others score
+        stage.score(task)
+        stage.task, stage.step = task + 1, 0
+        folder.save(stage)
+
+
+def run(config):
+    """The main job. Returns the results, as in results.json; None with --plan."""
+    c, crew = resolve(config)
+    with Signals() as signals, Folder(c, crew, signals) as folder:
+        world = load_world(c)
+        stream = load_stream(c, world, crew)
+        chunks = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
+        mixture = data.Mixture(world, chunks, c.batch_size, ratios(c), c.replay, c.seed)
+        learner = load_learner(c, crew, world)
+        tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
+        announce(learner, mixture, tasks, steps, costs)
+        if c.plan:
+            return time_two_steps(learner, mixture)
+        folder.begin(inputs(learner, stream, steps))
+        obtain_theta_0(learner, folder)
+
+        method = make_method(c)
+        theta_0 = on_cpu(learner.model.state_dict())
+        experts = ExpertFiles(folder.path / "experts", crew)
+        timeline = merge.Timeline(theta_0, store=experts, **merge_options(c))
+        shown = Learner(copy.deepcopy(learner.model).cpu(), learner.tokenizer, c, crew, world)
+        method.prepare(learner.model.to(learner.device))
+        results = costs | {
+            "theta_0": None, "tasks": [], "chance": chance(world), "steps_per_task": steps,
+            "theta_0_sha256": fingerprint(theta_0), "trained_parameters": 0,
+        }  # fmt: skip
+        if tasks:
+            results["trained_parameters"] = sum(p.numel() for p in method.trained.values())
+        stage = Stage("stream", learner, method, timeline, mixture, tasks, steps, rates(c),
+                      (0.9, 0.999), None, results)  # fmt: skip
+        stage.score = partial(score_task, stage, shown, folder)
+        folder.restore(stage)
+        print_results(stage, crew)
+        if stage.results["theta_0"] is None:
+            score_theta_0(stage, shown, folder)
+        train(stage, folder)
+        return folder.finish(stage, shown)
+
+
+# --------------------------------------------------------- what a run reads before it does anything
+
+
+def parse(argv, program="fomo.py", description=__doc__, names=None):
+    """Config from arguments: one option a field, its type the field's. names: only these fields."""
+    parser = argparse.ArgumentParser(
+        program, allow_abbrev=False, description=description, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    groups = {}
     for f in fields(Config):
-        text, name = f.metadata["help"], "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            parser.add_argument(name, action="store_true", help=text)
-            continue
-        many = f.type == tuple[str, ...]
-        if f.name in PAPER:
-            text += f" (default {'' if PAPER[f.name] is None else f'{PAPER[f.name]}; '}tiny {TINY[f.name]})"
-        elif f.default not in (None, ()):
-            text += f" (default {f.default})"
-        parser.add_argument(name, type=str if many else f.type, default=f.default,
-                            nargs="*" if many else None, choices=f.metadata["choices"], help=text.replace("%", "%%"),
-                            metavar=f.name.upper() if not f.metadata["choices"] else None)  # fmt: skip
-    return Config(**vars(parser.parse_args(argv)))
+        if names is None or f.name in names:
+            group = f.metadata["group"]
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            add_option(groups[group], f)
+    given = vars(parser.parse_args(argv))
+    for name in PATHS:
+        if isinstance(given.get(name), str):
+            given[name] = os.path.expanduser(given[name])
+    config = Config(**given)
+    refuse_unused(config, given)
+    return config
 
 
-def resolve(c):
-    """Fill what was left open; ValueError in a sentence where the options do not go together."""
-    c = dataclasses.replace(c)
+def add_option(group, f):
+    flag = "--" + f.name.replace("_", "-")
+    text = f.metadata["help"]
+    if f.type is bool:
+        group.add_argument(flag, action="store_true", help=text)
+        return
+    if f.name in PAPER:
+        paper = "" if PAPER[f.name] is None else f"{PAPER[f.name]}; "
+        text += f" (default {paper}tiny {TINY[f.name]})"
+    elif f.default not in (None, ()):
+        text += f" (default {f.default})"
+    choices = f.metadata["choices"]
+    many = f.type == tuple[str, ...]
+    group.add_argument(
+        flag, type=str if many else f.type, nargs="*" if many else None, choices=choices,
+        help=text.replace("%", "%%"), metavar=None if choices else f.name.upper())  # fmt: skip
+
+
+def refuse_unused(c, given):
+    """ValueError where an option was given that this run has no use for: it would be ignored."""
+    place = timeline_place(c)
+    merged = {place["init"], place["deploy"]} & {"ema", "all"}
+    technique = "nothing is merged by --method " + c.method
+    reasons = {  # option -> why it does nothing here, or ""
+        "budget": c.steps and "--steps says how many steps there are",
+        "pretrain_steps": c.weights and "--weights is theta_0",
+        "pretrain_lr": c.weights and "--weights is theta_0",
+        "activation": not c.weights and "it belongs to --weights",
+        "bpe": not c.weights and "it belongs to --weights",
+        "heldout": not c.data and "it names datasets of --data; the drawn world has its own",
+        "pool": not c.data and "it names datasets of --data; the drawn world has its own",
+        "prompts_too": not c.data and "it belongs to --data",
+        "cooldown": c.schedule != "rsqrt" and "it belongs to --schedule rsqrt",
+        "merge_weight": not ("ema" in merged and c.merge_technique in merge.AVERAGES)
+                        and "no running average of weights is kept",
+        "merge_growth": "all" not in merged and "it belongs to a merge of all experts",
+        "merge_reverse": "all" not in merged and "it belongs to a merge of all experts",
+        "merge_base": "all" not in merged and "it belongs to a merge of all experts",
+        "merge_technique": not merged and technique,
+        "merge_options": not merged and technique,
+    }  # fmt: skip
+    for name in methods.LEAST:
+        if name != "seed" and name not in USES.get(c.method, ()):
+            reasons[name] = f"--method {c.method} has no such option"
+    if c.method == "zero-shot":
+        trains = ("schedule", "method", "merging")
+        for f in fields(Config):
+            if f.metadata["group"] in trains or f.name in ("tasks", "budget", "steps", "micro_batch"):
+                reasons[f.name] = "--method zero-shot trains nothing"
+    for name in given:
+        if reasons.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} does nothing here: {reasons[name]}")
+
+
+def resolve(config):
+    """-> (Config with nothing left open, Crew). ValueError where options do not go together."""
+    c = dataclasses.replace(config)
     if c.model is None and c.weights is None and c.data is None:
         c.model = "tiny"
     if c.model is None and c.weights is None:
-        raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny to train one on --pool")
+        raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny to"
+                         " train one on --pool")
     if c.weights is None and c.model != "tiny":
-        raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or --model tiny")
+        raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or --model"
+                         " tiny")
     if c.weights is None and c.data is not None and not c.pool:
-        raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets that are it")
-    if c.data is None and (c.heldout is not None or c.pool):
-        raise ValueError("--heldout and --pool name datasets of --data; the toy world has its own")
+        raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
+                         " that are it")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
         if getattr(c, name) is None:
             setattr(c, name, value)
-    for name in ("tasks", "batch_size", "pretrain_steps", "steps"):
-        if getattr(c, name) is not None and getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(c, name)}")
-    for name in ("lr", "pretrain_lr", "clip_norm", "budget"):
-        if getattr(c, name) is not None and not 0 < getattr(c, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(c, name)}")
     for f in fields(c):
-        if f.type is int and (getattr(c, f.name) or 0) > 2**31:
-            raise ValueError(f"--{f.name.replace('_', '-')} must be below 2^31, got {getattr(c, f.name)}")
-    if c.seed < 0 or c.replay < 0 or not 0 <= c.weight_decay < math.inf:
-        raise ValueError(f"--seed, --replay, --weight-decay are 0 or more, got {c.seed}, {c.replay}, {c.weight_decay}")
+        check_range(f, getattr(c, f.name))
     if c.meta not in methods.SCHEDULES[c.schedule]:
-        raise ValueError(f"--schedule {c.schedule} has --meta {', '.join(methods.SCHEDULES[c.schedule])}, not {c.meta}")
-    rates(c, 1, 0)(0)  # says what is wrong with --warmup, --cooldown and --floor
-    c.out = c.out or f"runs/{c.method}-{c.seed}"
-    c.cache = os.path.expanduser(c.cache)
-    if c.device == "auto":
-        c.device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(c.device)
-    if c.precision == "auto":
-        c.precision = "bf16" if c.device.startswith("cuda") and torch.cuda.is_bf16_supported(False) else "fp32"
-    merge.Timeline({}, **merge_options(c))  # these two say what is wrong before anything long begins
+        metas = ", ".join(methods.SCHEDULES[c.schedule])
+        raise ValueError(f"--schedule {c.schedule} has --meta {metas}, not {c.meta}")
+    rates(c)(step=0, steps=1, task=0)  # says what is wrong with --warmup, --cooldown and --floor
+    merge.Timeline({}, **merge_options(c))  # and of merging and the method
     make_method(c)
-    if c.workers < 0:
-        c.workers = min(16, max(0, (os.cpu_count() or 1) - 2))
-    return c
+    c.out = c.out or f"runs/{c.method}-{c.seed}"
+    crew = Crew(c)
+    if c.batch_size < crew.count:
+        raise ValueError(f"a batch of {c.batch_size} has nothing for some of {crew.count} processes")
+    return c, crew
 
 
-def check_device(device):
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
-        sentence = f"--device {device} cannot be used here ({str(e).splitlines()[0]}); left out, it is what there is"
-        raise ValueError(sentence) from None
+def check_range(f, value):
+    """ValueError unless the field's value lies where its option says."""
+    flag, least, above = "--" + f.name.replace("_", "-"), f.metadata["least"], f.metadata["above"]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not abs(value) < (2**31 if f.type is int else math.inf):
+        raise ValueError(f"{flag} must be finite and below 2^31, got {value}")
+    if least is not None and value < least:
+        raise ValueError(f"{flag} must be at least {least}, got {value}")
+    if above is not None and not value > above:
+        raise ValueError(f"{flag} must be above {above}, got {value}")
+
+
+def timeline_place(c):
+    """Where the run stands in TIME's grid: as its method says, and the command line otherwise."""
+    place = dict(TIMELINES.get(c.method, TIMELINES["finetune"]))
+    if c.merge_init is not None:
+        place["init"] = c.merge_init
+    if c.merge_deploy is not None:
+        place["deploy"] = c.merge_deploy
+    return place
 
 
 def merge_options(c):
-    """Timeline's arguments: the method's place in TIME's grid, and what the command line says otherwise."""
-    place = dict(TIMELINES.get(c.method, TIMELINES["finetune"]))
-    place |= {k: v for k, v in (("init", c.merge_init), ("deploy", c.merge_deploy)) if v is not None}
+    """Timeline's arguments."""
     options = {}
     for text in c.merge_options:
         name, _, value = text.partition("=")
-        if name in ("init", "deploy", "technique", "weight", "anchored", "reverse", "include_base", "expert_weights",
-                    "base", "store", "self"):  # fmt: skip
-            raise ValueError(f"--merge-options {text}: {name} is no option of a technique; see --help for the others")
+        if name in ("init", "deploy", "technique", "weight", "anchored", "reverse", "include_base",
+                    "expert_weights", "base", "store", "self"):  # fmt: skip
+            raise ValueError(f"--merge-options {text}: {name} is no option of a technique")
         options[name] = value  # a word, as in function=max, if none of these reads it
         for read in (float, lambda text: json.loads(text.lower())):  # .5 is no JSON, True no number
             with contextlib.suppress(ValueError):
                 options[name] = read(value)
-    return place | {"technique": c.merge_technique, "weight": c.merge_weight, "expert_weights": c.merge_growth,
-                    "reverse": c.merge_reverse, "include_base": c.merge_base, **options}  # fmt: skip
+    return timeline_place(c) | {
+        "technique": c.merge_technique, "weight": c.merge_weight, "expert_weights": c.merge_growth,
+        "reverse": c.merge_reverse, "include_base": c.merge_base, **options}  # fmt: skip
 
 
-def rates(c, steps, task):
-    """step -> learning rate in this task."""
-    return partial(methods.learning_rate, steps=steps, task=task, lr=c.lr, schedule=c.schedule, meta=c.meta,
+def make_method(c):
+    """What trains: merges and joint runs finetune."""
+    options = {name: getattr(c, name) for name in methods.LEAST}
+    return methods.METHODS.get(c.method, methods.Method)(**options)
+
+
+def rates(c):
+    """-> (step, steps, task) -> learning rate."""
+    return partial(methods.learning_rate, lr=c.lr, schedule=c.schedule, meta=c.meta,
                    warmup=c.warmup, cooldown=c.cooldown, floor=c.floor)  # fmt: skip
 
 
@@ -233,69 +446,575 @@ def ratios(c):
         p, d, b = map(float, c.mixture.split("/"))
     except ValueError:
         raise ValueError(f"--mixture is P/D/B, as in 0.33/0.34/0.33, got {c.mixture!r}") from None
-    return (p, 1 - p, 0) if c.method == "joint" else (p, d, b)  # joint has no buffer: everything is in D
+    return (p, 1 - p, 0) if c.method == "joint" else (p, d, b)  # joint: everything is in D
 
 
-# ----------------------------------------------------------------------------------------------- model, loss and scores
+class Crew:
+    """The processes that torchrun started, or this one alone: what they share and agree on. Sets
+    the run's device, precision, threads and workers, which depend on how many there are."""
+
+    def __init__(self, c):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.leads = self.rank == 0  # writes and prints
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+        if c.device == "auto":
+            c.device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = c.device
+        if c.device == "cuda" and self.count > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            if beside > torch.cuda.device_count():
+                raise ValueError(f"torchrun started {beside} processes where there are"
+                                 f" {torch.cuda.device_count()} GPUs: take fewer, or --device cpu")
+        self.device = torch.device(check_device(device))
+        if c.precision == "auto":
+            good = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+            c.precision = "bf16" if good else "fp32"
+        if c.threads is None and c.model == "tiny":
+            c.threads = 1
+        if c.threads is not None:
+            torch.set_num_threads(c.threads)
+        c.threads = torch.get_num_threads()
+        if c.workers < 0:
+            spare = (os.cpu_count() or 1) // beside - (c.threads if c.device == "cpu" else 1)
+            c.workers = min(16, max(0, spare))
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if c.device != "cpu" else "gloo")
+
+    def say(self, text):
+        if self.leads:
+            tqdm.write(text)
+
+    def share(self, n):
+        """-> (first, end) of this process's part of n things."""
+        return n * self.rank // self.count, n * (self.rank + 1) // self.count
+
+    def agree(self, *numbers):
+        """-> the largest of each number over all processes."""
+        if self.count == 1:
+            return numbers
+        together = torch.tensor(numbers)
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+        return together.tolist()
+
+    def told(self, value):
+        """-> the first process's value, once all have come here."""
+        box = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def check_same(self, what, value):
+        """RuntimeError unless all processes hold the same value."""
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+            if len(set(values)) > 1:
+                raise ValueError(f"the processes do not hold the same {what}: {values}")
+
+
+def check_device(device):
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); without the option a run"
+                         " takes what there is") from None
+    return device
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP. While `held`, the first is remembered until the loop can save the
+    state; else, and the second time, it stops the run where it is."""
+
+    def __init__(self):
+        self.number = 0
+        self.held = False
+        self.before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.number or not self.held:
+            raise Stopped(number)
+        self.number = number
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; args: its number and, in words, where."""
+
+
+# -------------------------------------------------------------------------------- model and batches
 
 
 class Learner:
-    """The model with all that turns pictures and captions into a loss or into features, on its device."""
+    """A model with all that turns pictures and captions into features and gradients, on its device,
+    in its process."""
 
-    def __init__(self, model, tokenizer, c, merges=None):
-        self.device, self.merges = torch.device(c.device), merges
-        self.model, self.tokenizer, self.c = model.to(self.device), tokenizer, c
-        self.size, self.context = model.config.image_size, model.config.context_length
+    def __init__(self, model, tokenizer, c, crew, world, merges=None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.c = c
+        self.crew = crew
+        self.world = world
+        self.merges = merges  # path of the tokenizer's file
+        self.device = crew.device
+        self.size = model.config.image_size
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
         self.autocast = partial(torch.autocast, self.device.type, dtype=low, enabled=low is not None)
 
-    def tokens(self, texts):
-        tokens = self.tokenizer(texts, self.context)
+    def encode_image(self, images):
+        """uint8 [b, 3, S, S] -> [b, D], normalised, in float32 whatever the tower runs in."""
+        with self.autocast():
+            pixels = clip.normalise(images.to(self.device, non_blocking=True))
+            features = self.model.encode_image(pixels)
+        return F.normalize(features.float(), dim=-1)
+
+    def encode_text(self, captions):
+        """list of b texts -> [b, D], likewise. A text that repeats is encoded once."""
+        texts = list(dict.fromkeys(captions))
+        tokens = self.tokenizer(texts, self.model.config.context_length)
         longest = int(tokens.argmax(dim=1).max()) + 1  # what follows the end token changes nothing
-        return tokens[:, :longest].to(self.device, non_blocking=True)
+        tokens = tokens[:, :longest].to(self.device, non_blocking=True)
+        with self.autocast():
+            features = self.model.encode_text(tokens)
+        features = F.normalize(features.float(), dim=-1)
+        if len(texts) == len(captions):
+            return features
+        place = {text: i for i, text in enumerate(texts)}
+        return features[[place[text] for text in captions]]
 
-    def images(self, images):
-        return clip.normalise(images.to(self.device, non_blocking=True))
-
-    def loss(self, model, batch):
-        """Scalar, in float32 whatever the towers ran in."""
+    def backward(self, batch, factor=1.0):
+        """Leaves the gradient of the global batch's loss in .grad. Returns the loss, detached."""
         images, captions = batch
-        with self.autocast():
-            image, text, scale = model(self.images(images), self.tokens(captions))
-        return clip.contrastive_loss(image.float(), text.float(), scale)
+        first, _ = self.crew.share(self.c.batch_size)
+        rows = (first, self.c.batch_size) if self.crew.count > 1 else None
+        loss = clip.backward(self.encode_image, self.encode_text, images, captions,
+                             self.model.logit_scale.exp(), self.c.micro_batch, rows, factor)
+        if self.crew.count > 1:
+            clip.sum_gradients(p for p in self.model.parameters() if p.requires_grad)
+        return loss
+
+    def gradient(self, model, batch):
+        """What a method measures after a task: the loss of a batch, detached, its gradient in .grad.
+        Scaled on the way, for float16's sake."""
+        factor = 2.0**14 if self.c.precision == "fp16" else 1.0
+        loss = self.backward(batch, factor)
+        for p in model.parameters():
+            if p.grad is not None and factor > 1:
+                p.grad /= factor
+        return loss
+
+    def batches(self, mixture, task, steps, start=0):
+        """This process's part of the batches of a task: (images, captions)."""
+        part = (self.crew.rank, self.crew.count)
+        return data.loader(self.world, mixture, task, steps, self.size, self.c.workers, start, part)
 
     @torch.no_grad()
-    def encode_text(self, texts):
-        with self.autocast():
-            parts = [self.model.encode_text(self.tokens(texts[i : i + 512])).float() for i in range(0, len(texts), 512)]
-        return torch.cat(parts)
+    def image_features(self, split, ids):
+        """The pictures `ids` -> [N, D]. The processes share them out."""
+        first, end = self.crew.share(len(ids))
+        workers = self.c.workers if end - first > 2048 else 0
+        batches = data.test_loader(split, ids[first:end], self.size, workers=workers)
+        return self._gather([self.encode_image(batch) for batch in batches], first, len(ids))
 
     @torch.no_grad()
-    def encode_images(self, split, ids):
-        workers = self.c.workers if len(ids) > 2048 else 0
-        with self.autocast():
-            batches = data.test_loader(split, ids, self.size, workers=workers)
-            return torch.cat([self.model.encode_image(self.images(batch)).float() for batch in batches])
+    def text_features(self, texts):
+        """list of N texts -> [N, D], likewise."""
+        first, end = self.crew.share(len(texts))
+        mine = [self.encode_text(texts[i : min(i + 512, end)]) for i in range(first, end, 512)]
+        return self._gather(mine, first, len(texts))
 
-    def score(self, dataset, ids):
-        """Percent on the test samples `ids`: top-1 accuracy or R@5."""
-        image = self.encode_images(dataset.test, ids)
-        if dataset.kind == "classification":
-            weights = evaluate.classifier(self.encode_text, dataset.prompts)
-            return evaluate.accuracy(image, weights, dataset.test.labels[ids])
-        captions = [[c] if isinstance(c, str) else c for c in (dataset.test.captions[i] for i in ids)]
-        owner = [i for i, several in enumerate(captions) for _ in several]
-        text = self.encode_text([c for several in captions for c in several])
-        return sum(evaluate.recall_at_k(image, text, owner)) / 2
+    def _gather(self, mine, first, total):
+        nothing = torch.zeros(0, self.model.config.embed_dim, device=self.device)
+        return clip.gather_rows(torch.cat([nothing, *mine]), first, total)
 
-    def score_all(self, world, everything, seed, title):
-        """-> {"ka", "zs", "gm", "datasets": {name: percent}, "samples"} of the model's present weights."""
-        self.model.eval()
-        datasets, scores, samples = world.adaptation + world.heldout, {}, 0
-        for d in progress(datasets, title):
-            ids = range(len(d.test)) if everything else evaluate.balanced_subset(d.test.labels, seed)
-            scores[d.name], samples = self.score(d, ids), samples + len(ids)
-        return {**summary(world, scores), "samples": samples}
+
+def load_world(c):
+    if c.data is None:
+        return data.toy()
+    return data.fomo_in_flux(c.data, heldout=c.heldout, pool=c.pool, prompts_too=c.prompts_too)
+
+
+def load_stream(c, world, crew):
+    """-> the concepts in order. Those of held-out datasets are left out: nobody trains on them."""
+    if c.stream is None:
+        return data.order(data.concepts(world.adaptation), "random", c.seed)
+    stream = data.read_stream(c.stream)
+    held = {d.name for d in world.heldout}
+    kept = [concept for concept in stream if concept[0] not in held]
+    if len(kept) < len(stream):
+        crew.say(f"{len(stream) - len(kept)} of the stream's {len(stream)} concepts are of held-out"
+                 " datasets: left out")
+    return kept
+
+
+def load_learner(c, crew, world):
+    """The checkpoint --weights, or a model as it is before any training. On the CPU."""
+    if c.weights is None:
+        torch.manual_seed(0)
+        return Learner(clip.CLIP(clip.CONFIGS[c.model]), clip.Tokenizer(), c, crew, world)
+    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[c.activation]
+    try:
+        model = clip.load(c.weights, None, quick_gelu, cache=c.cache)
+    except ValueError as e:
+        hint = "; on the command line: --activation" if "quick_gelu=" in str(e) else ""
+        raise ValueError(f"{e}{hint}") from None
+    plain = dataclasses.replace(model.config, quick_gelu=False)
+    if c.model and clip.CONFIGS[c.model] != plain:
+        raise ValueError(f"{c.weights} is no {c.model}: without --model it is what the weights are")
+    c.model = next((name for name, known in clip.CONFIGS.items() if known == plain), None)
+    bytewise = model.config.vocab_size == clip.CONFIGS["tiny"].vocab_size
+    merges = None
+    if not bytewise:
+        merges = clip.fetch(c.bpe, c.cache) if c.bpe else clip.find_bpe(c.weights, c.cache)
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise ValueError(f"{c.weights} holds numbers that are not finite: take other weights")
+    return Learner(model, clip.Tokenizer(merges), c, crew, world, merges)
+
+
+# ------------------------------------------------------------------- what is going to happen, first
+
+
+def plan(c, model_config, samples):
+    """-> number of tasks, steps of each, and what they cost. samples: of the whole stream."""
+    tasks = {"joint": 1, "zero-shot": 0}.get(c.method, c.tasks)
+    method = "finetune" if c.method == "zero-shot" else c.method
+    rank = c.rank or 0  # 0 is the paper's
+    gap = c.gap or budget.GAP
+    maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
+    at_most = max(1, (c.fisher_samples or methods.Method.fisher_samples) // c.batch_size)
+    looked_at = min(max(1, samples // max(1, tasks) // c.batch_size), at_most)  # batches, by EWC
+    once = maf * (budget.task_flops(model_config, c.batch_size, method, looked_at * c.batch_size)
+                  / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
+    total = None if c.steps else c.budget or budget.default_budget(model_config)
+    if c.steps:
+        steps = c.steps * (c.tasks if c.method == "joint" else 1)
+    else:
+        steps = budget.steps_per_task(total, max(1, tasks), maf, once)
+    if steps > 2**31:
+        raise ValueError(f"{steps:g} steps a task are more than anybody takes: lower --budget or"
+                         " --steps")
+    spent = tasks * (steps * maf + once)
+    return tasks, steps, {"gflops": total, "gflops_spent": spent, "maf_gflops_per_step": maf}
+
+
+def announce(learner, mixture, tasks, steps, costs):
+    """The first lines of a run: what it will do, how often it sees a sample, what that costs."""
+    c, crew = learner.c, learner.crew
+    if not tasks:
+        return
+    method = "finetune" if c.method == "zero-shot" else c.method
+    samples = mixture.ends[-1]
+    passes = tasks * steps * c.batch_size / samples
+    peak = budget.peak_memory(learner.model.config, -(-c.batch_size // crew.count), method,
+                              c.precision, c.rank or 0)  # fmt: skip
+    processes = f" on {crew.count} processes" if crew.count > 1 else ""
+    crew.say(f"{c.method}: {tasks} x {steps:,} steps of {c.batch_size} pairs{processes},"
+             f" {passes:,.1f} times the {samples:,} samples of the stream;"
+             f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a step")
+    if passes > 50:
+        crew.say(f"warning: {passes:,.0f} passes over the same samples; a smaller --budget or --steps"
+                 " may do")
+
+
+def time_two_steps(learner, mixture):
+    """--plan: steps of the first task, on weights that nobody keeps."""
+    method = make_method(learner.c)
+    method.prepare(learner.model.to(learner.device))
+    for batch in learner.batches(mixture, 0, 2):
+        began = time.perf_counter()
+        loss = float(learner.backward(batch))
+        seconds = time.perf_counter() - began
+        learner.crew.say(f"a step takes {seconds:.2f} s without the data's (loss {loss:.3f})")
+
+
+def inputs(learner, stream, steps):
+    """What decides what is trained and scored, as hashes or in words, by name."""
+    c, world = learner.c, learner.world
+    found = {"stream": digest(stream), "steps a task": str(steps)}
+    for d in world.adaptation + world.heldout:
+        found[f"{d.name}: class names and prompts"] = digest([d.kind, d.classes, d.prompts])
+        found[f"{d.name}: training pictures and captions"] = data.fingerprint(d.train)
+        found[f"{d.name}: test pictures and captions"] = data.fingerprint(d.test)
+    if world.pool is not None:
+        found["pool"] = data.fingerprint(world.pool)
+    if c.weights is not None:
+        found["weights"] = fingerprint(learner.model.state_dict())
+    if learner.merges:
+        found["tokenizer"] = hashlib.sha256(Path(learner.merges).read_bytes()).hexdigest()
+    device = learner.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "pillow": PIL.__version__,
+                "numpy": numpy.__version__}  # fmt: skip
+    return found | versions | {
+        "number of processes": str(learner.crew.count), "number of threads": str(c.threads),
+        "kind of device": kind}  # fmt: skip
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def fingerprint(weights):
+    """SHA-256 of names and bytes of a state dict."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        found.update(name.encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+# ------------------------------------------------------------------------------------- theta_0
+
+
+def obtain_theta_0(learner, folder):
+    """learner.model becomes theta_0: as the run's folder or --weights or the cache has it, or
+    trained on the pool now. It is kept in the run's folder, so that a cleared cache costs nothing."""
+    c, crew, model = learner.c, learner.crew, learner.model
+    own = folder.path / "theta_0.safetensors"
+    if crew.told(own.exists()):
+        load_theta_0(model, own)
+        return
+    if c.weights is None:
+        key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr, c.batch_size,
+                      c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
+                      learner.device.type, data.fingerprint(learner.world.pool),
+                      torch.__version__])  # fmt: skip
+        path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
+        with alone(path, crew):
+            if crew.told(path.exists()):
+                load_theta_0(model, path)
+            else:
+                if crew.leads:  # tells now, not after the training, if the disk is full
+                    save_theta_0(model, path.with_suffix(".probe"))
+                    path.with_suffix(".probe").unlink()
+                crew.say(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
+                pretrain(learner, folder)
+                if crew.leads:
+                    save_theta_0(model, path)
+    if crew.leads:
+        save_theta_0(model, own)
+
+
+def pretrain(learner, folder):
+    """theta_0 by the loop above: one task, all of it pool, finetuning, CLIP's betas for a ViT (arXiv
+    2103.00020, tab. 19)."""
+    c, model = learner.c, learner.model.to(learner.device)
+    method = methods.METHODS["finetune"]()
+    method.prepare(model)
+    mixture = data.Mixture(learner.world, [[]], c.batch_size, ratios=(1, 0, 0))
+    rate = partial(methods.learning_rate, lr=c.pretrain_lr, warmup=c.warmup, floor=c.floor)
+    timeline = merge.Timeline(on_cpu(model.state_dict()), **TIMELINES["finetune"])
+    stage = Stage("theta_0", learner, method, timeline, mixture, 1, c.pretrain_steps, rate,
+                  (0.9, 0.98), lambda task: None, {})  # fmt: skip
+    folder.restore(stage)
+    train(stage, folder)
+
+
+def save_theta_0(model, path):
+    weights = model.state_dict()
+    config = json.dumps(dataclasses.asdict(model.config))
+    clip.write_tensors(weights, path, {"config": config, "sha256": fingerprint(weights)})
+
+
+def load_theta_0(model, path):
+    try:
+        found = clip.load(path)
+        if clip.read_tensors(path).metadata.get("sha256") != fingerprint(found.state_dict()):
+            raise ValueError("its hash is another")
+        model.load_state_dict(found.state_dict())
+    except (ValueError, RuntimeError) as e:
+        raise ValueError(f"{path} is no theta_0 of this run ({e}): delete it, and it is trained"
+                         " again") from None
+
+
+@contextlib.contextmanager
+def alone(path, crew):
+    """One run at a time makes the file at `path`; those that want it meanwhile wait."""
+    if not crew.leads:
+        yield
+        return
+    check_folder(path.parent, "--cache")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as handle:
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    crew.say(f"another run trains theta_0: waiting for {path}")
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+        for torn in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
+            torn.unlink()
+        yield
+
+
+def on_cpu(weights):
+    return {name: tensor.detach().cpu() for name, tensor in weights.items()}
+
+
+# --------------------------------------------------------------------------- what the loop calls
+
+
+class Lines(tqdm):
+    """A bar on a terminal; elsewhere, as in a log file, a line every 30 seconds."""
+
+    def __init__(self, iterable, name, total, start, learner):
+        self.bar = sys.stderr.isatty()
+        super().__init__(
+            iterable, name, total, leave=False, initial=start, disable=not learner.crew.leads,
+            mininterval=0.1 if self.bar else 30, maxinterval=10 if self.bar else 60,
+            bar_format=None if self.bar else "{desc}: {n_fmt} of {total_fmt}, {rate_fmt},"
+                                             " {remaining} left")  # fmt: skip
+
+    def display(self, msg=None, pos=None):
+        if self.bar:
+            return super().display(msg, pos)
+        if msg is None and self.n > self.initial:  # else nothing is known yet, or all is said
+            print(self, file=sys.stderr, flush=True)
+        return True
+
+
+def start_optimizer(stage):
+    """A new optimizer for a task, or that of a task that was stopped in its midst."""
+    c = stage.learner.c
+    stage.optimizer = stage.method.optimizer(stage.learner.model, lr=c.lr, betas=stage.betas,
+                                             weight_decay=c.weight_decay)  # fmt: skip
+    stage.scaler = torch.amp.GradScaler(stage.learner.device.type, enabled=c.precision == "fp16")
+    if stage.saved:
+        stage.optimizer.load_state_dict(stage.saved["optimizer"])
+        if stage.saved["scaler"]:
+            stage.scaler.load_state_dict(stage.saved["scaler"])
+        stage.saved = None
+
+
+def set_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def add_penalty(method, model, scaler):
+    """The gradient of the method's penalty, once, whatever the number of pieces and processes."""
+    penalty = method.penalty(model)
+    if torch.is_tensor(penalty):
+        scaler.scale(penalty).backward()
+
+
+@torch.no_grad()
+def clamp_scale(model):
+    if model.logit_scale.requires_grad:
+        model.logit_scale.clamp_(max=clip.MAX_LOGIT_SCALE)
+
+
+def look_back(stage, folder):
+    """Yields (batch, samples in it) of D_t alone, each sample at most once in full batches (if there
+    are enough for one), for what a method measures after a task."""
+    alone = copy.copy(stage.mixture)
+    alone.ratios = (0, 1, 0)
+    samples = alone.ends[stage.task + 1] - alone.ends[stage.task]
+    steps = max(1, samples // alone.batch_size)
+    for batch in stage.learner.batches(alone, stage.task, steps):
+        folder.pause(stage)
+        yield batch, alone.batch_size
+
+
+class ExpertFiles:
+    """The store of a merge.Timeline that merges all experts so far: a file each, written by the
+    first process. `hashes` travel with the state, so that an altered file is noticed."""
+
+    def __init__(self, folder, crew):
+        self.folder = folder
+        self.crew = crew
+        self.hashes = []
+
+    def path(self, i):
+        return self.folder / f"expert-{i + 1:03}.safetensors"
+
+    def __len__(self):
+        return len(self.hashes)
+
+    def __getitem__(self, i):
+        return clip.read_tensors(self.path(i))
+
+    def append(self, weights):
+        if self.crew.leads:
+            self.folder.mkdir(exist_ok=True)
+            clip.write_tensors(weights, self.path(len(self)))
+        self.hashes.append(fingerprint(weights))
+        self.crew.told(None)  # all wait for the file
+
+    def pop(self):
+        self.hashes.pop()
+
+    def restore(self, hashes):
+        """ValueError unless the files are those that the state knows."""
+        self.hashes = list(hashes)
+        for i, known in enumerate(hashes):
+            if not self.path(i).exists():
+                raise ValueError(f"{self.path(i)} is missing: put it back, or delete the run's folder")
+            if fingerprint(self[i]) != known:
+                raise ValueError(f"{self.path(i)} has changed since it was written: put it back, or"
+                                 " delete the run's folder")
+
+
+def score_theta_0(stage, shown, folder):
+    stage.results["theta_0"] = score_all(stage, shown, folder, True, "scoring theta_0")
+    folder.log("evaluation", task=0, **stage.results["theta_0"])
+    if shown.crew.leads:
+        print_row("theta_0", "", stage.results["theta_0"])
+    folder.save(stage)
+
+
+def score_task(stage, shown, folder, task):
+    """After a task: what is deployed is on the device just as long as it is scored."""
+    shown.model.load_state_dict(stage.timeline.deploy())
+    everything = shown.c.score_all or task == stage.tasks - 1
+    scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}")
+    row = {"task": task + 1, "steps": stage.steps, **scores}
+    stage.results["tasks"].append(row)
+    folder.log("evaluation", **row, seconds=folder.seconds())
+    if shown.crew.leads:
+        print_row(task + 1, stage.steps, scores, stage.results["theta_0"])
+
+
+def score_all(stage, shown, folder, everything, name):
+    """-> {"ka", "zs", "gm", "datasets": {name: percent}, "samples"} of the weights in `shown`."""
+    world, scores, samples = shown.world, {}, 0
+    shown.model.to(shown.device).eval()
+    datasets = world.adaptation + world.heldout
+    for d in Lines(datasets, name, len(datasets), 0, shown):
+        labels = d.test.labels
+        ids = range(len(labels)) if everything else evaluate.balanced_subset(labels, shown.c.seed)
+        scores[d.name] = score(shown, d, ids)
+        samples += len(ids)
+        if folder:
+            folder.pause(stage)
+    shown.model.cpu()
+    return {**summary(world, scores), "samples": samples}
+
+
+def score(learner, dataset, ids):
+    """Percent on the test samples `ids`: top-1 accuracy or R@5."""
+    image = learner.image_features(dataset.test, ids)
+    if dataset.kind == "classification":
+        weights = evaluate.classifier(learner.text_features, dataset.prompts)
+        return evaluate.accuracy(image, weights, dataset.test.labels[ids])
+    captions = [[c] if isinstance(c, str) else c for c in (dataset.test.captions[i] for i in ids)]
+    owner = [i for i, several in enumerate(captions) for _ in several]
+    text = learner.text_features([c for several in captions for c in several])
+    return sum(evaluate.recall_at_k(image, text, owner)) / 2
 
 
 def summary(world, scores):
@@ -306,247 +1025,349 @@ def summary(world, scores):
 
 def chance(world):
     """Scores of guessing: 1 / C, and about 5 / N for R@5."""
-    guess = {d.name: 100 / len(d.classes) if d.kind == "classification" else 100 * min(1, 5 / len(d.test))
-             for d in world.adaptation + world.heldout}  # fmt: skip
+    guess = {d.name: 100 / len(d.classes) if d.kind == "classification"
+             else 100 * min(1, 5 / len(d.test)) for d in world.adaptation + world.heldout}  # fmt: skip
     return summary(world, guess)
 
 
-def train(learner, method, batches, steps, rate, title, log=lambda **row: None, betas=(0.9, 0.999)):
-    """The inner loop: `steps` batches, AdamW, the method's hooks. rate(step) -> learning rate."""
-    model, c = learner.model.train(), learner.c
-    optimizer = method.optimizer(model, lr=c.lr, betas=betas, weight_decay=c.weight_decay)
-    scaler = torch.amp.GradScaler(learner.device.type, enabled=c.precision == "fp16")
-    pending = []  # rows whose numbers are still on the device: asking for each at once would stall a GPU
-    for step, batch in enumerate(bar := progress(batches, title, total=steps)):
-        lr = rate(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = learner.loss(model, batch)
-        scaler.scale(loss + method.penalty(model)).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(method.trained.values(), c.clip_norm)
-        if c.precision != "fp16" or norm.isfinite():  # else the scaler leaves this step out
-            method.after_backward(model, lr)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if model.logit_scale.requires_grad:
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=clip.MAX_LOGIT_SCALE)
-        pending.append((step, lr, loss.detach(), norm, model.logit_scale.detach().clone()))
-        if len(pending) == 20 or step == steps - 1:
-            for n, r, *numbers in pending:
-                loss, norm, logit_scale = (float(v) for v in numbers)
-                if not math.isfinite(loss):
-                    raise ValueError(f"the loss of {title} is {loss} at step {n}: lower --lr, or --precision fp32")
-                log(step=n, lr=r, loss=loss, grad_norm=norm, logit_scale=logit_scale)
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
-            pending = []
+def title(stage):
+    return "theta_0" if stage.name == "theta_0" else f"task {stage.task + 1}/{stage.tasks}"
 
 
-# ------------------------------------------------------------------------------------------------------------- theta_0
-
-
-def load_world(c):
-    if c.data is None:
-        return data.toy()
-    return data.fomo_in_flux(c.data, heldout=c.heldout, pool=c.pool, prompts_too=c.prompts_too)
-
-
-def load_learner(c):
-    """The checkpoint --weights, or weights as they are before any training."""
-    if c.weights is None:
-        torch.manual_seed(0)
-        return Learner(clip.CLIP(clip.CONFIGS[c.model]), clip.Tokenizer(), c)
-    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[c.activation]
-    try:
-        model = clip.load(c.weights, None, quick_gelu, cache=c.cache)
-    except ValueError as e:
-        hint = "; on the command line: --activation" if "quick_gelu=" in str(e) else ""
-        raise ValueError(f"{e}{hint}") from None
-    if c.model and clip.CONFIGS[c.model] != dataclasses.replace(model.config, quick_gelu=False):
-        raise ValueError(f"{c.weights} is no {c.model}: leave --model out, and it is what the weights are")
-    bytewise = model.config.vocab_size == clip.CONFIGS["tiny"].vocab_size
-    merges = None if bytewise else clip.fetch(c.bpe, c.cache) if c.bpe else clip.find_bpe(c.weights, c.cache)
-    if not is_finite(model):
-        raise ValueError(f"{c.weights} holds numbers that are not finite: take other weights")
-    return Learner(model, clip.Tokenizer(merges), c, merges)
-
-
-def is_finite(model):
-    return all(tensor.isfinite().all() for tensor in model.state_dict().values())
-
-
-def pretrain(learner, world):
-    """theta_0 where no checkpoint was given: trained on the pool, or read from the cache if that was done before."""
-    c = dataclasses.replace(learner.c, lr=learner.c.pretrain_lr)
-    made_of = [dataclasses.asdict(learner.model.config), c.pretrain_steps, c.lr, c.batch_size, c.warmup, c.floor,
-               c.weight_decay, c.clip_norm, c.precision, c.device, data.fingerprint(world.pool), torch.__version__]
-    path = Path(c.cache) / f"theta_0-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
-    if path.exists():
-        try:
-            learner.model.load_state_dict((found := clip.load(path)).state_dict())
-            if not is_finite(found):
-                raise ValueError("it holds numbers that are not finite")
-        except (ValueError, RuntimeError) as e:
-            raise ValueError(f"{path} is no theta_0 of this run ({e}): delete it, and it is trained again") from None
-        return
-    check_folder(path.parent, "--cache")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    probe = path.with_name(f"probe-{os.getpid()}.safetensors")
-    clip.save(learner.model, probe)  # tells now, not after the training, if the disk is full
-    probe.unlink()
-    tqdm.write(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
-    method = methods.METHODS["finetune"]()
-    method.prepare(learner.model)
-    mixture = data.Mixture(world, [[]], c.batch_size, ratios=(1, 0, 0))
-    batches = data.loader(world, mixture, 0, c.pretrain_steps, learner.size, c.workers)
-    rate = partial(methods.learning_rate, steps=c.pretrain_steps, task=0, lr=c.lr, warmup=c.warmup, floor=c.floor)
-    train(Learner(learner.model, learner.tokenizer, c), method, batches, c.pretrain_steps, rate, "theta_0",
-          betas=(0.9, 0.98))  # CLIP's for a ViT (arXiv 2103.00020, tab. 19)  # fmt: skip
-    clip.save(learner.model, path)
-
-
-# --------------------------------------------------------------------------------------------------- a run's folder
-
-
-class ExpertFiles:
-    """The store of a merge.Timeline that merges all experts so far: a file each."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def path(self, i):
-        return self.folder / f"expert-{i + 1:03}.safetensors"
-
-    def __len__(self):
-        return len(list(self.folder.glob("expert-*.safetensors")))
-
-    def __getitem__(self, i):
-        return clip.read_tensors(self.path(i))
-
-    def append(self, weights):
-        self.folder.mkdir(exist_ok=True)
-        clip.write_tensors(weights, self.path(len(self)))
-
-    def pop(self):
-        self.path(len(self) - 1).unlink()
+# -------------------------------------------------------------------------------- a run's folder
 
 
 class Folder:
-    """Where a run writes: config.json, log.jsonl, state.pt; at its end model, picture, results.json."""
+    """Where a run writes: config.json, log.jsonl, state.pt, theta_0; at its end model, picture,
+    results.json. Of several processes, which have to see the same folder, only the first writes."""
 
-    def __init__(self, c):
-        self.path, self.config = Path(c.out), json.loads(json.dumps(dataclasses.asdict(c)))
-        self.state, self.log_file, self.found = None, None, self._written()
-        if (self.path / "results.json").exists():
-            raise ValueError(f"{self.path} holds a finished run: name another folder with --out, or delete it")
+    def __init__(self, c, crew, signals):
+        self.path = Path(c.out)
+        self.c = c
+        self.crew = crew
+        self.signals = signals
+        self.options = json.loads(json.dumps(dataclasses.asdict(c)))
+        self.log_file = None  # locked as long as the run lives
+        self.state = None
+        self.run = None  # {"id", "inputs", "accepted_changes"}, beside the options in config.json
+        self.pending = []  # log rows whose numbers are still on the device: asking would stall it
+        self.began = time.monotonic()
+        self.before = 0.0  # seconds of the processes before this one
+        self.due = self.began + c.save_every
+        self.new = False  # whether the folder was made here
+        self.done = False
+
+    def __enter__(self):
+        try:
+            if self.crew.leads:
+                self._lock()
+            self.crew.told(None)  # the others read when it is locked
+            self._read()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, Stopped):
+            error.args = (error.args[0], self._what_is_kept())
+        self._close()
+
+    # -------- at the start: lock, then read
+
+    def _lock(self):
         check_folder(self.path, "--out")
-        names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
-        if "config.json" in names:
-            self._continue(self.path / "config.json")
-        elif names - {"log.jsonl", "config.json.part"}:  # which a run that was killed as it began may leave
-            raise ValueError(f"{self.path} is there and is no run of fomo.py: name another folder with --out")
-
-    def _continue(self, found):
-        try:
-            before = dict(json.loads(found.read_text()))
-        except (ValueError, TypeError, RecursionError) as e:
-            raise ValueError(f"{found} is no run's configuration ({e}): name another --out") from None
-        other = [k for k in self.config if k not in FREE and before.get(k) != self.config[k]]
-        if other:
-            changes = ", ".join(f"--{k.replace('_', '-')} was {before.get(k)}, is {self.config[k]}" for k in other)
-            raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}): name another --out")
-        if (self.path / "state.pt").exists():
-            with self.reading_state():
-                self.state = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-                done, kept = self.state["results"], self.state["timeline"]
-                if not {"theta_0", "chance", "seconds"} <= set(done) or self.state["log_bytes"] < 0 \
-                        or not kept["task"] == len(done["tasks"]) <= self.config["tasks"]:
-                    raise ValueError("it does not fit together")
-
-    @contextlib.contextmanager
-    def reading_state(self):
-        try:
-            yield
-        except Exception as e:  # whatever a torn or foreign file makes of torch's reader, and of those who restore
-            sentence = f"{self.path}/state.pt is no state of this run ({type(e).__name__}): delete {self.path}"
-            raise ValueError(sentence) from e
-
-    def open(self):
-        """Called when all input has proved good: before, nothing is written."""
+        names = set(os.listdir(self.path)) if self.path.exists() else set()
+        beginning = {"log.jsonl", "config.json.part"}  # of a run that was killed as it began
+        if "config.json" not in names and names - beginning:
+            raise ValueError(f"{self.path} is there and is no run of fomo.py: name another --out")
         self.new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self.log_file = (self.path / "log.jsonl").open("a", encoding="utf-8")
         try:
             if fcntl:
-                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
         except BlockingIOError:
             self.log_file.close()
             self.log_file = None
-            raise ValueError(f"another process is running in {self.path}: wait for it, or name another --out") from None
+            raise ValueError(f"another process is running in {self.path}: wait for it, or name"
+                             " another --out") from None
         except OSError:  # a file system without locks
             pass
-        if self._written() != self.found:
-            self.log_file.close()
-            self.log_file = None
-            raise ValueError(f"another process wrote in {self.path} meanwhile: start again, or name another --out")
-        write_json(self.path / "config.json", self.config)
-        size = os.path.getsize(self.path / "log.jsonl")
-        self.log_file.truncate(min(size, self.state["log_bytes"]) if self.state else 0)  # rows of an unfinished task go
+        for torn in self.path.rglob("*.part"):  # of processes that were killed: ours is the lock
+            torn.unlink()
 
-    def _written(self):
-        """When the files that say how far this run is were written."""
-        files = (self.path / name for name in ("state.pt", "results.json"))
-        return [f.stat().st_mtime_ns if f.exists() else None for f in files]
+    def _read(self):
+        if (self.path / "results.json").exists():
+            self.done = True  # nothing of it is to be touched
+            raise ValueError(f"{self.path} holds a finished run: name another folder with --out, or"
+                             " delete it")
+        config = self.path / "config.json"
+        if not config.exists():
+            return
+        try:
+            before = dict(json.loads(config.read_text(encoding="utf-8")))
+            self.run = before.pop("run", None)
+        except (ValueError, TypeError, RecursionError) as e:
+            raise ValueError(f"{config} is no run's configuration ({e}): name another --out") from None
+        self._compare_options(before)
+        if self.run is None:
+            raise ValueError(f"{config} is of an older fomo.py: name another --out, or delete the run")
+        self.state = self._read_state()
+
+    def _compare_options(self, before):
+        other = [k for k, value in self.options.items() if k not in FREE and before.get(k) != value]
+        accepted = MACHINE if self.c.accept_changes else ()
+        refused = [k for k in other if k not in accepted]
+        if refused:
+            changes = ", ".join(f"--{k.replace('_', '-')} was {before.get(k)}, is {self.options[k]}"
+                                for k in refused)  # fmt: skip
+            raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}): name"
+                             " another --out")
+
+    def _read_state(self):
+        """The newest state that is whole. None where there is none yet."""
+        faults = []
+        for name in ("state.pt", "state-before.pt"):
+            path = self.path / name
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if state["id"] != self.run["id"] or min(state["log_bytes"], state["step"]) < 0:
+                    raise ValueError("it is another run's")
+            except Exception as e:  # whatever a torn or foreign file makes of torch's reader
+                faults.append(f"{path} is no state of this run ({type(e).__name__})")
+                continue
+            if faults:
+                self.crew.say(f"{faults[0]}: going on from the one before, {path}")
+            return state
+        if faults:
+            raise ValueError(f"{faults[0]}: delete {self.path} to start anew")
+        return None
+
+    @contextlib.contextmanager
+    def _reading_state(self):
+        try:
+            yield
+        except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError) as e:
+            raise ValueError(f"{self.path}/state.pt is no state of this run ({type(e).__name__}: {e}):"
+                             f" delete {self.path}") from e
+
+    # -------- then: is the input the same, and where was the run
+
+    def begin(self, found):
+        """Called when all input has proved good, with its hashes; before, nothing was written."""
+        if self.run is None:
+            self.run = {"id": self.crew.told(secrets.token_hex(8)), "inputs": found,
+                        "accepted_changes": []}  # fmt: skip
+        before = self.run["inputs"]
+        changed = sorted(k for k in before.keys() | found.keys() if before.get(k) != found.get(k))
+        if changed and not self.c.accept_changes:
+            words = ", ".join(self._change(k, before, found) for k in changed)
+            raise ValueError(f"{self.path} was begun with other input ({words}): put it back, name"
+                             " another --out, or go on all the same with --accept-changes")
+        self.run["accepted_changes"] += [self._change(k, before, found) for k in changed]
+        self.run["inputs"] = found
+        if self.crew.leads:
+            write_json(self.path / "config.json", {**self.options, "run": self.run})
+
+    @staticmethod
+    def _change(name, before, found):
+        old, new = before.get(name), found.get(name)
+        if old is None or new is None:
+            return f"{name}: {'new' if old is None else 'gone'}"
+        return f"{name} changed" if len(old) == 64 else f"{name}: was {old}, is {new}"
+
+    def restore(self, stage):
+        """The stage as it was saved, if it was; from here on a signal waits for the next pause."""
+        self.signals.held = True
+        state = self.state
+        if state is None or state["stage"] != stage.name:
+            if self.crew.leads and state is None:
+                self.log_file.truncate(0)
+            return
+        with self._reading_state():
+            known = stage.results.get("theta_0_sha256")
+            if known != state["results"].get("theta_0_sha256"):
+                raise ValueError("it began from another theta_0")
+            if stage.name == "stream":
+                stage.timeline.store.restore(state["experts"])
+            stage.learner.model.load_state_dict(state["model"])
+            stage.method.load_state(state["method"])
+            stage.timeline.load_state(state["timeline"])
+            stage.results = state["results"]
+            stage.task = state["task"]
+            stage.step = state["step"]
+            stage.saved = state["inside"]
+            self.before = state["seconds"]
+        self.began = time.monotonic()
+        self.crew.say(f"{self.path}: going on with {title(stage)}, after {stage.step} steps of it")
+        if self.crew.leads:  # rows that were written after the state go
+            size = os.path.getsize(self.path / "log.jsonl")
+            self.log_file.truncate(min(size, state["log_bytes"]))
+        self.state = {"stage": stage.name}
+
+    # -------- while it runs
+
+    def seconds(self):
+        return self.before + time.monotonic() - self.began
 
     def log(self, event, **row):
-        self.log_file.write(json.dumps({"event": event, **row}) + "\n")
-        self.log_file.flush()
+        if self.crew.leads:
+            self.log_file.write(json.dumps({"event": event, **row}) + "\n")
+            self.log_file.flush()
 
-    def save_state(self, **state):
-        state["log_bytes"] = os.path.getsize(self.path / "log.jsonl")
-        aside = self.path / "state.pt.part"
+    def log_step(self, stage, rate, loss, norm, logit_scale):
+        event = "step" if stage.name == "stream" else "theta_0 step"
+        row = {"event": event, "task": stage.task + 1, "step": stage.step, "lr": rate, "loss": loss,
+               "grad_norm": norm, "logit_scale": logit_scale.detach().clone()}  # fmt: skip
+        self.pending.append(row)
+        if len(self.pending) == 20:
+            self.write_steps()
+
+    def write_steps(self):
+        """ValueError where a loss or a gradient is not finite: the weights after it are lost."""
+        rows, self.pending = self.pending, []
+        for row in rows:
+            row |= {k: float(v) for k, v in row.items() if torch.is_tensor(v)}
+            numbers = {"loss": row["loss"], "gradient's norm": row["grad_norm"]}
+            if self.c.precision == "fp16":  # whose scaler leaves such steps out
+                del numbers["gradient's norm"]
+            for what, number in numbers.items():
+                if not math.isfinite(number):
+                    raise ValueError(f"the {what} is {number} at step {row['step']} of task"
+                                     f" {row['task']}: lower --lr, or --precision fp32")
+            self.log(**row)
+
+    def pause(self, stage):
+        """Called where nothing is half done: saves if it is time to, and stops if a signal came."""
+        number, due = self.crew.agree(self.signals.number, int(time.monotonic() >= self.due))
+        if due or number:
+            self.save(stage)
+        if number:
+            raise Stopped(number)
+
+    def save(self, stage):
+        """The whole state, on the disk before it takes its name; the one before it is kept."""
+        began = time.monotonic()
+        self.write_steps()
+        self.crew.check_same("weights", self.crew.count > 1 and
+                             fingerprint(stage.learner.model.state_dict()))  # fmt: skip
+        inside = None
+        if stage.optimizer and stage.step <= stage.steps:
+            inside = {"optimizer": stage.optimizer.state_dict(), "scaler": stage.scaler.state_dict()}
+        elif stage.saved:
+            inside = stage.saved
+        if self.crew.leads:
+            self._write({
+                "id": self.run["id"], "stage": stage.name, "task": stage.task, "step": stage.step,
+                "model": stage.learner.model.state_dict(), "method": stage.method.state(),
+                "timeline": stage.timeline.state(), "inside": inside, "results": stage.results,
+                "experts": getattr(stage.timeline.store, "hashes", []), "seconds": self.seconds(),
+                "log_bytes": os.path.getsize(self.path / "log.jsonl"),
+            })  # fmt: skip
+        self.state = {"stage": stage.name}
+        cost = time.monotonic() - began
+        self.due = time.monotonic() + max(self.c.save_every, 50 * cost)  # at most 2 % of the time
+
+    def _write(self, state):
+        path, part = self.path / "state.pt", self.path / "state.pt.part"
         try:
-            torch.save(state, aside)
+            with open(part, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
         except RuntimeError as e:  # torch's for a write that fails
-            aside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             free = shutil.disk_usage(self.path).free
-            raise OSError(f"{aside} cannot be written, is the disk full? ({free} bytes are free)") from e
-        os.replace(aside, self.path / "state.pt")
-        self.state = state
+            raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are free)") from e
+        if path.exists():
+            os.replace(path, self.path / "state-before.pt")
+        os.replace(part, path)
 
-    def close(self, finished):
-        """Leave a finished run, or one that can go on; no half-written folder. Other people's files stay."""
+    # -------- at the end
+
+    def finish(self, stage, shown):
+        """What was deployed last becomes the run's model; results.json, which comes last, says that
+        the run is finished."""
+        results = stage.results
+        last = (results["tasks"] or [results["theta_0"]])[-1]
+        results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
+        results["accepted_changes"] = self.run["accepted_changes"]
+        results |= {"seconds": self.seconds(), "config": self.options}
+        if results["tasks"]:  # which this process need not have trained
+            shown.model.load_state_dict(stage.timeline.deploy())
+        if not self.crew.leads:
+            return results
+        clip.save(shown.model, self.path / "model.safetensors")
+        if shown.merges:  # where `evaluate --weights` and others look for them
+            gz = shown.merges.endswith(".gz")
+            shutil.copyfile(shown.merges,
+                            self.path / ("bpe_simple_vocab_16e6.txt.gz" if gz else "merges.txt"))
+        beside = []
+        if self.c.method != "joint":
+            beside = joint_beside(self.path, results["theta_0_sha256"])
+        draw(named([(self.path, results), *beside]), self.path / "picture.png")
+        write_json(self.path / "results.json", results)
+        for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
+        self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
+                      f" ({results['seconds']:.0f} s)")
+        self.done = True
+        return results
+
+    def _what_is_kept(self):
+        if self.state is None:
+            return "nothing was kept, for nothing was trained yet"
+        return f"all that was trained is kept in {self.path}; the same command goes on from there"
+
+    def _close(self):
+        """Leave a finished run, or one that can go on; no half-written folder. Others' files stay."""
         if self.log_file is None:
             return
         with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
             self.log_file.close()
-        for torn in self.path.glob("model.safetensors.*.part"):  # of a process that was killed
-            torn.unlink()
-        if finished:
-            (self.path / "state.pt").unlink(missing_ok=True)
-        elif self.state is None:
-            own = ("config.json", "config.json.part", "log.jsonl", "state.pt.part", "experts/expert-001.safetensors")
-            for name in own:
-                (self.path / name).unlink(missing_ok=True)
-            for folder in [self.path / "experts", *([self.path] if self.new else [])]:
-                with contextlib.suppress(OSError):  # not there, or not empty
-                    folder.rmdir()
+        if self.done or self.state is not None:
+            return
+        for name in ("config.json", "config.json.part", "log.jsonl", "state.pt.part",
+                     "theta_0.safetensors"):  # fmt: skip
+            (self.path / name).unlink(missing_ok=True)
+        if self.new:
+            with contextlib.suppress(OSError):  # not empty
+                self.path.rmdir()
 
 
-def check_folder(path, option):
+def check_folder(path, flag):
     """ValueError where a folder cannot be, or be made: better said before the work than after it."""
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{path} cannot be written, for {there} is no folder that can: name another with {option}")
+        raise ValueError(f"{path} cannot be written ({there} is not a folder that can be written):"
+                         f" name another with {flag}")
 
 
-def check_file(path):
-    """The same for a file, whose folder has to be there."""
+def check_file(path, inputs=()):
+    """The same for a file, whose folder has to be there, and which must not be one of the inputs or
+    hold what is not ours."""
     folder = os.path.dirname(os.path.abspath(path))
     if not path or os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {path!r} cannot be written: give a file's name in a folder that is there and can be")
+        raise ValueError(f"--out {path!r} cannot be written: give a file's name in a folder that is"
+                         " there and can be written")
+    if any(os.path.exists(p) and os.path.exists(path) and os.path.samefile(p, path) for p in inputs):
+        raise ValueError(f"--out {path!r} is one of the inputs: give another name")
+    if os.path.exists(path) and not is_ours(path):
+        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: give another name")
+
+
+def is_ours(path):
+    """Whether an existing file is a picture or scores that fomo.py wrote."""
+    try:
+        if str(path).endswith(".png"):
+            with PIL.Image.open(path) as image:
+                return image.format == "PNG" and image.info.get("Software") == "fomo"
+        return "chance" in json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def write_json(path, value):
@@ -555,146 +1376,19 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
-# -------------------------------------------------------------------------------------------------- the continual loop
-
-
-def load_stream(c, world):
-    """-> the concepts in order; those of held-out datasets are left out, since nobody may train on them."""
-    if c.stream is None:
-        return data.order(data.concepts(world.adaptation), "random", c.seed)
-    stream, held = data.read_stream(c.stream), {d.name for d in world.heldout}
-    kept = [concept for concept in stream if concept[0] not in held]
-    if len(kept) < len(stream):
-        print(f"{len(stream) - len(kept)} of the stream's {len(stream)} concepts are of held-out datasets: left out")
-    return kept
-
-
-def make_method(c):
-    """What trains: merges and joint runs finetune."""
-    return methods.METHODS.get(c.method, methods.Method)(**{name: getattr(c, name) for name in methods.OPTIONS})
-
-
-def plan(c, model_config, samples):
-    """-> number of tasks, steps of each, and what they cost. samples: of the whole stream."""
-    tasks = {"joint": 1, "zero-shot": 0}.get(c.method, c.tasks)
-    method = c.method if c.method in budget.METHODS else "finetune"
-    rank, gap = c.rank or 0, c.gap or budget.GAP  # rank 0 is the paper's
-    maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
-    at_most = max(1, (c.fisher_samples or methods.EWC.fisher_samples) // c.batch_size)
-    batches = min(max(1, samples // max(1, tasks) // c.batch_size), at_most)  # that EWC looks back on
-    once = maf * (budget.task_flops(model_config, c.batch_size, method, batches * c.batch_size)
-                  / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
-    total = None if c.steps else c.budget or budget.default_budget(model_config)
-    if c.steps:
-        steps = c.steps * (c.tasks if c.method == "joint" else 1)
-    else:
-        steps = budget.steps_per_task(total, max(1, tasks), maf, once)
-    if steps > 2**31:
-        raise ValueError(f"{steps:g} steps a task are more than anybody takes: lower --budget or --steps")
-    return tasks, steps, {"gflops": total, "gflops_spent": tasks * (steps * maf + once), "maf_gflops_per_step": maf}
-
-
-def run(c):
-    """The main job: theta_0, then T times start, train, merge, score. Returns the results, as in results.json."""
-    c = resolve(c)
-    folder, world = Folder(c), load_world(c)
-    stream = load_stream(c, world)
-    chunks = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
-    mixture = data.Mixture(world, chunks, c.batch_size, ratios(c), c.replay, c.seed)
-    learner = load_learner(c)
-    tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
-    if c.weights is None:
-        pretrain(learner, world)
-    theta_0 = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
-    timeline = merge.Timeline(theta_0, store=ExpertFiles(folder.path / "experts"), **merge_options(c))
-    shown = Learner(copy.deepcopy(learner.model), learner.tokenizer, c)  # plain; holds what is deployed
-    model, method = learner.model, make_method(c)
-    method.prepare(model)
-    identity, began = fingerprint(theta_0), time.time()
-    if folder.state:
-        if folder.state["theta_0"] != identity:
-            raise ValueError(f"{c.out} began from another theta_0: delete it, or give the weights that it began from")
-        with folder.reading_state():
-            model.load_state_dict(folder.state["model"])
-            method.load_state(folder.state["method"])
-            timeline.load_state(folder.state["timeline"])
-            results = folder.state["results"]
-            began -= results["seconds"]
-        print(f"{c.out}: going on after task {len(results['tasks'])} of {tasks}")
-    else:
-        scores = shown.score_all(world, True, c.seed, "scoring theta_0")
-        results = {"theta_0": scores, "tasks": [], "chance": chance(world), "theta_0_sha256": identity,
-                   "trained_parameters": sum(p.numel() for p in method.trained.values()) if tasks else 0, **costs}
-    print_head(results)
-    try:
-        folder.open()
-        if not folder.state:
-            folder.log("evaluation", task=0, **results["theta_0"])
-        for task in range(len(results["tasks"]), tasks):
-            title = f"task {task + 1}/{tasks}"
-            if task == 0 or timeline.init != "latest":
-                method.load(model, timeline.start())
-            method.before_task(model, task)
-            batches = data.loader(world, mixture, task, steps, learner.size, c.workers)
-            log = partial(folder.log, "step", task=task + 1)
-            train(learner, method, batches, steps, rates(c, steps, task), title, log)
-            method.after_task(model, look_back(c, world, mixture, task, learner.size), learner.loss)
-            timeline.add(method.plain(model))
-            shown.model.load_state_dict(timeline.deploy())
-            scores = shown.score_all(world, c.score_all or task == tasks - 1, c.seed, f"scoring {title}")
-            results["tasks"].append({"task": task + 1, "steps": steps, **scores})
-            results["seconds"] = time.time() - began
-            folder.log("evaluation", **results["tasks"][-1], seconds=results["seconds"])
-            folder.save_state(model=model.state_dict(), method=method.state(), timeline=timeline.state(),
-                              theta_0=identity, results=results)  # fmt: skip
-            print_row(task + 1, steps, scores, results["theta_0"])
-        if results["tasks"]:  # which this process need not have trained
-            shown.model.load_state_dict(timeline.deploy())
-        last = (results["tasks"] or [results["theta_0"]])[-1]
-        results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
-        results.update(seconds=time.time() - began, config=folder.config)
-        clip.save(shown.model, folder.path / "model.safetensors")
-        if learner.merges:  # where `evaluate --weights` and others look for them
-            name = "bpe_simple_vocab_16e6.txt.gz" if learner.merges.endswith(".gz") else "merges.txt"
-            shutil.copyfile(learner.merges, folder.path / name)
-        beside = joint_beside(folder.path, identity) if c.method != "joint" else []
-        draw(named([(folder.path, results), *beside]), folder.path / "picture.png")
-        write_json(folder.path / "results.json", results)
-    except BaseException:
-        folder.close(finished=False)
-        raise
-    folder.close(finished=True)
-    print(f"{c.out}: results.json, log.jsonl, picture.png, model.safetensors ({results['seconds']:.0f} s)")
-    return results
-
-
-def look_back(c, world, mixture, task, size):
-    """Yields (batch, samples in it) of D_t alone, each sample at most once in full batches (if there are enough for
-    one), for what a method measures after a task."""
-    alone = copy.copy(mixture)
-    alone.ratios = (0, 1, 0)
-    steps = max(1, (mixture.ends[task + 1] - mixture.ends[task]) // c.batch_size)
-    for batch in data.loader(world, alone, task, steps, size, c.workers):
-        yield batch, len(batch[1])
-
-
-def fingerprint(weights):
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-# -------------------------------------------------------------------------------------------------------------- reports
+# ------------------------------------------------------------------------------------------- reports
 
 ROW = "{:>9} {:>7} {:>7} {:>7} {:>7}"
 
 
-def print_head(results):
-    chance = results["chance"]
-    print(f"guessing would score KA {chance['ka']:.1f}, ZS {chance['zs']:.1f}; all scores in percent")
+def print_results(stage, crew):
+    if not crew.leads:
+        return
+    guess, results = stage.results["chance"], stage.results
+    print(f"guessing would score KA {guess['ka']:.1f}, ZS {guess['zs']:.1f}; all scores in percent")
     print(ROW.format("task", "steps", "KA", "ZS", "GM"))
-    print_row("theta_0", "", results["theta_0"])
+    if results["theta_0"]:
+        print_row("theta_0", "", results["theta_0"])
     for row in results["tasks"]:
         print_row(row["task"], row["steps"], row, results["theta_0"])
 
@@ -703,12 +1397,12 @@ def print_row(task, steps, scores, whole=None):
     """whole: scores on all test data."""
     row = ROW.format(task, steps, *(f"{scores[k]:.1f}" for k in ("ka", "zs", "gm")))
     if whole and scores["samples"] < whole["samples"]:
-        row += f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples"
+        row += (f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples")
     tqdm.write(row)
 
 
 def named(runs):
-    """(folder, results) pairs -> {unique, short name: results}. The first joint run is "joint", the golden star."""
+    """(folder, results) pairs -> {unique, short name: results}. The first joint run is "joint"."""
     names, lines = Counter(Path(folder).name for folder, _ in runs), {}
     for folder, results in runs:
         method, folder = results["config"]["method"], Path(folder)
@@ -719,7 +1413,9 @@ def named(runs):
 
 def draw(runs, path):
     """runs: name -> results, from one theta_0."""
-    evaluate.plot({name: [(p["zs"], p["ka"]) for p in (r["theta_0"], *r["tasks"])] for name, r in runs.items()}, path)
+    lines = {name: [(p["zs"], p["ka"]) for p in (r["theta_0"], *r["tasks"])]
+             for name, r in runs.items()}  # fmt: skip
+    evaluate.plot(lines, path)
 
 
 def read_results(folder):
@@ -731,11 +1427,12 @@ def read_results(folder):
             raise ValueError("numbers out of range")
         return r | {"theta_0_sha256": str(r["theta_0_sha256"])}
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
-        raise ValueError(f"{folder}/results.json is no run's results ({type(e).__name__}: {e})") from None
+        fault = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{folder}/results.json is no run's results ({fault})") from None
 
 
 def joint_beside(folder, identity):
-    """The finished joint run in the same folder of runs that began from the same theta_0, if there is one."""
+    """The finished joint run beside this one that began from the same theta_0, if there is one."""
     for path in sorted(folder.parent.glob("*/results.json")):
         with contextlib.suppress(ValueError):  # somebody else's file must not stop this run
             results = read_results(path.parent)
@@ -744,17 +1441,21 @@ def joint_beside(folder, identity):
     return []
 
 
+# -------------------------------------------------------------------------------------- sub-commands
+
+
 def report_command(argv):
-    parser = argparse.ArgumentParser("fomo.py report", description="Table and picture of several finished runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; unfinished ones are passed over")
+    parser = argparse.ArgumentParser("fomo.py report", description="Table and picture of several"
+                                     " finished runs.")  # fmt: skip
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; unfinished runs are left out")
     parser.add_argument("-o", "--out", default="report.png", help="the picture (default report.png)")
     args = parser.parse_args(argv)
-    runs = []
-    for folder in map(Path, args.runs):
+    out, runs = os.path.expanduser(args.out), []
+    for folder in (Path(name).expanduser() for name in args.runs):
         if (folder / "results.json").exists():
             runs.append((folder, read_results(folder)))
         else:
-            print(f"{folder} has no results.json: passed over", file=sys.stderr)
+            print(f"{folder} has no results.json: left out", file=sys.stderr)
     if not runs:
         raise ValueError("none of these folders holds a finished run")
     groups = {}
@@ -763,7 +1464,7 @@ def report_command(argv):
     if len(groups) > 1:
         raise ValueError("runs from different theta_0 do not compare, give those of one: "
                          + "; or ".join(" ".join(group) for group in groups.values()))  # fmt: skip
-    check_file(args.out)
+    check_file(out)
     head = ("run", "KA", "ZS", "GM", "parameters", "steps", "seconds")
     print("{:24} {:>6} {:>6} {:>6} {:>10} {:>6} {:>8}".format(*head))
     base = runs[0][1]["theta_0"]
@@ -772,43 +1473,58 @@ def report_command(argv):
         steps = sum(row["steps"] for row in r["tasks"])
         print(f"{name:24} {r['final']['ka']:6.1f} {r['final']['zs']:6.1f} {r['final']['gm']:6.1f} "
               f"{r['trained_parameters']:10,} {steps:6} {r['seconds']:8.0f}")  # fmt: skip
-    draw(named(runs), args.out)
-    print(f"drawn in {args.out}")
+    draw(named(runs), out)
+    print(f"drawn in {out}")
+
+
+EVALUATE = ("weights", "model", "activation", "bpe", "data", "heldout", "out", "seed", "device",
+            "precision", "threads", "workers", "cache")  # fmt: skip
 
 
 def evaluate_command(argv):
-    c = parse(argv, "fomo.py evaluate", "Scores of --weights on all test data of --data. Takes the options of a run;"
-              " those of training do nothing. --out is the file of scores (default scores.json).")  # fmt: skip
-    out, c = c.out or "scores.json", resolve(c)
-    check_file(out)
-    world, learner = load_world(c), load_learner(c)
+    description = ("Scores of --weights on all test data of --data, the drawn world's without. --out"
+                   " is the file of scores (default scores.json).")  # fmt: skip
+    c = parse(argv, "fomo.py evaluate", description, EVALUATE)
     if c.weights is None:
-        pretrain(learner, world)
-    scores, guess = learner.score_all(world, True, c.seed, "scoring"), chance(world)
+        raise ValueError("evaluate scores --weights: name a checkpoint")
+    out = c.out or "scores.json"
+    check_file(out, (c.weights, c.data or ""))
+    c, crew = resolve(c)
+    world = load_world(c)
+    learner = load_learner(c, crew, world)
+    scores = score_all(None, learner, None, True, "scoring")
+    guess = chance(world)
     for d in world.adaptation + world.heldout:
         role, metric = ("KA", "ZS")[d in world.heldout], "R@5" if d.kind == "retrieval" else "top-1"
         score, by_chance = scores["datasets"][d.name], guess["datasets"][d.name]
-        print(f"{d.name:24} {role} {metric:5} {score:6.1f}  (chance {by_chance:.1f})")
-    write_json(out, {"weights": c.weights, **scores, "chance": guess})
-    print("KA {ka:.1f}  ZS {zs:.1f}  GM {gm:.1f}".format(**scores), f"(all of it in {out})")
+        crew.say(f"{d.name:24} {role} {metric:5} {score:6.1f}  (chance {by_chance:.1f})")
+    if crew.leads:
+        write_json(out, {"weights": c.weights, **scores, "chance": guess})
+    crew.say("KA {ka:.1f}  ZS {zs:.1f}  GM {gm:.1f}".format(**scores) + f" (all of it in {out})")
 
 
 def budget_command(argv):
-    parser = argparse.ArgumentParser("fomo.py budget", description="What a step of each method costs and how many"
-                                     " steps a budget buys, beside the paper's Table 4.")  # fmt: skip
-    parser.add_argument("--model", default="ViT-B-16", choices=sorted(clip.CONFIGS), help="(default ViT-B-16)")
-    parser.add_argument("--batch-size", type=int, help="pairs of image and text a step (default 512; tiny 64)")
-    parser.add_argument("--precision", default="bf16", choices=list(budget.PRECISIONS), help="(default bf16)")
-    parser.add_argument("--rank", type=int, default=0, help="of lora, dora, vera and galore; 0: the paper's")
-    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory (default the paper's,"
-                                                     " in proportion to a pair's; tiny 3000)")  # fmt: skip
-    parser.add_argument("--tasks", type=int, nargs="+", help="lengths of stream (default 20 50 100 200; tiny 8)")
-    parser.add_argument("--explain", choices=budget.METHODS, help="where the FLOPs and bytes of one step go")
+    parser = argparse.ArgumentParser("fomo.py budget", description="What a step of each method costs"
+                                     " and how many steps a budget buys, beside the paper's Table 4.")
+    parser.add_argument("--model", default="ViT-B-16", choices=sorted(clip.CONFIGS),
+                        help="(default ViT-B-16)")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, help="pairs a step (default 512; tiny 64)")
+    parser.add_argument("--precision", default="bf16", choices=list(budget.PRECISIONS),
+                        help="(default bf16)")  # fmt: skip
+    parser.add_argument("--rank", type=int, default=0,
+                        help="of lora, dora, vera and galore; 0: the paper's")  # fmt: skip
+    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory (default"
+                        " the paper's, in proportion to a pair's; tiny 3000)")  # fmt: skip
+    parser.add_argument("--tasks", type=int, nargs="+",
+                        help="lengths of stream (default 20 50 100 200; tiny 8)")  # fmt: skip
+    parser.add_argument("--explain", choices=budget.METHODS, help="where one step's FLOPs and bytes go")
     parser.add_argument("--json", action="store_true", help="the same numbers for programs")
     args = parser.parse_args(argv)
     config, defaults = clip.CONFIGS[args.model], TINY if args.model == "tiny" else PAPER
     size = defaults["batch_size"] if args.batch_size is None else args.batch_size
-    total = (defaults["budget"] or budget.default_budget(config)) if args.budget is None else args.budget
+    total = args.budget
+    if total is None:
+        total = defaults["budget"] or budget.default_budget(config)
     lengths = args.tasks or ([TINY["tasks"]] if args.model == "tiny" else budget.TASKS)
     if args.explain:
         rows = budget.flops(config, size, args.explain, args.rank)
@@ -858,7 +1574,7 @@ def merge_command(argv):
     if any(set(f) != set(files[0]) for f in files):  # different layouts, or different models, which merge() then names
         files = [clip.openai_names(f) for f in files]
     began, readings = time.time(), {"ties": 3 if "whole" in options else 1, "tall-mask": 2}.get(technique, 1)
-    with progress(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
+    with Lines(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
         merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
     clip.write_tensors(merged, out, files[0].metadata)
     plural = "s" * (len(experts) > 1)
@@ -882,204 +1598,60 @@ class Watched(clip.Tensors):
         return stored
 
 
-# ----------------------------------------------------------------------------------------------------------- benchmarks
-
-MERGES = {name: (name, {}) for name in merge.TECHNIQUES}
-MERGES |= {"ties, whole vector": ("ties", {"whole": True}), "dare, election": ("dare", {"elect": True})}
-CASES = ["read", *MERGES, "ties, stacked", "ema copy", "ema update"]
-
-
-def bench_command(argv):
-    """Each measurement is a ratio within one run; a machine's other work disturbs ratios least."""
-    p = argparse.ArgumentParser("fomo.py bench", description="merge: seconds and peak memory of merging files, one"
-                                " thread. methods: a step of each method in units of a finetuning step.")  # fmt: skip
-    p.add_argument("what", choices=["merge", "methods"])
-    p.add_argument("--model", choices=clip.CONFIGS, help="default ViT-B-16 for merge, tiny for methods")
-    p.add_argument("--experts", type=int, default=20, help="merge: random files, written to --folder first")
-    p.add_argument("--folder", help="merge: where they are written, then removed; default the system's tmp")
-    p.add_argument("--case", choices=CASES, metavar="CASE", help="merge: this one alone, on what is in --folder")
-    p.add_argument("--batch-size", type=int, default=128, help="methods: image-text pairs")
-    p.add_argument("--rounds", type=int, default=20, help="methods: timed pairs of steps, after two untimed")
-    p.add_argument("--methods", nargs="+", choices=methods.METHODS, default=[*methods.METHODS])
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="methods: where")
-    args = p.parse_args(argv)
-    if min(args.experts, args.batch_size, args.rounds - 1) < 1 or (args.case and not args.folder):
-        raise ValueError("--experts and --batch-size are at least 1, --rounds 2; --case measures files in a --folder")
-    check_device(args.device)
-    if args.what == "methods":
-        bench_methods(args)
-    elif args.case:
-        print(json.dumps(bench_merge_case(args.folder, args.case)))
-    else:
-        bench_merge(args)
-
-
-def bench_merge(args):
-    """Every case in a process of its own, so that its peak of memory is its own."""
-    name, rows = args.model or "ViT-B-16", {}
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        template = clip.CLIP(clip.CONFIGS[name]).state_dict()
-        size = sum(t.nbytes for t in template.values())
-        for i in progress(range(args.experts + 1), "writing"):
-            noise = {n: t + 1e-3 * (i > 0) * torch.randn(t.shape) for n, t in template.items()}
-            clip.write_tensors(noise, os.path.join(folder, f"{i:03}.safetensors"))
-        del template, noise
-        print(f"{args.experts} experts of {name}, {size / 1e6:.0f} MB each, float32, one thread")
-        for case in progress([*CASES, "read"], "measuring"):  # read twice, the first fills the system's cache
-            command = [sys.executable, __file__, "bench", "merge", "--folder", folder, "--case", case]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            row = json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr.strip()[-200:]}
-            rows[case] = row
-    for case, row in rows.items():
-        print(f"{case:20}" + (row.get("failed") or "{:9.2f} s {:9.2f} s on the CPU, peak {:6.2f} x the model".format(
-            row["seconds"], row["cpu_seconds"], row["peak_bytes"] / size)))  # fmt: skip
-    print(json.dumps({"model": name, "experts": args.experts, "bytes": size, "cases": rows}))
-
-
-def bench_merge_case(folder, case):
-    """-> seconds, those on the CPU, and the peak of memory above the interpreter, in bytes (Linux)."""
-    base, *experts = [clip.read_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))]
-    torch.set_num_threads(1)
-    if case in MERGES:
-        technique, options = MERGES[case]
-        work = partial(merge.merge, technique, base, experts, **options)
-    elif case == "read":
-        work = partial(_read_all, base, experts)
-    elif case == "ties, stacked":
-        work = partial(_stacked_ties, base, experts)
-    else:
-        theta = {name: experts[0][name] for name in base}
-        timeline, copies = merge.Timeline(base), {name: tensor.clone() for name, tensor in theta.items()}
-        work = {"ema update": partial(timeline.add, theta), "ema copy": partial(_copy_all, copies, theta)}[case]
-    before, runs = _status("VmRSS"), []
-    while len(runs) < 7 and sum(seconds for seconds, _ in runs) < 20:  # what is short is repeated; the best counts
-        began = time.perf_counter(), time.process_time()
-        work()
-        runs.append((time.perf_counter() - began[0], time.process_time() - began[1]))
-    seconds, on_cpu = min(runs)
-    return {"seconds": seconds, "cpu_seconds": on_cpu, "peak_bytes": _status("VmHWM") - before}
-
-
-def _status(field):
-    """VmRSS is now, VmHWM the peak. (getrusage's peak would include the parent's, inherited through fork.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def _read_all(base, experts):
-    for name in base:
-        for expert in experts:
-            expert[name]
-
-
-def _copy_all(copies, theta):
-    for name, tensor in theta.items():
-        copies[name].copy_(tensor)
-
-
-def _stacked_ties(base, experts, density=0.2):
-    """TIES as it is usually written down, all experts of a tensor at once: what merge.py is measured against."""
-    merged = {}
-    for name in base:
-        theta_0, taus = base[name], []
-        for expert in experts:
-            tau = (expert[name] - theta_0).reshape(-1)
-            keep = max(1, round(density * len(tau)))
-            taus.append(torch.where(tau.abs() >= tau.abs().kthvalue(len(tau) - keep + 1).values, tau, 0))
-        taus = torch.stack(taus)  # [k, n]
-        taus *= (taus > 0) == (taus.sum(0) >= 0)
-        merged[name] = theta_0 + (taus.sum(0) / (taus != 0).sum(0).clamp(min=1)).view_as(theta_0)
-    return merged
-
-
-def bench_methods(args):
-    """The method and finetuning alternate; on a CPU its time is counted, not the clock's. Penalties are on (task 2)."""
-    config, n = clip.CONFIGS[args.model or "tiny"], args.batch_size
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.model or 'tiny'}, batch {n}, {where}, median of {args.rounds} alternating rounds (ratio's quartiles)")
-    print(f"{'method':12} {'ms a step':>9} {'finetune':>9} {'ratio':>6}")
-    torch.manual_seed(0)
-    images = torch.randn(n, 3, config.image_size, config.image_size, device=args.device)
-    tokens = torch.randint(1, config.vocab_size - 1, (n, config.context_length), device=args.device)
-    tokens[:, -1] = config.vocab_size - 1  # the end token: texts of full length, the costliest
-    model = clip.CLIP(config).to(args.device)
-    for name in args.methods:
-        pair = [_timed_step(key, copy.deepcopy(model), (images, tokens)) for key in (name, "finetune")]
-        rounds = [[step() for step in pair] for _ in progress(range(args.rounds + 2), name)][2:]
-        mine, plain = (statistics.median(times) for times in zip(*rounds))
-        low, ratio, high = statistics.quantiles([a / b for a, b in rounds], n=4)
-        print(f"{name:12} {1e3 * mine:9.1f} {1e3 * plain:9.1f} {ratio:6.3f} ({low:.3f} to {high:.3f})", flush=True)
-
-
-def _timed_step(name, model, batch):
-    """-> function that takes one step in the method's second task and returns its seconds."""
-    method, cuda = methods.METHODS[name](), batch[0].is_cuda
-    method.prepare(model)
-    clock = time.perf_counter if cuda else time.process_time
-
-    def loss(model, batch):
-        return clip.contrastive_loss(*model(*batch))
-
-    def step():
-        began = clock()
-        (loss(model, batch) + method.penalty(model)).backward()
-        torch.nn.utils.clip_grad_norm_(method.trained.values(), 1.0)
-        method.after_backward(model, 1e-5)
-        optimizer.step()
-        optimizer.zero_grad()
-        if cuda:
-            torch.cuda.synchronize()
-        return clock() - began
-
-    for task in range(2):
-        optimizer = method.optimizer(model)
-        method.before_task(model, task)
-        if task == 0:
-            step()
-            method.after_task(model, [(batch, len(batch[0]))], loss)
-    return step
-
-
-COMMANDS = {"report": report_command, "evaluate": evaluate_command, "budget": budget_command, "merge": merge_command,
-            "bench": bench_command}  # fmt: skip
-
-
-FULL = ": free some space where --out or --cache lies and start the same command again; what was finished is kept"
+COMMANDS = {
+    "report": report_command, "evaluate": evaluate_command, "budget": budget_command,
+    "merge": merge_command,
+}  # fmt: skip
+FULL = "; free some space where --out or --cache lies and start the same command again"
 
 
 def main(argv=None):
+    """Runs a command. What the user can mend is one sentence on stderr, and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch needs to be deterministic on a GPU
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch needs it to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds nothing here
     try:
         if argv and argv[0] in COMMANDS:
             COMMANDS[argv[0]](argv[1:])
         elif argv and not argv[0].startswith("-"):
-            raise ValueError(f"there is no command {argv[0]}; there are {', '.join(COMMANDS)}, and without one, a run")
+            raise ValueError(f"there is no command {argv[0]}; there are {', '.join(COMMANDS)}, and"
+                             " without one, a run")
         else:
             run(parse(argv))
         sys.stdout.flush()
     except BrokenPipeError:  # who read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as e:
-        system = isinstance(e, OSError) and e.strerror
-        print(f"fomo: {f'{e.filename}: ' if system and e.filename else ''}{e.strerror if system else e}"
-              f"{FULL if system and e.errno == errno.ENOSPC else ''}", file=sys.stderr)  # fmt: skip
-        return 2
-    except (torch.OutOfMemoryError, MemoryError):
-        print("fomo: the memory is full: take a smaller --batch-size or --precision bf16", file=sys.stderr)
-        return 2
-    except RuntimeError as e:  # which torch raises wherever this process is when one of its workers dies
-        if "DataLoader worker" not in str(e):
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        sentence = explain(e)
+        if sentence is None:
             raise
-        print(f"fomo: a process that prepares batches died ({e}): memory full? take fewer --workers", file=sys.stderr)
+        print(f"fomo: {sentence}", file=sys.stderr)
         return 2
+    except Stopped as e:
+        kept = e.args[1] if len(e.args) > 1 else "nothing was lost"
+        print(f"\nfomo: stopped by {signal.Signals(e.args[0]).name}; {kept}", file=sys.stderr)
+        return 128 + e.args[0]
     except KeyboardInterrupt:
-        print("\nfomo: interrupted; the same command goes on after the last finished task, if any", file=sys.stderr)
+        print("\nfomo: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def explain(e):
+    """One sentence for an error that a user can do something about. None for a fault of ours."""
+    text = str(e)
+    if isinstance(e, OSError) and e.strerror:
+        place = f"{e.filename}: " if e.filename else ""
+        return f"{place}{e.strerror}{FULL if e.errno == errno.ENOSPC else ''}"
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return "the memory is full: take --micro-batch, a smaller --batch-size or --precision bf16"
+    if "DataLoader worker" in text:  # which torch raises wherever this process is when one dies
+        return f"a process that prepares batches died ({e}): memory full? take fewer --workers"
+    if dist.is_initialized() and isinstance(e, RuntimeError):
+        return f"another process of this run has ended; it says why ({text.splitlines()[0][:120]})"
+    return text if isinstance(e, (ValueError, OSError)) else None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 python -m pytest -q test_fomo.py
 """
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads spin beside a busy process; first of all
+
+import argparse
 import ast
 import contextlib
 import copy
@@ -16,7 +21,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import random
 import re
@@ -25,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -2448,6 +2453,77 @@ def test_unknown_and_ill_typed_options_are_errors(capsys):
     assert "invalid" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------- kills
+
+KILLED = {  # the runs that are killed; merge-all keeps its experts in files
+    "finetune": ["--method", "finetune"],
+    "merge": ["--method", "merge"],
+    "merge-all": ["--method", "merge", "--merge-deploy", "all"],
+    "lora": ["--method", "lora"],
+    "ewc": ["--method", "ewc"],
+    "si": ["--method", "si"],
+    "galore": ["--method", "galore"],
+}
+
+
+def killed_run(options, out, moments):
+    """Starts the run again and again, SIGKILLed after each of `moments` seconds, then to its end.
+    -> for each kill the age in seconds of the newest state, None where there was none."""
+    ages = []
+    for seconds in moments:
+        process = launch(*options, "--out", str(out))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            assert process.returncode == 0
+            return ages  # it came to its end before
+        process.kill()
+        process.wait()
+        state = out / "state.pt"
+        ages.append(time.time() - state.stat().st_mtime if state.exists() else None)
+        if (out / "results.json").exists():  # killed when all was written
+            return ages
+    process = launch(*options, "--out", str(out))
+    assert process.wait(600) == 0
+    return ages
+
+
+def bench_kills(argv):
+    """20 SIGKILLs at random moments of a run's whole life, theta_0's training included, for each of
+    seven runs: same weights and scores, to the bit?"""
+    parser = argparse.ArgumentParser("test_fomo.py kills", description=bench_kills.__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--runs", nargs="+", choices=KILLED, default=list(KILLED))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        root = write_flux(data.toy(0), folder / "root")
+        for name in args.runs:
+            options = flux_options(root, folder / name, *KILLED[name], "--steps", "40")
+            options += ["--pretrain-steps", "80", "--save-every", "0.5"]
+            began = time.time()
+            whole = ["--cache", str(folder / f"{name}-whole-cache")]
+            assert killed_run([*options, *whole], folder / f"{name}-whole", []) == []
+            life = time.time() - began
+            ages, out, round_ = [], folder / f"{name}-cut", 0
+            while len(ages) < args.kills:  # a new life, theta_0's training included
+                shutil.rmtree(out, ignore_errors=True)
+                round_ += 1
+                moments = [rng.uniform(1.5, life) for _ in range(min(5, args.kills - len(ages)))]
+                cut = ["--cache", str(folder / f"{name}-cache-{round_}")]
+                ages += killed_run([*options, *cut], out, moments)
+                same = scores(out) == scores(folder / f"{name}-whole")
+                weights = [(p / "model.safetensors").read_bytes()
+                           for p in (out, folder / f"{name}-whole")]  # fmt: skip
+                assert same and weights[0] == weights[1], f"{name}: not the same after {moments}"
+            known = [age for age in ages if age is not None]
+            row = {"run": name, "kills": len(ages), "seconds": round(life, 1),
+                   "with_a_state": len(known), "oldest_state_seconds": round(max(known), 2),
+                   "bit_identical": True}  # fmt: skip
+            print(json.dumps(row), flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------- the house itself
 
 
@@ -4730,3 +4806,14 @@ def test_a_schedule_that_does_not_exist_is_refused_with_those_that_do():
     for wrong in ({"step": 10}, {"step": -1}, {"task": -1}, *bounds):
         with pytest.raises(ValueError, match="count from 0|lie in 0..1"):
             methods.learning_rate(**{"step": 0, "steps": 10, "task": 0, **wrong})
+
+
+# ------------------------------------------------------------------------------------- benchmarks
+
+BENCHES = {"kills": bench_kills}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in BENCHES:
+        BENCHES[sys.argv[1]](sys.argv[2:])
+    else:
+        sys.exit(f"python test_fomo.py {'|'.join(BENCHES)}; the tests: python -m pytest test_fomo.py")
