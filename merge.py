@@ -189,7 +189,7 @@ def slerp(v, weights):
             norm += float(merged[part] @ merged[part])
             norm_i += float(theta @ theta)
         length = math.sqrt(norm) * math.sqrt(norm_i)
-        cosine = dot / length if length else 1.0  # the first one, and zero tensors, are met linearly
+        cosine = dot / length if length else 1.0  # the first, and zero tensors: linear
         if abs(cosine) > 0.9995:
             old = 1 - t
             new = t
@@ -320,8 +320,8 @@ def model_stock(v, weights):
 def random(v, weights, *, seed):
     """Each entry of one expert's tau, expert i's with probability w_i: TIME's baseline.
 
-        tau_i = tau[0]
-        for i in range(1, k):  # a reservoir: i takes the place with chance w_i / (w_1 + .. + w_i)
+        tau_i = torch.zeros(n)
+        for i in range(k):  # a reservoir: i takes the place with chance w_i / (w_1 + .. + w_i)
             take = torch.rand(n, generator=generator) < weights[i] / weights[: i + 1].sum()
             tau_i = torch.where(take, tau[i], tau_i)
         tau = tau_i
@@ -366,10 +366,10 @@ CURVES = {"linear": lambda x: x, "quadratic": lambda x: x * x, "sqrt": math.sqrt
 
 
 def layer_scales(names, alpha=0.5, beta=0.5, how="linear"):
-    """LiNeS (Wang et al. 2024, arXiv 2410.17146): alpha + beta f(l / (L-1)) for the tensors of block
-    l of L, alpha for all others. A block is the first number in a name; L is counted for each tower,
-    i.e. what precedes the number, on its own. -> dict from name to factor. (TIME's takes the place
-    of scale; ours is a factor beside it.)"""
+    """LiNeS (Wang et al. 2024, arXiv 2410.17146): alpha + beta f(l / (L-1)) for the tensors of
+    block l of L, alpha for all others. A block is the first number in a name; L is counted for each
+    tower, i.e. what precedes the number, on its own. -> dict from name to factor. (TIME's takes the
+    place of scale; ours is a factor beside it.)"""
     if how not in CURVES:
         raise ValueError(f"lines must end in one of {', '.join(CURVES)}, got {how!r}")
     places = {}  # name -> tower, block
@@ -407,7 +407,7 @@ AVERAGES = ("linear", "slerp", "random")  # weights sum to one
 UNWEIGHTED = ("magmax", "model-stock", "tall-mask")
 
 
-# --------------------------------------------------------------------- what the techniques are made of
+# --------------------------------------------------------------- what the techniques are made of
 
 
 class Vectors:
@@ -452,8 +452,8 @@ class Vectors:
         return self._pieces(self.theta_i)
 
     def theta_once(self, i):
-        """theta(i) for one pass alone: from a file, where stored(name).pieces(n) can, piece by piece
-        into the same memory, which takes half the time."""
+        """theta(i) for one pass alone: from a file, where stored(name).pieces(n) can, piece by
+        piece into the same memory, which takes half the time."""
         stored = None
         if hasattr(self.experts[i], "stored"):
             stored = self.experts[i].stored(self.name)
@@ -489,7 +489,8 @@ class Vectors:
 
 
 def _check_finite(tensor, name, who):
-    """ValueError if a NaN or an infinity is in it: magmax and others would hide it in the result."""
+    """ValueError if a NaN or an infinity is in it: magmax and others would hide it in the
+    result."""
     if not tensor.is_floating_point():
         return
     for piece in tensor.reshape(-1).split(PIECE):
@@ -507,9 +508,10 @@ def _total(v, weights, pieces):
 
 
 def _elect(v, weights, pieces, function):
-    """TIES' steps 2 and 3: an entry's sign is that of its sum over the experts (plus for a sum of 0,
-    as in mergekit and peft); then the mean, sum or largest magnitude of the non-zero entries of that
-    sign. What agrees with either sign is gathered side by side, so that every expert is read once."""
+    """TIES' steps 2 and 3: an entry's sign is that of its sum over the experts (plus for a sum of
+    0, as in mergekit and peft); then the mean, sum or largest magnitude of the non-zero entries of
+    that sign. What agrees with either sign is gathered side by side, so that every expert is read
+    once."""
     plus = v.zeros()  # sums of the entries above zero
     minus = v.zeros()  # and below
     plus_seen = plus  # for mean how many there are, for max the extremes
@@ -579,8 +581,8 @@ class Cut:
         return False
 
     def trim(self, tau):
-        """tau with all but the k entries set to 0, as a new tensor. To be called once for each piece,
-        in order."""
+        """tau with all but the k entries set to 0, as a new tensor. To be called once for each
+        piece, in order."""
         tau = tau.to(self.dtype)
         trimmed = torch.nn.functional.hardshrink(tau, self.threshold)  # |tau| > threshold
         if self.room > 0:
@@ -665,8 +667,10 @@ def check_options(technique, options):
 
 
 def _check_weights(technique, weights, k):
-    if k < (2 if technique == "model-stock" else 1):
-        raise ValueError(f"{technique} needs {'two experts, got one' if k else 'an expert, got none'}")
+    if k == 0:
+        raise ValueError(f"{technique} needs an expert, got none")
+    if k == 1 and technique == "model-stock":
+        raise ValueError("model-stock needs two experts, got one")
     if weights is None:
         return [1 / k if technique in AVERAGES else 1.0] * k
     if technique in UNWEIGHTED:
@@ -676,8 +680,9 @@ def _check_weights(technique, weights, k):
         raise ValueError(f"weights must be finite, got {weights}")
     if len(weights) != k:
         raise ValueError(f"weights must be one per expert: got {len(weights)} for {k} experts")
-    if technique in AVERAGES and abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"weights must sum to one for {technique}, got {weights} with sum {sum(weights):.6g}")
+    total = sum(weights)
+    if technique in AVERAGES and abs(total - 1) > 1e-6:
+        raise ValueError(f"weights must sum to one for {technique}, not to {total:.6g}: {weights}")
     if technique in ("slerp", "random") and min(weights) < 0:
         raise ValueError(f"weights must not be negative for {technique}, got {weights}")
     return weights
@@ -687,21 +692,29 @@ def _check_names(base, other, what):
     different = sorted(set(base) ^ set(other))
     if different:
         where = "base" if different[0] in base else what
-        raise ValueError(f"tensor {different[0]} is only in the {where} ({len(different)} names differ from the base)")
+        count = f"{len(different)} names differ from the base"
+        raise ValueError(f"tensor {different[0]} is only in the {where} ({count})")
 
 
-# ------------------------------------------------------------------------------------------------ merging over time
+# ------------------------------------------------------------------------------- merging over time
 
 GROWTHS = {
-    "uniform": lambda i: 1, "linear": lambda i: i, "sqrt": math.sqrt, "quadratic": lambda i: i**2,
-    "cubic": lambda i: i**3, "fifth": lambda i: i**5, "tenth": lambda i: i**10, "exponential": lambda i: 2**i,
+    "uniform": lambda i: 1,
+    "linear": lambda i: i,
+    "sqrt": math.sqrt,
+    "quadratic": lambda i: i**2,
+    "cubic": lambda i: i**3,
+    "fifth": lambda i: i**5,
+    "tenth": lambda i: i**10,
+    "exponential": lambda i: 2**i,
     "logarithmic": lambda i: math.log(i + 1),
-}  # fmt: skip
+}
 
 
 def expert_weights(tasks, how="uniform", reverse=False, include_base=False):
-    """Weights of the experts of `tasks` tasks, oldest first, that sum to one: they grow as GROWTHS[how](1, 2, ...), or
-    with reverse shrink so. With include_base theta_0 comes before the first and has the first weight. (TIME.)"""
+    """Weights of the experts of `tasks` tasks, oldest first, that sum to one: they grow as
+    GROWTHS[how](1, 2, ...), or with reverse shrink so. With include_base theta_0 comes before the
+    first and has the first weight. (TIME.)"""
     if how not in GROWTHS:
         raise ValueError(f"expert weights must be one of {', '.join(GROWTHS)}, got {how!r}")
     raw = [GROWTHS[how](i) for i in range(1, tasks + include_base + 1)]
@@ -718,50 +731,83 @@ TIMELINES = {
 SOURCES = ("zero-shot", "latest", "ema", "all")
 
 
+def timeline_used(init, deploy, technique="linear"):
+    """-> names of the arguments that a Timeline of these uses, its technique's options included."""
+    merged = {init, deploy} & {"ema", "all"}
+    names = ["technique", *used(technique)] if merged else []
+    if "ema" in merged:
+        names += ["anchored", "weight"] if technique in AVERAGES else ["anchored"]
+    if "all" in merged:
+        names.append("include_base")
+        if technique not in UNWEIGHTED:
+            names += ["expert_weights", "reverse"]
+    return tuple(names)
+
+
 class Timeline:
-    """Which weights start a task and which are deployed after it (TIME, sec. 3). theta_t is what training task t makes
-    of start(), m_t the running merge, M_t one merge of theta_1 ... theta_t; before the first task all are theta_0.
+    """Which weights start a task and which are deployed after it (TIME, sec. 3). theta_t is what
+    training task t makes of start(), m_t the running merge, M_t one merge of theta_1 ... theta_t;
+    before the first task all are theta_0.
 
-    init / deploy | latest: theta_t             | ema: m_t                          | all: M_t
-    zero-shot     | the last task's specialist  | zs-merge: average of specialists  | offline-merge
-    latest        | finetune                    | finetune, its running average     | finetune, its snapshots merged
-    ema           | one task away from m_{t-1}  | ema-merge, the best in TIME       | trained from m, all experts merged
-    all           | one task away from M_{t-1}  | trained from M, running average   | all experts merged at every step
+    init / deploy | latest: theta_t             | ema: m_t             | all: M_t
+    zero-shot     | the last task's specialist  | zs-merge             | offline-merge
+    latest        | finetune                    | its running average  | its snapshots merged
+    ema           | one task away from m_{t-1}  | ema-merge, the best  | all experts, trained from m
+    all           | one task away from M_{t-1}  | average, from M      | all experts, at every step
 
-    m_t = w m_{t-1} + (1-w) theta_t for linear: w weighs the old weights. anchored (ft-merge) puts theta_0 in the place
-    of m_{t-1}. slerp and random do the same in their way. The other techniques have no such weight: m_t is their merge,
-    against theta_0, of the two experts m_{t-1} and theta_t, as in the authors' code; the first m, and every anchored
-    one, is of theta_t alone, as theta_0 has no task vector. task-arithmetic overshoots then, m_{t-1} being within both,
-    unless scale is small (.1). model-stock of a single expert is that expert, here.
+    m_t = w m_{t-1} + (1-w) theta_t for linear: w weighs the old weights. anchored (ft-merge) puts
+    theta_0 in the place of m_{t-1}. slerp and random do the same in their way. The other techniques
+    have no such weight: m_t is their merge, against theta_0, of the two experts m_{t-1} and
+    theta_t, as in the authors' code; the first m, and every anchored one, is of theta_t alone, as
+    theta_0 has no task vector. task-arithmetic overshoots then, m_{t-1} being within both, unless
+    scale is small (.1). model-stock of a single expert is that expert, here.
 
-    M_t weighs its experts by expert_weights(t, ...); techniques that add task vectors get as many times these as there
-    are experts, so that uniform is 1 each. dare and random draw new masks for every t.
+    M_t weighs its experts by expert_weights(t, ...); techniques that add task vectors get as many
+    times these as there are experts, so that uniform is 1 each. dare and random draw new masks for
+    every t.
 
-    base: theta_0, is copied. options: the technique's, see merge().
-    store: keeps the experts if init or deploy is "all": has append(state dict), [i] -> mapping, len, pop(), and belongs
-    to this timeline alone. By default a list in memory. A run killed after add() and before state() was saved leaves an
-    expert too many in a store on disk; the next add() drops it."""
+    The authors' differ: zero-shot/ema and its like start their average at theta_1 with .5/.5, ours
+    at theta_0 with w; their random over time is 50/50; their first offline task arithmetic and
+    MagMax are theta_1 unscaled; their model stock never leaves theta_0 over time, nor do TALL masks
+    of threshold 2; their zs- and ft-merges with task vectors write into theta_0.
 
-    def __init__(self, base, init="ema", deploy="ema", technique="linear", weight=0.9, store=None,
-                 expert_weights="uniform", reverse=False, include_base=False, anchored=False, **options):  # fmt: skip
+    base: theta_0, is copied. options: the technique's, see merge(). store: keeps the experts if
+    init or deploy is "all": has append(state dict), [i] -> mapping, len, pop(), and belongs to this
+    timeline alone. By default a list in memory. A run killed after add() and before state() was
+    saved leaves an expert too many in a store on disk; the next add() drops it."""
+
+    def __init__(
+        self, base, init="ema", deploy="ema", technique="linear", weight=0.9, store=None,
+        expert_weights="uniform", reverse=False, include_base=False, anchored=False, **options
+    ):  # fmt: skip
         check_options(technique, options)
-        limits = ("init", init, SOURCES), ("deploy", deploy, SOURCES[1:]), ("expert_weights", expert_weights, GROWTHS)
-        for option, value, allowed in limits:
-            if value not in allowed:
-                raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+        _check_choice("init", init, SOURCES)
+        _check_choice("deploy", deploy, SOURCES[1:])
+        _check_choice("expert_weights", expert_weights, GROWTHS)
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be in [0, 1], got {weight!r}")
         if technique in UNWEIGHTED and expert_weights != "uniform":
-            raise ValueError(f"{technique} takes no weights: expert_weights must be uniform, got {expert_weights!r}")
-        self.init, self.deployed, self.technique, self.options = init, deploy, technique, options
-        self.weight, self.anchored, self.store = weight, anchored, [] if store is None else store
+            sentence = f"{technique} takes no weights: expert_weights must be uniform"
+            raise ValueError(f"{sentence}, got {expert_weights!r}")
+        self.init = init
+        self.deployed = deploy
+        self.technique = technique
+        self.options = options
+        self.weight = weight
+        self.anchored = anchored
+        self.store = [] if store is None else store
         self.growth = {"how": expert_weights, "reverse": reverse, "include_base": include_base}
         self.keeps = {init, deploy} - {"zero-shot"}  # what has to be remembered
-        self.task, self.base, self.latest = 0, _copy(base), {}
-        self.running = _copy(self._widened(self.base)) if "ema" in self.keeps else {}  # m_t, never in 16 bits
+        self.task = 0
+        self.base = _copy(base)
+        self.latest = {}
+        self.running = {}
+        if "ema" in self.keeps:
+            self.running = _copy(self._widened(self.base))  # m_t, never in 16 bits
 
     def start(self):
-        """State dict to train the next task from, in the base's dtypes and on its devices; the caller's own."""
+        """State dict to train the next task from, in the base's dtypes and on its devices; the
+        caller's own."""
         return self._weights(self.init)
 
     def deploy(self):
@@ -773,61 +819,100 @@ class Timeline:
         """theta: state dict at the end of a task; copied as far as needed."""
         _check_names(self.base, theta, "new expert")
         for name, like in self.base.items():
-            if (shape := theta[name].shape) != like.shape:
-                raise ValueError(f"tensor {name} is {list(shape)} in the new expert, not {list(like.shape)}")
+            shape = theta[name].shape
+            if shape != like.shape:
+                here = f"{list(shape)} in the new expert"
+                raise ValueError(f"tensor {name} is {here}, not {list(like.shape)}")
+            _check_finite(theta[name], name, "the new expert")
         if "ema" in self.keeps:
             self._update(theta)
         if "latest" in self.keeps:
             self.latest = _copy(theta)
         if "all" in self.keeps:
-            if len(self.store) < self.task:
-                raise ValueError(f"the store holds {len(self.store)} experts of the {self.task} tasks added so far")
+            self._check_store()
             while len(self.store) > self.task:
                 self.store.pop()
             self.store.append(_copy(theta) if isinstance(self.store, list) else theta)
         self.task += 1
 
     def state(self):
-        """Copies of all that changes, for torch.save; experts in a store of the caller's are not among it."""
-        experts = [_copy(e) for e in self.store[: self.task]] if isinstance(self.store, list) else []
-        return {"task": self.task, "keeps": sorted(self.keeps), "experts": experts,
-                "running": _copy(self.running), "latest": _copy(self.latest)}  # fmt: skip
+        """Copies of all that changes, for torch.save; experts in a store of the caller's are not
+        among it. A timeline of the same base, init and deploy goes on from it, in this run or, with
+        more tasks, in another; a store must then hold the experts so far."""
+        in_memory = isinstance(self.store, list)
+        return {
+            "task": self.task,
+            "keeps": sorted(self.keeps),
+            "experts": [_copy(e) for e in self.store[: self.task]] if in_memory else [],
+            "running": _copy(self.running),
+            "latest": _copy(self.latest),
+        }
 
     def load_state(self, state):
-        if state["keeps"] != sorted(self.keeps):
-            raise ValueError(f"the state is of a timeline that keeps {state['keeps']}, this one {sorted(self.keeps)}")
+        """What state() gave. ValueError if it is of another timeline, or the store lacks
+        experts."""
+        keeps = sorted(self.keeps)
+        if state["keeps"] != keeps:
+            there = f"the state is of a timeline that keeps {state['keeps']}"
+            raise ValueError(f"{there}, this one {keeps}")
+        weights = state["running"], state["latest"], *state["experts"]
+        for kept in filter(None, weights):
+            _check_names(self.base, kept, "state")
         self.task = state["task"]
-        self.running, self.latest = (
-            {name: t.to(self.base[name].device, copy=True) for name, t in state[key].items()}
-            for key in ("running", "latest")
-        )
-        if isinstance(self.store, list):
-            self.store[:] = map(_copy, state["experts"])
+        self.running = self._moved(state["running"])
+        self.latest = self._moved(state["latest"])
+        if "all" in self.keeps:
+            if isinstance(self.store, list):
+                self.store[:] = [_copy(expert) for expert in state["experts"]]
+            self._check_store()
+
+    def _check_store(self):
+        here = len(self.store)
+        if here < self.task:
+            raise ValueError(f"the store holds {here} experts of the {self.task} tasks so far")
+
+    def _moved(self, weights):
+        return {n: t.to(self.base[n].device, copy=True) for n, t in weights.items()}
 
     def _weights(self, source):
-        kept = {"zero-shot": self.base, "latest": self.latest, "ema": self.running}
-        weights = self.base if self.task == 0 else kept[source] if source in kept else self._merge_all()
-        return {n: weights[n].detach().to(like.device, like.dtype, copy=True) for n, like in self.base.items()}
+        if self.task == 0 or source == "zero-shot":
+            weights = self.base
+        elif source == "all":
+            weights = self._merge_all()
+        else:
+            weights = self.latest if source == "latest" else self.running
+        return {
+            n: weights[n].detach().to(like.device, like.dtype, copy=True)
+            for n, like in self.base.items()
+        }
 
     def _update(self, theta):
         """m_{t-1} -> m_t."""
         weights = [self.weight, 1 - self.weight] if self.technique in AVERAGES else None
-        if self.technique == "linear":  # in place
-            names = [n for n, m in self.running.items() if m.is_floating_point()]
-            running = [self.running[n] for n in names]
-            if self.anchored:
-                torch._foreach_copy_(running, [self.base[n] for n in names])
-            torch._foreach_lerp_(running, [theta[n].detach().to(self.running[n]) for n in names], weights[1])
+        if self.technique == "linear":
+            self._average(theta)
         elif weights or self.task > 0 and not self.anchored:
-            self.running = self._merge([self.base if self.anchored else self.running, theta], weights)
+            before = self.base if self.anchored else self.running
+            self.running = self._merge([before, theta], weights)
         else:
             self.running = self._merge([theta], None)
 
+    def _average(self, theta):
+        """m_t = w m_{t-1} + (1-w) theta_t, in place."""
+        names = [n for n, m in self.running.items() if m.is_floating_point()]
+        running = [self.running[n] for n in names]
+        if self.anchored:
+            torch._foreach_copy_(running, [self.base[n] for n in names])
+        new = [theta[n].detach().to(self.running[n]) for n in names]
+        torch._foreach_lerp_(running, new, 1 - self.weight)
+
     def _merge_all(self):
-        experts = [self.base] * self.growth["include_base"] + [self.store[i] for i in range(self.task)]
+        experts = [self.base] * self.growth["include_base"]
+        experts += [self.store[i] for i in range(self.task)]
         weights = expert_weights(self.task, **self.growth)
         if self.technique not in AVERAGES:
-            weights = None if self.growth["how"] == "uniform" else [len(weights) * w for w in weights]
+            uniform = self.growth["how"] == "uniform"
+            weights = None if uniform else [len(weights) * w for w in weights]
         return self._merge(experts, weights)
 
     def _merge(self, experts, weights):
@@ -839,7 +924,15 @@ class Timeline:
         return merge(self.technique, self._widened(self.base), experts, weights, **options)
 
     def _widened(self, weights):
-        return {n: weights[n].detach().to(like.device, _wide(like.dtype)) for n, like in self.base.items()}
+        return {
+            n: weights[n].detach().to(like.device, _wide(like.dtype))
+            for n, like in self.base.items()
+        }
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _copy(weights):
