@@ -58,12 +58,6 @@ except ImportError:  # not POSIX: nobody is locked out
 TIMELINES = {"merge": merge.TIMELINES["ema-merge"], **merge.TIMELINES}
 RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "joint", "zero-shot"]
 
-USES = {
-    "lora": ("rank", "scale"), "dora": ("rank", "scale"), "vera": ("rank", "scale"),
-    "galore": ("rank", "gap", "scale"), "ewc": ("ewc_lambda", "ewc_gamma", "fisher_samples"),
-    "si": ("si_c", "si_xi"),
-}  # fmt: skip
-
 # What the paper uses (sec. 3 and 4), and what makes the same picture of the tiny model in minutes.
 PAPER = {
     "batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None,
@@ -77,6 +71,14 @@ def option(group, default, text, choices=None, least=None, above=None):
     """A field of Config. least, above: the smallest value, or the one that all are larger than."""
     metadata = {"group": group, "help": text, "choices": choices, "least": least, "above": above}
     return field(default=default, metadata=metadata)
+
+
+def of_method(name):
+    """The option of some methods that methods.py calls so."""
+    _, least, text = methods.OPTIONS[name]
+    uses = {m: getattr(kind, name) for m, kind in methods.METHODS.items() if name in methods.used(m)}
+    defaults = ", ".join(f"{m} {value}" for m, value in uses.items())
+    return option("method", None, f"{text} (default {defaults})", least=least)
 
 
 @dataclass
@@ -134,15 +136,14 @@ class Config:
     weight_decay: float = option("schedule", 0.2, "of AdamW, betas .9 and .999", least=0)
     clip_norm: float = option("schedule", 1.0, "gradient norm", above=0)
 
-    rank: int = option("method", None, "of lora, dora, vera (default 4) and galore (16)")
-    scale: float = option("method", None, "s of lora, dora and vera (default 1) and galore (2)")
-    gap: int = option("method", None, "galore: steps between projections (default 200)")
-    ewc_lambda: float = option("method", None, "weight of EWC's penalty (default 1)")
-    ewc_gamma: float = option("method", None, "what a task leaves of the Fisher before it (default 1)")
-    fisher_samples: int = option("method", None, "ewc: at most so many of a task enter its Fisher"
-                                 " (default 50,000)")
-    si_c: float = option("method", None, "weight of SI's penalty (default .5)")
-    si_xi: float = option("method", None, "SI's damping (default 1)")
+    rank: int = of_method("rank")
+    scale: float = of_method("scale")
+    gap: int = of_method("gap")
+    ewc_lambda: float = of_method("ewc_lambda")
+    ewc_gamma: float = of_method("ewc_gamma")
+    fisher_samples: int = of_method("fisher_samples")
+    si_c: float = of_method("si_c")
+    si_xi: float = of_method("si_xi")
 
     merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs the"
                                  " old weights")
@@ -217,7 +218,7 @@ def train(stage, folder):
         batches = learner.batches(stage.mixture, task, stage.steps, stage.step)
         for batch in Lines(batches, title(stage), stage.steps, stage.step, learner):
             rate = set_rate(optimizer, stage.rate(step=stage.step, steps=stage.steps, task=task))
-            loss = learner.backward(batch, factor=scaler.get_scale())
+            loss = learner.backward(batch, scaler)
             add_penalty(method, model, scaler)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(method.trained.values(), c.clip_norm)
@@ -285,7 +286,8 @@ def run(config):
 def parse(argv, program="fomo.py", description=__doc__, names=None):
     """Config from arguments: one option a field, its type the field's. names: only these fields."""
     parser = argparse.ArgumentParser(
-        program, allow_abbrev=False, description=description, argument_default=argparse.SUPPRESS,
+        program, usage=f"{program} [options]", allow_abbrev=False, description=description,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     groups = {}
     for f in fields(Config):
@@ -303,11 +305,14 @@ def parse(argv, program="fomo.py", description=__doc__, names=None):
     return config
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def add_option(group, f):
-    flag = "--" + f.name.replace("_", "-")
     text = f.metadata["help"]
     if f.type is bool:
-        group.add_argument(flag, action="store_true", help=text)
+        group.add_argument(flag(f.name), action="store_true", help=text)
         return
     if f.name in PAPER:
         paper = "" if PAPER[f.name] is None else f"{PAPER[f.name]}; "
@@ -317,7 +322,7 @@ def add_option(group, f):
     choices = f.metadata["choices"]
     many = f.type == tuple[str, ...]
     group.add_argument(
-        flag, type=str if many else f.type, nargs="*" if many else None, choices=choices,
+        flag(f.name), type=str if many else f.type, nargs="*" if many else None, choices=choices,
         help=text.replace("%", "%%"), metavar=None if choices else f.name.upper())  # fmt: skip
 
 
@@ -344,17 +349,17 @@ def refuse_unused(c, given):
         "merge_technique": not merged and technique,
         "merge_options": not merged and technique,
     }  # fmt: skip
-    for name in methods.LEAST:
-        if name != "seed" and name not in USES.get(c.method, ()):
+    trains = c.method if c.method in methods.METHODS else "finetune"
+    for name in methods.OPTIONS:
+        if name != "seed" and name not in methods.used(trains):
             reasons[name] = f"--method {c.method} has no such option"
     if c.method == "zero-shot":
-        trains = ("schedule", "method", "merging")
         for f in fields(Config):
-            if f.metadata["group"] in trains or f.name in ("tasks", "budget", "steps", "micro_batch"):
+            if f.metadata["group"] in ("schedule", "method", "merging"):
                 reasons[f.name] = "--method zero-shot trains nothing"
     for name in given:
         if reasons.get(name):
-            raise ValueError(f"--{name.replace('_', '-')} does nothing here: {reasons[name]}")
+            raise ValueError(f"{flag(name)} does nothing here: {reasons[name]}")
 
 
 def resolve(config):
@@ -391,15 +396,15 @@ def resolve(config):
 
 def check_range(f, value):
     """ValueError unless the field's value lies where its option says."""
-    flag, least, above = "--" + f.name.replace("_", "-"), f.metadata["least"], f.metadata["above"]
+    least, above = f.metadata["least"], f.metadata["above"]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not abs(value) < (2**31 if f.type is int else math.inf):
-        raise ValueError(f"{flag} must be finite and below 2^31, got {value}")
+        raise ValueError(f"{flag(f.name)} must be finite and below 2^31, got {value}")
     if least is not None and value < least:
-        raise ValueError(f"{flag} must be at least {least}, got {value}")
+        raise ValueError(f"{flag(f.name)} must be at least {least}, got {value}")
     if above is not None and not value > above:
-        raise ValueError(f"{flag} must be above {above}, got {value}")
+        raise ValueError(f"{flag(f.name)} must be above {above}, got {value}")
 
 
 def timeline_place(c):
@@ -431,7 +436,7 @@ def merge_options(c):
 
 def make_method(c):
     """What trains: merges and joint runs finetune."""
-    options = {name: getattr(c, name) for name in methods.LEAST}
+    options = {name: getattr(c, name) for name in methods.OPTIONS}
     return methods.METHODS.get(c.method, methods.Method)(**options)
 
 
@@ -592,9 +597,11 @@ class Learner:
         place = {text: i for i, text in enumerate(texts)}
         return features[[place[text] for text in captions]]
 
-    def backward(self, batch, factor=1.0):
-        """Leaves the gradient of the global batch's loss in .grad. Returns the loss, detached."""
+    def backward(self, batch, scaler):
+        """Leaves the gradient of the global batch's loss, times the scaler's factor for float16, in
+        .grad. Returns the loss, detached."""
         images, captions = batch
+        factor = scaler.scale(torch.ones((), device=self.device))
         first, _ = self.crew.share(self.c.batch_size)
         rows = (first, self.c.batch_size) if self.crew.count > 1 else None
         loss = clip.backward(self.encode_image, self.encode_text, images, captions,
@@ -605,12 +612,13 @@ class Learner:
 
     def gradient(self, model, batch):
         """What a method measures after a task: the loss of a batch, detached, its gradient in .grad.
-        Scaled on the way, for float16's sake."""
-        factor = 2.0**14 if self.c.precision == "fp16" else 1.0
-        loss = self.backward(batch, factor)
+        In float16 it may overflow, and small entries vanish, unless it is scaled on the way."""
+        enabled = self.c.precision == "fp16"
+        scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=enabled)
+        loss = self.backward(batch, scaler)
         for p in model.parameters():
-            if p.grad is not None and factor > 1:
-                p.grad /= factor
+            if p.grad is not None:
+                p.grad /= scaler.get_scale()
         return loss
 
     def batches(self, mixture, task, steps, start=0):
@@ -691,7 +699,7 @@ def plan(c, model_config, samples):
     rank = c.rank or 0  # 0 is the paper's
     gap = c.gap or budget.GAP
     maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
-    at_most = max(1, (c.fisher_samples or methods.Method.fisher_samples) // c.batch_size)
+    at_most = max(1, (c.fisher_samples or budget.FISHER_SAMPLES) // c.batch_size)
     looked_at = min(max(1, samples // max(1, tasks) // c.batch_size), at_most)  # batches, by EWC
     once = maf * (budget.task_flops(model_config, c.batch_size, method, looked_at * c.batch_size)
                   / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
@@ -732,7 +740,7 @@ def time_two_steps(learner, mixture):
     method.prepare(learner.model.to(learner.device))
     for batch in learner.batches(mixture, 0, 2):
         began = time.perf_counter()
-        loss = float(learner.backward(batch))
+        loss = float(learner.backward(batch, torch.amp.GradScaler(enabled=False)))
         seconds = time.perf_counter() - began
         learner.crew.say(f"a step takes {seconds:.2f} s without the data's (loss {loss:.3f})")
 
@@ -756,9 +764,8 @@ def inputs(learner, stream, steps):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "torchvision": torchvision.__version__, "pillow": PIL.__version__,
                 "numpy": numpy.__version__}  # fmt: skip
-    return found | versions | {
-        "number of processes": str(learner.crew.count), "number of threads": str(c.threads),
-        "kind of device": kind}  # fmt: skip
+    machine = {flag(name): str(getattr(c, name)) for name in MACHINE}
+    return found | versions | machine | {"processes": str(learner.crew.count), "device": kind}
 
 
 def digest(value):
@@ -1116,12 +1123,10 @@ class Folder:
         self.state = self._read_state()
 
     def _compare_options(self, before):
-        other = [k for k, value in self.options.items() if k not in FREE and before.get(k) != value]
-        accepted = MACHINE if self.c.accept_changes else ()
-        refused = [k for k in other if k not in accepted]
-        if refused:
-            changes = ", ".join(f"--{k.replace('_', '-')} was {before.get(k)}, is {self.options[k]}"
-                                for k in refused)  # fmt: skip
+        other = [k for k, value in self.options.items()
+                 if k not in FREE + MACHINE and before.get(k) != value]  # fmt: skip
+        if other:
+            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.options[k]}" for k in other)
             raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}): name"
                              " another --out")
 
@@ -1176,8 +1181,8 @@ class Folder:
     def _change(name, before, found):
         old, new = before.get(name), found.get(name)
         if old is None or new is None:
-            return f"{name}: {'new' if old is None else 'gone'}"
-        return f"{name} changed" if len(old) == 64 else f"{name}: was {old}, is {new}"
+            return f"{name} {'is new' if old is None else 'has gone'}"
+        return f"{name} changed" if len(old) == 64 else f"{name} was {old}, is {new}"
 
     def restore(self, stage):
         """The stage as it was saved, if it was; from here on a signal waits for the next pause."""
@@ -1328,7 +1333,7 @@ class Folder:
             return
         with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
             self.log_file.close()
-        if self.done or self.state is not None:
+        if self.done or (self.path / "state.pt").exists():
             return
         for name in ("config.json", "config.json.part", "log.jsonl", "state.pt.part",
                      "theta_0.safetensors"):  # fmt: skip
@@ -1623,7 +1628,7 @@ def main(argv=None):
     except BrokenPipeError:  # who read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+    except (ValueError, OSError, MemoryError, RuntimeError, EOFError) as e:
         sentence = explain(e)
         if sentence is None:
             raise
@@ -1642,13 +1647,13 @@ def main(argv=None):
 def explain(e):
     """One sentence for an error that a user can do something about. None for a fault of ours."""
     text = str(e)
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return "the memory is full: take --micro-batch, a smaller --batch-size or --precision bf16"
+    if "DataLoader worker" in text or isinstance(e, (ConnectionError, EOFError)):  # which torch raises wherever this process is when one dies
+        return f"a process that prepares batches died ({e}): memory full? take fewer --workers"
     if isinstance(e, OSError) and e.strerror:
         place = f"{e.filename}: " if e.filename else ""
         return f"{place}{e.strerror}{FULL if e.errno == errno.ENOSPC else ''}"
-    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return "the memory is full: take --micro-batch, a smaller --batch-size or --precision bf16"
-    if "DataLoader worker" in text:  # which torch raises wherever this process is when one dies
-        return f"a process that prepares batches died ({e}): memory full? take fewer --workers"
     if dist.is_initialized() and isinstance(e, RuntimeError):
         return f"another process of this run has ended; it says why ({text.splitlines()[0][:120]})"
     return text if isinstance(e, (ValueError, OSError)) else None
