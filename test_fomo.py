@@ -3139,84 +3139,98 @@ def budget_flash(q, k, v, is_causal):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 
-def budget_counted(config, size, method):
+def budget_counted(config, size, method, micro_batch=None):
     """FlopCounterMode's count of a real forward and backward; on the meta device, which computes shapes alone."""
     with torch.device("meta"):
-        model, batch = budget_model(config, method), budget_batch(config, size)
+        model = budget_model(config, method)
+        images, tokens = budget_batch(config, size)
         with FlopCounterMode(display=False) as counter:
-            loss = clip.contrastive_loss(*model(*batch))
-            if budget.METHODS[method].penalty:
-                constants = [p.detach() for p in model.parameters()]
-                loss = loss + methods.Quadratic.apply(
-                    1.0, constants, constants, *model.parameters()
-                )
-            loss.backward()
+            budget_backward(model, images, tokens, micro_batch)
     return counter.get_total_flops()
+
+
+def budget_backward(model, images, tokens, micro_batch, cast=contextlib.nullcontext):
+    """What a step of fomo.py computes, but for the optimizer and penalties."""
+
+    def encode(tower, inputs):
+        with cast():
+            return F.normalize(tower(inputs), dim=-1).float()
+
+    encode_image = functools.partial(encode, model.encode_image)
+    encode_text = functools.partial(encode, model.encode_text)
+    scale = model.logit_scale.exp()
+    clip.backward(encode_image, encode_text, images, tokens, scale, micro_batch)
 
 
 # what the paper publishes
 
 
-@pytest.mark.parametrize("method", [m for m, row in budget.PAPER.items() if row[0]])
-def test_budget_counts_the_published_gflops_of_a_step(method):
-    ours, published = budget.step_flops(BUDGET_B16, 512, method) / 1e9, budget.PAPER[method][0]
-    same_algorithm = method not in ("dora", "vera")
-    assert ours == pytest.approx(published, abs=1e-4 if same_algorithm else 1e-4 * published)
+@pytest.mark.parametrize("method, rank", budget.PAPER)
+def test_budget_counts_the_published_gflops_of_a_step(method, rank):
+    ours = budget.step_flops(BUDGET_B16, 512, method, rank) / 1e9
+    published, _, _ = budget.PAPER[method, rank]
+    if method == "ewc":  # 98 batches of the Fisher pass in every step
+        ours += budget.task_flops(BUDGET_B16, 512, "ewc") / 1e9
+        tolerance = 99 * 5e-5  # theirs is 99 times a rounded count
+    elif method == "dora":
+        tolerance = 1.7e-4 * published  # B @ A once more: .017 % at rank 64
+    elif method == "vera":
+        tolerance = 0.6e-4 * published  # diagonal matrices in full: .005 %
+    else:
+        tolerance = 1.01e-4  # their last digit is cut, not rounded
+    assert ours == pytest.approx(published, abs=tolerance)
 
 
-def test_budget_explains_the_published_gflops_of_the_adapters_digit_by_digit():
-    towers = budget.towers(BUDGET_B16)
-    cells = [(t.layers, out, inside) for t in towers for out, inside in t.adapted()]
-    product = (
-        sum(n * 2 * 4 * o * i for n, o, i in cells) / 1e9
-    )  # B @ A of every adapted weight, rank 4
-    base = (
-        budget.step_flops(BUDGET_B16, 512, "lora") / 1e9 - 3 * product
-    )  # forward, and the gradients of A and of B
-    lora = round(base + 3 * product, 4)
-    assert (lora + lora + lora) / 3 < lora and str((lora + lora + lora) / 3).startswith(
-        "54479.2515"
-    )
-    assert round(base + 4 * product, 4) == budget.PAPER["dora"][0]  # B @ A once more, for the norm
+@pytest.mark.parametrize("rank", [4, 64])
+def test_budget_explains_the_published_gflops_of_the_adapters_digit_by_digit(rank):
+    cells = [(t.layers, o, i) for t in budget.towers(BUDGET_B16) for o, i in t.adapted()]
+    # B @ A of every adapted weight
+    product = sum(n * 2 * rank * o * i for n, o, i in cells) / 1e9
+    lora = budget.step_flops(BUDGET_B16, 512, "lora", rank) / 1e9
+    base = lora - 3 * product  # without its forward, and the gradients of A and of B
+    if rank == 4:
+        digits = round(lora, 4)
+        mean = (digits + digits + digits) / 3
+        assert mean < digits and str(mean).startswith("54479.2515")
+    # B @ A once more, for the norm
+    assert round(base + 4 * product, 4) == budget.PAPER["dora", rank][0]
     # ((diag(b) B) diag(d)) A from left to right, each with the gradients that frozen A and B leave
-    full = sum(n * 2 * (2 * o * o * 4 + 3 * o * 4 * 4 + 2 * o * 4 * i) for n, o, i in cells) / 1e9
-    assert round(base + full, 4) == budget.PAPER["vera"][0]
+    full = sum(
+        n * 2 * (2 * o * o * rank + 3 * o * rank * rank + 2 * o * rank * i) for n, o, i in cells
+    )
+    assert round(base + full / 1e9, 4) == budget.PAPER["vera", rank][0]
 
 
-def test_budget_gives_all_published_step_counts_with_the_published_memory():
-    full = budget.PAPER["finetune"][1]
-    for method, (_, gib, at_20) in budget.PAPER.items():
-        if gib:
-            assert budget.steps(BUDGET_B16, 512, method, 20, memory_ratio=gib / full) == at_20, (
-                method
-            )
+@pytest.mark.parametrize("method, rank", [key for key in budget.PAPER if key != ("ewc", 0)])
+def test_budget_gives_the_published_step_counts_with_the_published_memory(method, rank):
+    _, full, _ = budget.PAPER["finetune", 0]
+    _, gib, at_20 = budget.PAPER[method, rank]
+    steps = budget.steps(BUDGET_B16, 512, method, 20, rank=rank, memory_ratio=gib / full)
+    # of locked-image the published GFLOPs and GiB give 12982.75 steps, and they print 12982
+    assert steps == at_20 + (method == "locked-image")
 
 
 def test_budget_charges_the_fisher_pass_once_a_task_where_the_paper_charges_every_step():
-    step, once = (
-        budget.step_flops(BUDGET_B16, 512, "ewc"),
-        budget.task_flops(BUDGET_B16, 512, "ewc"),
-    )
+    step = budget.step_flops(BUDGET_B16, 512, "ewc")
+    once = budget.task_flops(BUDGET_B16, 512, "ewc")
     assert once == 98 * step  # 50,000 samples in batches of 512
     ratio = budget.memory_multiplier(BUDGET_B16, 512, "ewc")
-    assert (
-        budget.steps_per_task(1.8e9, 20, (step + once) / 1e9 * ratio)
-        == budget.PAPER["ewc"][2]
-        == 14
-    )
-    assert (
-        budget.steps(BUDGET_B16, 512, "ewc", 20, memory_ratio=1.0) == round(9e7 / 63394.7585) - 98
-    )
-    assert budget.steps(BUDGET_B16, 512, "ewc", 20) == pytest.approx(
-        1303, rel=0.05
-    )  # at their memory, unpublished
+    theirs = budget.steps_per_task(1.8e9, 20, (step + once) / 1e9 * ratio)
+    assert theirs == budget.PAPER["ewc", 0][2] == 14
+    ours = budget.steps(BUDGET_B16, 512, "ewc", 20, memory_ratio=1.0)
+    assert ours == round(9e7 / 63394.7585) - 98
+    at_their_memory = budget.steps(BUDGET_B16, 512, "ewc", 20, memory_ratio=47.2 / 46.5917)
+    assert at_their_memory == 1303
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("method", [m for m, row in budget.PAPER.items() if row[1]])
-def test_budget_memory_multiplier_is_near_the_published_one(method, precision):
-    ours = budget.memory_multiplier(BUDGET_B16, 512, method, precision=precision)
-    assert ours == pytest.approx(budget.PAPER[method][1] / budget.PAPER["finetune"][1], rel=0.08)
+@pytest.mark.parametrize("method, rank", budget.PAPER)
+def test_budget_memory_multiplier_is_near_the_published_one(method, rank, precision):
+    ours = budget.memory_multiplier(BUDGET_B16, 512, method, rank, precision)
+    _, full, _ = budget.PAPER["finetune", 0]
+    _, gib, _ = budget.PAPER[method, rank]
+    # nvidia-smi counts a CUDA context and the allocator's reserve too: of locked-image's 12 GiB a large part
+    assert ours == pytest.approx(gib / full, rel=0.15 if method == "locked-image" else 0.08)
 
 
 @pytest.mark.parametrize(
@@ -3248,7 +3262,23 @@ def test_budget_equals_flop_counter_on_the_real_model(method, name, monkeypatch)
     assert budget_counted(config, size, method) == budget.step_flops(config, size, method) - updates
 
 
-@pytest.mark.parametrize("method", ["merge", "ema-merge", "ft-merge", "zs-merge", "joint"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
+@pytest.mark.parametrize("method", BUDGET_DISTINCT)
+def test_budget_equals_flop_counter_on_micro_batches(method, micro_batch, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", budget_flash)
+    config, size = BUDGET_CONFIGS["tiny"]
+    ours = budget.step_flops(config, size, method, micro_batch=micro_batch)
+    assert budget_counted(config, size, method, micro_batch) == ours
+    whole = budget.step_flops(config, size, method)
+    assert ours > whole if micro_batch < size else ours == whole
+
+
+def test_budget_of_mafs_and_steps_does_not_depend_on_micro_batches():
+    with pytest.raises(TypeError):
+        budget.mafs(BUDGET_B16, 512, micro_batch=64)
+
+
+@pytest.mark.parametrize("method", [*merge.TIMELINES, "merge", "joint"])
 def test_budget_merging_and_joint_training_step_as_finetuning_does(method):
     for config, size in BUDGET_CONFIGS.values():
         assert budget.flops(config, size, method) == budget.flops(config, size)
@@ -3310,7 +3340,9 @@ def budget_kept(config, size, method, cuda=False):
         torch.set_autocast_enabled("cuda", True)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            clip.contrastive_loss(*model(*batch))
+            image, text, scale = model(*batch)
+            torch.set_autocast_enabled("cuda", False)
+            clip.contrastive_loss(image.float(), text.float(), scale)
     finally:
         torch.set_autocast_enabled("cuda", False)
         torch.clear_autocast_cache()
@@ -3362,7 +3394,7 @@ class BudgetLive(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def budget_peak(config, size, method, half):
+def budget_peak(config, size, method, half, micro_batch=None):
     """Peak bytes of a whole second step, AdamW included, without computing it. CUDA's autocast keeps LayerNorms in
     fp32, the CPU's does not: they are given what they would get there."""
     layer_norm, recipe = F.layer_norm, budget.METHODS[method]
@@ -3373,16 +3405,12 @@ def budget_peak(config, size, method, half):
         trained = [p for p in model.parameters() if p.requires_grad]
         state = [[torch.zeros_like(p) for p in trained] for _ in range(recipe.copies)]
         optimizer = torch.optim.AdamW(trained, fused=True)
+        cast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
 
         def step():
-            with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
-                loss = clip.contrastive_loss(*model(*batch))
-            loss = (
-                loss + methods.Quadratic.apply(1.0, *state[:2], *trained)
-                if recipe.penalty
-                else loss
-            )
-            loss.backward()
+            budget_backward(model, *batch, micro_batch, cast)
+            if recipe.penalty:
+                methods.Quadratic.apply(1.0, *state[:2], *trained).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -3406,6 +3434,16 @@ def test_budget_peak_memory_is_that_of_a_whole_step(method, precision):
         )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["finetune", "locked-text", "locked-image", "lora", "si"])
+def test_budget_peak_memory_of_micro_batches_is_that_of_a_whole_step(method, precision):
+    config = dataclasses.replace(BUDGET_B16, **BUDGET_SHALLOW)
+    for size, micro_batch in ((64, 32), (64, 8), (250, 100), (10_000, 8)):
+        real = budget_peak(config, size, method, precision == "bf16", micro_batch)
+        ours = budget.peak_memory(config, size, method, precision, micro_batch=micro_batch)
+        assert ours == pytest.approx(real, rel=0.05), (size, micro_batch)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a GPU")
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("method", ["finetune", "locked-text", "lnfit", "lora", "ewc", "si"])
@@ -3421,12 +3459,12 @@ def test_budget_peak_memory_is_what_a_gpu_allocates(method, size):
         trained = [p for p in model.parameters() if p.requires_grad]
         state = [[torch.zeros_like(p) for p in trained] for _ in range(recipe.copies)]
     optimizer = torch.optim.AdamW(trained, fused=True)
+    cast = functools.partial(torch.autocast, "cuda", torch.bfloat16)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = clip.contrastive_loss(*model(*batch))
-        loss = loss + methods.Quadratic.apply(1.0, *state[:2], *trained) if recipe.penalty else loss
-        loss.backward()
+        budget_backward(model, *batch, None, cast)
+        if recipe.penalty:
+            methods.Quadratic.apply(1.0, *state[:2], *trained).backward()
         optimizer.step()
         optimizer.zero_grad()
     measured = torch.cuda.max_memory_allocated() - before
@@ -3499,10 +3537,7 @@ def test_budget_default_is_the_paper_s_and_scales_with_the_forward_pass():
     assert budget.default_budget(other) == pytest.approx(1.8e9 * scale)
 
 
-def test_budget_counts_a_timeline_s_copies_and_galore_s_low_rank_moments():
-    finetune = budget.memory(BUDGET_B16, 64)
-    merged = budget.peak_memory(BUDGET_B16, 64, "merge", timeline_copies=2)
-    assert merged - sum(finetune.values()) == 8 * 149_620_737
+def test_budget_counts_galore_s_low_rank_moments():
     shapes = [p.shape for p in budget_meta_parameters(BUDGET_B16)]
     moments = sum(
         4 * 16 * (2 * max(s) + min(s)) if len(s) == 2 else 8 * torch.Size(s).numel() for s in shapes
@@ -3515,27 +3550,40 @@ def budget_meta_parameters(config):
         return list(clip.CLIP(config).parameters())
 
 
-def test_budget_table_has_the_paper_beside_it_only_where_the_paper_measured():
-    rows = {r["method"]: r for r in budget.table(BUDGET_B16, 512, rank=4)}
-    assert list(rows) == list(budget.METHODS)
-    assert {m for m, r in rows.items() if r["paper"]} == set(budget.PAPER)
-    assert all(
-        r["paper"]["steps_of_ours"] in (None, r["paper"]["steps"])
-        for r in rows.values()
-        if r["paper"]
-    )
-    assert rows["lora"]["samples"][50] == rows["lora"]["steps"][50] * 50 * 512
-    assert budget.table(BUDGET_B16, 512, rank=64)[list(rows).index("lora")]["paper"] is None
-    assert not any(
-        r["paper"]
-        for r in budget.table(BUDGET_B16, 256) + budget.table(clip.CONFIGS["ViT-B-32"], 512)
-    )
-    assert budget.table(BUDGET_B16, 512, total_gflops=1e6)[0]["steps"] == {
-        20: 1,
-        50: None,
-        100: None,
-        200: None,
-    }
+def test_budget_table_has_all_sixteen_rows_of_the_paper_where_the_paper_measured():
+    rows = budget.table(BUDGET_B16, 512)
+    titles = [r["method"] for r in rows]
+    assert titles == [*budget.METHODS, "lora r64", "dora r64", "vera r64"]
+    published = [r["paper"] for r in rows if r["paper"]]
+    assert len(published) == len(budget.PAPER) == 16
+    for paper in published:
+        assert paper["steps_of_ours"] == paper["steps"] or paper["why"]
+    lora = rows[titles.index("lora")]
+    assert lora["rank"] == 4 and lora["samples"][50] == lora["steps"][50] * 50 * 512
+    at_64 = {r["method"]: r for r in budget.table(BUDGET_B16, 512, rank=64)}
+    assert list(at_64) == list(budget.METHODS)
+    assert at_64["lora"]["paper"]["gflops"] == 54505.0151 and not at_64["galore"]["paper"]
+    elsewhere = budget.table(BUDGET_B16, 256) + budget.table(clip.CONFIGS["ViT-B-32"], 512)
+    assert len(elsewhere) == 2 * len(budget.METHODS) and not any(r["paper"] for r in elsewhere)
+    short = budget.table(BUDGET_B16, 512, total_gflops=1e6)[0]["steps"]
+    assert short == {20: 1, 50: None, 100: None, 200: None}
+
+
+def test_budget_says_in_words_why_a_row_is_not_the_papers():
+    text = budget.table_text(budget.table(BUDGET_B16, 512))
+    for row in budget.table(BUDGET_B16, 512):
+        paper = row["paper"]
+        if paper and round(row["gflops"], 3) != round(paper["gflops"], 3):
+            assert paper["why"] and paper["why"] in text, row["method"]
+
+
+def test_budget_knows_every_run_of_fomo_and_the_defaults_of_every_method():
+    runs = {*methods.METHODS, *merge.TIMELINES, "merge", "joint"}
+    assert set(budget.METHODS) == runs
+    for name in methods.METHODS:
+        assert budget.METHODS[name].rank == getattr(methods.METHODS[name], "rank", 0), name
+    assert budget.GAP == methods.METHODS["galore"].gap
+    assert budget.FISHER_SAMPLES == methods.METHODS["ewc"].fisher_samples
 
 
 @pytest.mark.parametrize(
@@ -3557,6 +3605,10 @@ def test_budget_table_has_the_paper_beside_it_only_where_the_paper_measured():
             "patch of 300",
         ),
         (lambda: budget.peak_memory(BUDGET_B16, 1, precision="int8"), "unknown precision 'int8'"),
+        (lambda: budget.memory(BUDGET_B16, 1, precision="int8"), "unknown precision 'int8'"),
+        (lambda: budget.step_flops(BUDGET_B16, 1, "offline"), "unknown method 'offline'"),
+        (lambda: budget.step_flops(BUDGET_B16, 8, micro_batch=0), "micro-batch must be a positive"),
+        (lambda: budget.peak_memory(BUDGET_B16, 8, micro_batch=1.5), "micro-batch must be"),
         (lambda: budget.mafs(BUDGET_B16, 1, memory_ratio=0), "ratio"),
         (lambda: budget.task_flops(BUDGET_B16, 1, "ewc", -1), "samples"),
         (lambda: budget.steps_per_task(1e5, 20, 63394.7), "does not reach one step"),
