@@ -459,10 +459,10 @@ class Crew:
     the run's device, precision, threads and workers, which depend on how many there are."""
 
     def __init__(self, c):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.leads = self.rank == 0  # writes and prints
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
         if c.device == "auto":
             c.device = "cuda" if torch.cuda.is_available() else "cpu"
         device = c.device
@@ -724,7 +724,7 @@ def announce(learner, mixture, tasks, steps, costs):
     samples = mixture.ends[-1]
     passes = tasks * steps * c.batch_size / samples
     peak = budget.peak_memory(learner.model.config, -(-c.batch_size // crew.count), method,
-                              c.precision, c.rank or 0)  # fmt: skip
+                              c.precision, c.rank or 0, c.micro_batch)  # fmt: skip
     processes = f" on {crew.count} processes" if crew.count > 1 else ""
     crew.say(f"{c.method}: {tasks} x {steps:,} steps of {c.batch_size} pairs{processes},"
              f" {passes:,.1f} times the {samples:,} samples of the stream;"
@@ -1141,7 +1141,7 @@ class Folder:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if state["id"] != self.run["id"] or min(state["log_bytes"], state["step"]) < 0:
                     raise ValueError("it is another run's")
-            except Exception as e:  # whatever a torn or foreign file makes of torch's reader
+            except Exception as e:  # noqa: BLE001 -- whatever a torn file makes of torch
                 faults.append(f"{path} is no state of this run ({type(e).__name__})")
                 continue
             if faults:
