@@ -12,7 +12,9 @@ a small world, drawn on the spot, in which all of it fits into minutes. This fil
         print(images.shape, captions[0])  # torch.Size([128, 3, 32, 32]) and a sentence
 """
 
+import csv
 import gc
+import glob
 import hashlib
 import json
 import math
@@ -20,6 +22,7 @@ import multiprocessing
 import os
 import posixpath
 import re
+import string
 import tarfile
 import unicodedata
 import warnings
@@ -1231,13 +1234,10 @@ def _read_dataset(root, info, name, captions, prompts_too):
 
 
 def _annotated(info):
-    """Names of the datasets that 00_info describes -> which splits it has of each."""
-    names = {}
-    for path in info.glob("*.json"):
-        match = re.fullmatch(r"(.+?)_(train|train_mini|test|val)(?:_224)?", path.stem)
-        if match:
-            names.setdefault(match[1], set()).add("train" if "train" in match[2] else "test")
-    return names
+    """Names of the datasets that 00_info describes."""
+    form = re.compile(r"(.+?)_(train|train_mini|test|val)(_224)?")
+    matches = [form.fullmatch(path.stem) for path in info.glob("*.json")]
+    return {match[1] for match in matches if match}
 
 
 def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, cache=None):
@@ -1256,15 +1256,14 @@ def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, ca
         disk = {_same_form(e.name if e.is_dir() else e.name.removesuffix(".tar")) for e in entries
                 if e.is_dir() or e.name.endswith(".tar")}  # fmt: skip
     there = sorted(n for n in annotated if _same_form(n) in disk)
-    scored = [n for n in there if "test" in annotated[n]]
     notes = []
-    absent = sorted(set(annotated) - set(there))
+    absent = sorted(annotated - set(there))
     if absent and names is None:
         notes.append(f"annotated in {info} but not in {root}, so left out: {', '.join(absent)}")
     foreign = sorted(disk - {"00_info"} - {_same_form(n) for n in annotated})
     if foreign and names is None:
         notes.append(f"in {root} but not annotated in {info}, so left out: {', '.join(foreign)}")
-    wanted = dict.fromkeys([*(scored if names is None else names), *also])
+    wanted = dict.fromkeys([*(there if names is None else names), *also])
     for name in wanted:
         if name not in there:
             raise FileNotFoundError(f"no dataset {name} in {root}; "
@@ -1292,29 +1291,527 @@ def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, cap
     captions, for captions that name no class. cache: folder of the index, for a fast next time.
     FileNotFoundError or ValueError in a sentence if anything is missing, torn or not text.
     """
-    also = [*pool, *(heldout or ())] if names is None else pool
+    also = [*pool, *(heldout or ())]
     sets, notes = _fomo_sets(root, names, also, captions, prompts_too, cache)
-    return _world(sets, notes, heldout, pool, sets if names is None else names)
+    return _world(sets, notes, heldout, pool, names)
 
 
 def _world(sets, notes, heldout=None, pool=(), names=None):
     """World of datasets by name; roles as in fomo_in_flux. names: those adapted to or scored."""
-    held = HELD_OUT if heldout is None else heldout
-    for name in [*pool, *(() if heldout is None else heldout)]:
+    asked = [*(names or ()), *(heldout or ())]
+    for name in [*pool, *asked]:
         if name not in sets:
-            raise FileNotFoundError(f"there is no dataset {name}; there are: {', '.join(sets) or 'none'}")
-    names = dict.fromkeys([*(sets if names is None else names), *(heldout or ())])
-    scored = [sets[n] for n in names if n not in pool or len(sets[n].test)]
-    for d in scored:
-        if not len(d.test):
-            raise FileNotFoundError(f"{d.name} has no test pictures, so it cannot be scored; leave it "
-                                    "out, or take a share of its training pictures: --validation .2")  # fmt: skip
-    world = World([d for d in scored if d.name not in held], [d for d in scored if d.name in held])
-    world.notes = notes
+            there = ", ".join(sets) or "none"
+            raise FileNotFoundError(f"there is no dataset {name}; there are: {there}")
+    world = World([], [], notes=list(notes))
+    for name in dict.fromkeys(asked if names is not None else [*sets, *asked]):
+        d = sets[name]
+        if len(d.test):
+            held = HELD_OUT if heldout is None else heldout
+            (world.heldout if name in held else world.adaptation).append(d)
+        elif name in asked:
+            raise FileNotFoundError(f"{name} has no test pictures, so it cannot be scored; leave it "
+                                    "out, or score on training pictures: --validation .2")  # fmt: skip
+        elif name not in pool:
+            world.notes.append(f"{name} has no test pictures to be scored on, so it is left out")
+    if not world.adaptation and not world.heldout:
+        raise ValueError("no dataset has test pictures; --validation .2 scores on training pictures")
     if pool:
         world.pool = Concat(sets[n].train for n in dict.fromkeys(pool))
         if not len(world.pool):
             raise ValueError(f"the pool, {', '.join(pool)}, has no training sample")
+    return world
+
+
+# ------------------------------------------------------------------------- people's own pictures
+
+TEMPLATE = "A photo of a {}."
+TEST = ("test", "val", "valid", "validation")  # the first that is there
+
+
+def _prompts(template, classes):
+    """The template's one {} filled with each class name, underscores as blanks."""
+    try:
+        fields = [f for _, f, _, _ in string.Formatter().parse(template) if f is not None]
+    except ValueError as e:
+        raise ValueError(f"the template {template!r} cannot be read ({e}); "
+                         f"it is a sentence with {{}} for the class name: {TEMPLATE}") from None  # fmt: skip
+    if fields != [""]:
+        wrong = next((f for f in fields if f), None)
+        fault = "has no field" if not fields else f"has the unknown field {{{wrong}}}" if wrong else (
+            "has more than one {}")  # fmt: skip
+        raise ValueError(f"the template {template!r} {fault}: {{}} alone stands for the class name, "
+                         f"as in {TEMPLATE!r}")  # fmt: skip
+    return [template.format(name.replace("_", " ")) for name in classes]
+
+
+def _two_classes(where, classes):
+    if len(classes) < 2:
+        raise ValueError(f"{where} holds one class, {classes[0]!r}: scoring takes two or more; put "
+                         "the pictures of each class in a folder of its own")  # fmt: skip
+
+
+def _pictures_below(folder):
+    """Pictures in a folder and those within it, as sorted relative paths."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        inside = os.path.relpath(place, folder)
+        kept = [f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+        found += [posixpath.normpath(posixpath.join(inside, f)) for f in sorted(kept)]
+    return found
+
+
+def _class_folders(folder):
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _split_folder(folder, names):
+    return next((folder / n for n in names if (folder / n).is_dir()), None)
+
+
+def _folder_set(name, root, template):
+    """One dataset of root/{train,test}/<class>/*."""
+    places = [_split_folder(root, ("train",)), _split_folder(root, TEST)]
+    classes = sorted({c for place in places if place for c in _class_folders(place)})
+    if not classes:
+        raise ValueError(f"{root} has no folders of classes below train/ and test/")
+    _two_classes(next(p for p in places if p), classes)
+    prompts = _prompts(template, classes)
+    splits = []
+    for place in places:
+        paths = []
+        labels = []
+        for c in _class_folders(place) if place else []:
+            within = [f"{c}/{path}" for path in _pictures_below(place / c)]
+            paths += within
+            labels += [classes.index(c)] * len(within)
+        if place and not paths:
+            raise ValueError(f"{place} holds no picture ({', '.join(SUFFIXES)})")
+        splits.append(Files(place or root, None, paths, labels, [prompts[k] for k in labels]))
+    return Dataset(name, "classification", classes, prompts, *splits)
+
+
+def _folder_sets(root, template=TEMPLATE):
+    root = Path(root).resolve()
+    if _split_folder(root, ("train", *TEST)):
+        found = {root.name: root}
+    else:
+        found = {n: root / n for n in _class_folders(root)
+                 if _split_folder(root / n, ("train", *TEST))}  # fmt: skip
+    if not found:
+        raise FileNotFoundError(f"{root} holds neither train/<class>/ and test/<class>/ nor folders "
+                                "<DATASET> that do")  # fmt: skip
+    sets = {name: _folder_set(name, folder, template) for name, folder in found.items()}
+    return sets, [f"{root}: class folders; captions are prompts, {template!r}"]
+
+
+def folders(root, template=TEMPLATE, heldout=None, pool=()):
+    """World from root/<DATASET>/{train,test}/<class>/* or root/{train,test}/<class>/*.
+
+    test may be called val. Captions and prompts are the template's.
+    """
+    return _world(*_folder_sets(root, template), heldout, pool)
+
+
+def _table_rows(path):
+    """-> the rows of a table as dicts, their column names in small letters."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            rows = csv.reader(f, delimiter=delimiter)
+            header = [name.strip().lower() for name in next(rows, [])]
+            rows = [(rows.line_num, dict(zip(header, row))) for row in rows if any(row)]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there") from None
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path} cannot be read as a table in UTF-8: {e}") from None
+    if "filepath" not in header:
+        raise ValueError(f"{path} has no column filepath, but {', '.join(header) or 'none at all'}; "
+                         "its first line should name the columns, divided by "
+                         f"{'tabs' if delimiter == chr(9) else 'commas'}")  # fmt: skip
+    if not {"title", "caption"} & set(header):
+        raise ValueError(f"{path} has no column title or caption, but {', '.join(header)}: add one "
+                         "with the captions")  # fmt: skip
+    if not rows:
+        raise ValueError(f"{path} has no rows below its header")
+    return header, rows
+
+
+def _table_sets(path, template=TEMPLATE):
+    path = Path(path).resolve()
+    header, rows = _table_rows(path)
+    notes = []
+    caption_column = "caption" if "caption" in header else "title"
+    classed = "class" in header
+    nameless = [line for line, row in rows if classed and _is_blank(row.get("class"))]
+    if nameless:
+        raise ValueError(f"{path}, line {nameless[0]}: its class is blank ({len(nameless)} in all)")
+    classes = sorted({row["class"].strip() for _, row in rows}) if classed else [path.stem]
+    if classed:
+        _two_classes(path, classes)
+    prompts = _prompts(template, classes)
+    number = {name: k for k, name in enumerate(classes)}
+    samples = {}  # (split, file) -> label, captions
+    blank = 0
+    for line, row in rows:
+        split = (row.get("split") or "train").strip().lower()
+        if split != "train" and split not in TEST:
+            raise ValueError(f"{path}, line {line}: its split is {split!r}; there are train and test")
+        file = (row["filepath"] or "").strip()
+        label = number[row["class"].strip()] if classed else 0
+        said = row.get(caption_column)
+        if _is_blank(said):
+            blank += 1
+            said = prompts[label] if classed else None
+        key = "train" if split == "train" else "test", file
+        known, captions = samples.setdefault(key, (label, []))
+        if known != label:
+            raise ValueError(f"{path}, line {line}: {file} is of two classes, {classes[known]} and "
+                             f"{classes[label]}")  # fmt: skip
+        captions += [said] if said else []
+    if blank:
+        notes.append(f"{path}: {blank} of {len(rows)} captions are blank or NaN; "
+                     f"{'their class prompts stand in' if classed else 'these are left out'}")  # fmt: skip
+    splits = [_table_split(path, samples, split) for split in ("train", "test")]
+    dataset = Dataset(path.stem, "classification" if classed else "retrieval", classes, prompts, *splits)
+    if not len(dataset.test) and "split" not in header:
+        notes.append(f"{path} has no column split: a fifth of each class is for testing")
+        dataset = _validated(dataset, 0.2)
+    return {path.stem: dataset}, [f"{path}: a table of {len(rows)} rows", *notes]
+
+
+def _table_split(path, samples, split):
+    chosen = {file: sample for (s, file), sample in samples.items() if s == split and sample[1]}
+    disk = Folder(path.parent)
+    found = [disk.find(file) for file in chosen]
+    missing = [file for file, at in zip(chosen, found) if at is None]
+    if missing:
+        raise FileNotFoundError(f"{path} lists {missing[0]!r}, which is not there seen from "
+                                f"{path.parent} ({len(missing)} of {len(chosen)} are missing)")  # fmt: skip
+    labels = [label for label, _ in chosen.values()]
+    captions = [texts[0] if len(texts) == 1 else texts for _, texts in chosen.values()]
+    return Files(path.parent, None, found, labels, captions)
+
+
+def table(path, template=TEMPLATE, heldout=None, pool=()):
+    """World of one dataset from a .csv or .tsv with a header: filepath, title or caption, and where
+    known class and split (train, test). Paths are seen from the table's folder. A picture in
+    several rows has several captions. Without a column class it is one concept, for retrieval."""
+    return _world(*_table_sets(path, template), heldout, pool)
+
+
+# name in torchvision -> name in the paper, template, the arguments of its training and test split;
+# where there is one split only, three tenths of each class are for testing, about as in the paper
+TORCHVISION = {
+    "CIFAR100": ("CIFAR100", "A photo of a {}.", {"train": True}, {"train": False}),
+    "Country211": ("COUNTRY211", "A photo representing the country of {}.", {"split": "train"},
+                   {"split": "test"}),
+    "DTD": ("DTD", "A photo of a {} texture.", {"split": "train"}, {"split": "test"}),
+    "FGVCAircraft": ("FGVCAircraft", "A photo of a {}, a type of aircraft.", {"split": "train"},
+                     {"split": "test"}),
+    "Flowers102": ("FLOWERS102", "A photo of a {}, a type of flower.", {"split": "test"},
+                   {"split": "train"}),  # the paper, too, trains on the larger
+    "SUN397": ("SUN397", "A photo of a {}.", {}, None),
+    "Caltech101": ("CALTECH101", "A photo of a {}.", {}, None),
+    "Caltech256": ("CALTECH256", "A photo of a {}.", {}, None),
+    "CIFAR10": ("CIFAR10", "A photo of a {}.", {"train": True}, {"train": False}),
+    "EuroSAT": ("EuroSAT", "A centered satellite photo of a {}.", {}, None),
+    "FashionMNIST": ("FashionMNIST", "A black-and-white photo of a {}, a type of clothing.",
+                     {"train": True}, {"train": False}),
+    "Food101": ("Food101", "A photo of a {}, a type of food.", {"split": "train"},
+                {"split": "test"}),
+    "GTSRB": ("GTSRB", 'A centered photo of a "{}" traffic sign.', {"split": "train"},
+              {"split": "test"}),
+    "MNIST": ("MNIST", 'A black-and-white photo of the number: "{}".', {"train": True},
+              {"train": False}),
+    "OxfordIIITPet": ("OXFORDPETS", "A photo of a {}, a type of pet.", {"split": "trainval"},
+                      {"split": "test"}),
+    "STL10": ("STL10", "A photo of a {}.", {"split": "train"}, {"split": "test"}),
+    "SVHN": ("SVHN", 'A photo of the number: "{}".', {"split": "train"}, {"split": "test"}),
+}  # fmt: skip
+SIGNS = [  # GTSRB's classes have numbers alone
+    "speed limit 20", "speed limit 30", "speed limit 50", "speed limit 60", "speed limit 70",
+    "speed limit 80", "end of speed limit 80", "speed limit 100", "speed limit 120", "no passing",
+    "no passing for trucks", "right of way at the next crossing", "priority road", "yield", "stop",
+    "no vehicles", "no trucks", "no entry", "danger", "curve to the left", "curve to the right",
+    "double curve", "bumpy road", "slippery road", "road narrows on the right", "road works",
+    "traffic lights", "pedestrians", "children crossing", "bicycles crossing", "ice or snow",
+    "wild animals", "end of all limits", "turn right ahead", "turn left ahead", "straight ahead",
+    "straight or right", "straight or left", "keep right", "keep left", "roundabout",
+    "end of no passing", "end of no passing for trucks",
+]  # fmt: skip
+
+
+class Torchvision(Split):
+    """A split of a dataset of torchvision's, which reads its own files."""
+
+    def __init__(self, dataset, prompts):
+        self.dataset = dataset
+        self.labels = _torchvision_labels(dataset)
+        self.captions = Lazy(len(self.labels), lambda i: prompts[self.labels[i]])
+
+    def image(self, i):
+        return _rgb(self.dataset[i][0])
+
+    def raw(self, i):
+        return self.image(i).tobytes()
+
+    def state(self):
+        """The sizes and times of all files below the dataset's folder."""
+        root = Path(self.dataset.root)
+        seen = [[str(p.relative_to(root)), *_stamp(p)[1:]] for p in sorted(root.rglob("*")) if p.is_file()]
+        return json.dumps(seen).encode()
+
+
+def _torchvision_labels(dataset):
+    for name in ("targets", "_labels", "labels", "y"):
+        if hasattr(dataset, name):
+            return np.asarray(getattr(dataset, name), np.int64)
+    return np.asarray([label for _, label in dataset._samples], np.int64)  # GTSRB
+
+
+def _torchvision_classes(name, dataset):
+    if name == "GTSRB":
+        return SIGNS
+    if name == "SVHN":
+        return list("0123456789")
+    classes = getattr(dataset, "classes", None) or dataset.categories
+    if name == "Caltech256":
+        classes = [c.partition(".")[2].removesuffix("-101") for c in classes]  # "001.ak47"
+    if name == "MNIST":
+        classes = [c.partition(" ")[0] for c in classes]  # "0 - zero"
+    return [c.replace("_", " ").replace("/", " ").strip() for c in classes]
+
+
+def _torchvision_sets(root, names, download=False):
+    if len(set(names)) < len(names):
+        raise ValueError(f"torchvision:{','.join(names)} names two datasets {_twice(names)}")
+    sets = {}
+    for name in names:
+        if name not in TORCHVISION:
+            raise ValueError(f"torchvision:{name} is unknown; there are: {', '.join(TORCHVISION)}")
+        folder, template, train, test = TORCHVISION[name]
+        make = getattr(torchvision.datasets, name)
+        try:
+            found = [make(str(root), download=download, **options) for options in (train, test)
+                     if options is not None]  # fmt: skip
+        except (RuntimeError, OSError) as e:
+            raise FileNotFoundError(f"torchvision's {name} cannot be read below {root} "
+                                    f"({str(e).splitlines()[0]}); --download fetches it") from None  # fmt: skip
+        classes = _torchvision_classes(name, found[0])
+        prompts = _prompts(template, classes)
+        splits = [Torchvision(d, prompts) for d in found]
+        if test is None:
+            whole = Dataset(folder, "classification", classes, prompts, splits[0],
+                            Subset(splits[0], []))  # fmt: skip
+            sets[folder] = _validated(whole, 0.3)
+        else:
+            sets[folder] = Dataset(folder, "classification", classes, prompts, *splits)
+    return sets, [f"torchvision's {', '.join(names)} below {root}; captions are prompts"]
+
+
+def _twice(names):
+    return Counter(names).most_common(1)[0][0]
+
+
+def torchvision_sets(root, names, download=False, heldout=None, pool=()):
+    """World from datasets of torchvision's, by its names, in its formats below root."""
+    return _world(*_torchvision_sets(root, names, download), heldout, pool)
+
+
+# ---------------------------------------------------------------------------------------- shards
+
+
+def _shard_files(pattern):
+    """Files of a pattern with {000..331} or {a,b}, *, ? and [], in order."""
+    brace = re.search(r"\{([^{}]*)\}", pattern)
+    if brace:
+        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+        choices = brace[1].split(",")
+        if numbers:
+            width = len(numbers[1]) if numbers[1].startswith("0") else 0
+            choices = [f"{k:0{width}}" for k in range(int(numbers[1]), int(numbers[2]) + 1)]
+        return [f for c in choices
+                for f in _shard_files(pattern[: brace.start()] + c + pattern[brace.end() :])]  # fmt: skip
+    path = os.path.expanduser(pattern)
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path))
+    if not files:
+        raise FileNotFoundError(f"there is no shard {pattern}")
+    return files
+
+
+def _shard_caption(path, key, texts):
+    """The caption of a sample: of key.txt or, if that is blank, of key.json. "" if all are blank."""
+    with open(path, "rb", buffering=0) as f:
+        for suffix in ("txt", "json"):
+            if suffix not in texts:
+                continue
+            offset, size, _ = texts[suffix]
+            text = os.pread(f.fileno(), size, offset)
+            try:
+                said = text.decode("utf-8-sig").strip()
+                if suffix == "json":
+                    said = json.loads(said).get("caption")
+            except (ValueError, AttributeError) as e:
+                raise ValueError(f"{path}: {key}.{suffix} holds no caption ({e})") from None
+            caption = _said(f"{path}: the caption of {key}", said)
+            if caption:
+                return caption
+    return ""
+
+
+def _read_shards(files):
+    """For the index: head, arrays and what they were made from."""
+    tars = []
+    names = []
+    captions = []
+    which = []
+    places = []
+    blank = 0
+    for number, path in enumerate(tqdm(files, "indexing shards", leave=False, disable=None)):
+        tar = Tar(path)
+        tars.append([str(path), tar.stamp])
+        samples = {}  # key -> suffix -> place
+        for name, place in tar.files.items():
+            folder, base = posixpath.split(name)
+            stem, _, suffix = base.partition(".")
+            if not base.startswith("._"):  # what macOS adds
+                samples.setdefault(posixpath.join(folder, stem), {})[suffix.lower()] = place
+        for key, parts in samples.items():
+            picture = next((s for s in parts if f".{s}" in SUFFIXES), None)
+            if picture is None:
+                continue
+            if not {"txt", "json"} & set(parts):
+                raise ValueError(f"{path} holds {key}.{picture} and no {key}.txt or {key}.json with "
+                                 "its caption")  # fmt: skip
+            caption = _shard_caption(path, key, parts)
+            if not caption:
+                blank += 1
+                continue
+            names.append(f"{key}.{picture}")
+            captions.append(caption)
+            which.append(number)
+            places.append(parts[picture])
+    files_split = Files("", _members(tars, which, places), names, [0] * len(names), captions)
+    head, arrays = _packed(files_split, "")
+    notes = [f"{blank} pictures of {files[0]} and so on have a blank caption: left out"] if blank else []
+    return {"split": head, "notes": notes}, arrays, files
+
+
+def _shards(pattern, cache=None):
+    files = [os.path.abspath(f) for f in _shard_files(str(pattern))]
+    head, arrays = _indexed(cache, ["shards", *files], lambda: _read_shards(files))
+    split = _unpacked(head["split"], arrays, "")
+    if not len(split):
+        raise ValueError(f"the shards {pattern} hold no picture with a caption")
+    return split, head["notes"]
+
+
+def shards(pattern, cache=None):
+    """Split from WebDataset tars of key.jpg (png, webp, ...) and key.txt, or key.json with "caption".
+
+    pattern: '{00000..00331}.tar', a glob, or one file. cache: folder of the index.
+    """
+    return _shards(pattern, cache)[0]
+
+
+# ------------------------------------------------------------------------------------- any source
+
+
+def _validated(dataset, share):
+    """The dataset scored on a share of each class's training pictures, not trained on these."""
+    rng = np.random.default_rng((7, zlib.crc32(dataset.name.encode())))
+    labels = dataset.train.labels
+    shuffled = rng.permutation(len(labels))
+    shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]  # by class, each shuffled
+    _, starts, counts = np.unique(labels[shuffled], return_index=True, return_counts=True)
+    places = np.arange(len(labels)) - np.repeat(starts, counts)  # of each within its class
+    chosen = places < np.repeat(np.floor(counts * share), counts)
+    if not chosen.any():
+        raise ValueError(f"{dataset.name} has at most {max(counts, default=0)} training pictures of "
+                         f"a class: a share of {share:g} leaves none to score on")  # fmt: skip
+    train = Subset(dataset.train, np.sort(shuffled[~chosen]))
+    test = Subset(dataset.train, np.sort(shuffled[chosen]))
+    return Dataset(dataset.name, dataset.kind, dataset.classes, dataset.prompts, train, test)
+
+
+def _sets_of(spec, names, options):
+    """-> datasets by name and notes, of one thing that --data may say."""
+    template = options["template"]
+    if spec.startswith("torchvision:"):
+        root, _, wanted = spec.removeprefix("torchvision:").rpartition("/")
+        root = root or Path(options["cache"] or "~/.cache/fomo").expanduser() / "torchvision"
+        return _torchvision_sets(root, wanted.split(","), options["download"])
+    path = Path(spec).expanduser()
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _table_sets(path, template)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder and no .csv or .tsv; --data takes those, or "
+                                "torchvision:NAME,NAME, and --pool shards")  # fmt: skip
+    path = path.resolve()
+    above = path.parent / "00_info"
+    disk = {_same_form(n.removesuffix(".tar")) for n in os.listdir(path)}
+    if (path / "00_info").is_dir() or above.is_dir() and disk & {*map(_same_form, _annotated(above))}:
+        fomo = options["captions"], options["prompts_too"], options["cache"]
+        return _fomo_sets(path, names, (), *fomo)
+    try:
+        return _folder_sets(path, template)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is no data known here. There should be 00_info/ with <DATASET>_test.json beside "
+            "<DATASET>/ or <DATASET>.tar; or train/<class>/ and test/<class>/, or <DATASET>/ with "
+            "those; or name a table, .csv or .tsv"
+        ) from None
+
+
+def _joined(name, one, other):
+    """Two datasets of one name as one, the samples of both."""
+    if one.classes != other.classes or one.kind != other.kind:
+        raise ValueError(f"there are two datasets {name} whose classes differ, {len(one.classes)} and "
+                         f"{len(other.classes)} of them: rename one")  # fmt: skip
+    return Dataset(name, one.kind, one.classes, one.prompts, Concat([one.train, other.train]),
+                   Concat([one.test, other.test]))  # fmt: skip
+
+
+def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, template=TEMPLATE,
+               validation=0.0, download=False, cache=None):  # fmt: skip
+    """World of what --data names: a source or a list of them, each of which may be
+
+    a folder in FoMo-in-Flux's layout; class folders (see folders); a .csv or .tsv (see table); or
+    torchvision:NAME,NAME, its files below cache/torchvision, torchvision:FOLDER/NAME elsewhere.
+
+    heldout: datasets never trained on; by default those of the paper's 22 that are there. pool:
+    datasets whose training split is the pretraining pool, and patterns of shards (*.tar). captions,
+    prompts_too, cache: as in fomo_in_flux. template: of prompts that the source does not have.
+    validation: score on this share of each training split, which is then not trained on; a dataset
+    without one is scored on its test split. Datasets of one name in two sources are one if their
+    classes are the same. notes of the World say what was found and what was left out.
+    """
+    if not 0 <= validation < 1:
+        raise ValueError(f"the share for validation is 0 or more and below 1, got {validation:g}")
+    options = {"captions": captions, "prompts_too": prompts_too, "template": template,
+               "download": download, "cache": cache}  # fmt: skip
+    sets = {}
+    notes = []
+    for one in [spec] if isinstance(spec, (str, os.PathLike)) else spec:
+        found, said = _sets_of(str(one), None, options)
+        notes += said
+        for name, dataset in found.items():
+            sets[name] = _joined(name, sets[name], dataset) if name in sets else dataset
+    if validation:
+        bare = [name for name, d in sets.items() if not len(d.train)]
+        sets |= {n: _validated(d, validation) for n, d in sets.items() if len(d.train)}
+        notes.append(f"scores are on {validation:g} of each training split, not trained on")
+        if bare:
+            notes[-1] += f"; without one, on their test split: {', '.join(bare)}"
+    patterns = [p for p in pool if p.endswith(".tar") or set(p) & set("*?{")]
+    world = _world(sets, notes, heldout, [p for p in pool if p not in patterns])
+    for pattern in patterns:
+        split, said = _shards(pattern, cache)
+        world.pool = split if world.pool is None else Concat([world.pool, split])
+        world.notes += [f"pool: {len(split)} pictures of {pattern}", *said]
     return world
 
 
