@@ -24,6 +24,7 @@ import posixpath
 import re
 import string
 import tarfile
+import textwrap
 import unicodedata
 import warnings
 import zlib
@@ -1941,6 +1942,24 @@ def times(concepts):
     return [TIMES[name] for name, _ in concepts]
 
 
+def trainable(stream, world):
+    """-> the stream without the concepts that nobody may or can train on, and a note if any went."""
+    names = {d.name for d in world.adaptation}
+    held = {d.name for d in world.heldout}
+    kept = [concept for concept in stream if concept[0] in names]
+    heldout = sum(name in held for name, _ in stream)
+    absent = sorted({name for name, _ in stream} - names - held)
+    notes = []
+    if heldout:
+        notes.append(f"{heldout} of the stream's {len(stream)} concepts are of held-out datasets: "
+                     "left out")  # fmt: skip
+    if absent:
+        gone = len(stream) - len(kept) - heldout
+        notes.append(f"{gone} of the stream's {len(stream)} concepts are of datasets that are not "
+                     f"there: left out, with {', '.join(absent)}")  # fmt: skip
+    return kept, notes
+
+
 def tasks(concepts, n):
     """n contiguous chunks, the first len mod n of them one concept longer."""
     if not concepts:
@@ -2154,10 +2173,12 @@ def test_crop(image, size, resize="shortest", interpolation="bicubic"):
     # of a long strip only the centre is resized
     box = (left * width / columns, top * height / rows,
            (left + size) * width / columns, (top + size) * height / rows)  # fmt: skip
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    filter = Image.Resampling[interpolation.upper()]
-    crop = picture.resize((size, size), filter, box=box)
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+    crop = _pil(image).resize((size, size), Image.Resampling[interpolation.upper()], box=box)
+    return _tensor(crop)
+
+
+def _pil(image):
+    return _rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
 
 
 def _tensor(image):
@@ -2287,3 +2308,47 @@ def test_loader(split, ids, image_size, batch_size=256, workers=0, resize="short
         return torch.stack(images), faults
 
     return _batches(make, range(0, len(ids), batch_size), workers, broken)
+
+
+# ------------------------------------------------------------------------------- looking at it all
+
+
+def broken_pictures(split, workers=0, chunk=64):
+    """Reads every picture once -> a sentence about each that cannot be read, in order."""
+
+    def make(first):
+        faults = []
+        for i in range(first, min(first + chunk, len(split))):
+            try:
+                split.image(i)
+            except (ValueError, OSError) as e:
+                faults.append(str(e))
+        return faults, None
+
+    firsts = range(0, len(split), chunk)
+    batches = _batches(make, firsts, workers, None)
+    bar = tqdm(batches, "reading", len(firsts), leave=False, disable=None)
+    return [fault for faults in bar for fault in faults]
+
+
+def contact_sheet(split, seed=0, rows=4, columns=6, side=160):
+    """An image of rows x columns pictures that the seed draws, each with a caption below it."""
+    text = 3 * 14 + 6
+    sheet = Image.new("RGB", (columns * side, rows * (side + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    drawn = np.random.default_rng((seed, 8)).permutation(len(split))[: rows * columns].tolist()
+    for k, i in enumerate(drawn):
+        x = k % columns * side
+        y = k // columns * (side + text)
+        caption = split.captions[i]
+        caption = caption if isinstance(caption, str) else caption[0]
+        lines = textwrap.wrap(caption, side // 6)[:3]
+        draw.multiline_text((x + 4, y + side + 2), "\n".join(lines), "black", _font(11), spacing=2)
+        try:
+            picture = _pil(split.image(i))
+        except (ValueError, OSError):
+            draw.text((x + 4, y + 4), "cannot be read", "red", _font(14))
+            continue
+        picture.thumbnail((side - 8, side - 8))
+        sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
+    return sheet
