@@ -3,6 +3,7 @@
 python -m pytest -q test_fomo.py
 """
 
+import argparse
 import ast
 import contextlib
 import copy
@@ -25,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -37,6 +39,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,6 +48,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 import budget
 import clip
@@ -1465,6 +1469,189 @@ def test_a_spoilt_dataset_is_named_in_a_sentence(world, tmp_path, how, says):
 def test_a_stream_that_does_not_fit_the_data_is_refused(world, stream, says):
     with pytest.raises(ValueError, match=says):
         data.Mixture(world, [stream], 10)
+
+
+def write_shard(path, pictures, captions, suffix="txt"):
+    """A WebDataset tar of picture files, with captions as key.txt or in key.json."""
+    with tarfile.open(path, "w") as archive:
+        for i, (picture, caption) in enumerate(zip(pictures, captions)):
+            text = caption if suffix == "txt" else json.dumps({"caption": caption, "key": i})
+            raw = Path(picture).read_bytes()
+            for name, content in ((Path(picture).suffix[1:], raw), (suffix, text.encode())):
+                member = tarfile.TarInfo(f"{i:09}.{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def bench_data(argv):
+    """Pictures a second of one core against torchvision's ImageFolder with the same crop; from
+    folder, tar and shards; the time and memory of opening a world of FoMo-in-Flux's size."""
+    p = argparse.ArgumentParser("test_fomo.py data", description=bench_data.__doc__)
+    p.add_argument("--pictures", type=int, default=512, help="JPEGs of 500 x 375 (default 512)")
+    p.add_argument("--rounds", type=int, default=5, help="of each source, in turn (default 5)")
+    p.add_argument("--share", type=float, default=1.0, help="of 2.46 M entries (default 1)")
+    p.add_argument("--folder", help="where it is made, then removed; default the system's tmp")
+    args = p.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        bench_data_speed(Path(folder) / "speed", args.pictures, args.rounds)
+        if args.share:
+            bench_data_size(Path(folder) / "size", args.share)
+
+
+def bench_data_speed(root, n, rounds):
+    """CPU seconds of this process, since other work on the machine does not change these much."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    captions = [f"picture {i}" for i in range(n)]
+    for i in range(n):
+        small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+        file = root / "folder" / "train" / f"class{i % 2}" / f"{i:05}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        small.resize((500, 375), Image.BICUBIC).save(file, quality=90)
+    shutil.copytree(root / "folder" / "train", root / "folder" / "test")
+    write_shard(root / "00000.tar", sorted((root / "folder" / "train").rglob("*.jpg")), captions)
+    in_folder = data.folders(root / "folder").adaptation[0].train
+    with tarfile.open(root / "DATA.tar", "w") as archive:
+        archive.add(root / "folder" / "train", "DATA")
+    found = data.Tar(root / "DATA.tar")
+    find = found.finder("DATA")
+    places = [find(path) for path in in_folder.paths]
+    members = data._members([[str(root / "DATA.tar"), found.stamp]], [0] * n, places)
+    in_tar = data.Files("", members, in_folder.paths, in_folder.labels, in_folder.captions)
+    crop = v2.Compose([
+        v2.RandomResizedCrop(224, (0.9, 1), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.PILToTensor(),
+    ])  # fmt: skip
+    theirs = torchvision.datasets.ImageFolder(str(root / "folder" / "train"), crop)
+    splits = {"folder": in_folder, "tar": in_tar, "shards": data.shards(root / "00000.tar")}
+    seconds = {name: [] for name in ("ImageFolder", *splits)}
+    for _ in range(rounds):
+        began = time.process_time()
+        for batch in torch.utils.data.DataLoader(theirs, 64):
+            assert len(batch[0])
+        seconds["ImageFolder"].append(time.process_time() - began)
+        for name, split in splits.items():
+            world = data.World([], [], split)
+            mixture = data.Mixture(world, [[]], 64, (1, 0, 0))
+            began = time.process_time()
+            for batch in data.loader(world, mixture, 0, n // 64, 224):
+                assert len(batch[0]) == 64
+            seconds[name].append((time.process_time() - began) * n / (n // 64 * 64))
+    print(f"{n} JPEGs of 500 x 375 to 224, {rounds} rounds, one core, CPU time: least (most)")
+    base = min(seconds["ImageFolder"])
+    for name, times in seconds.items():
+        print(f"{name:12} {1e3 * min(times) / n:6.2f} ms a picture ({1e3 * max(times) / n:.2f}), "
+              f"{n / min(times):6.0f} pictures a second, {base / min(times):.2f} x ImageFolder")  # fmt: skip
+
+
+def bench_data_size(root, share):
+    """The paper's 41 + 22 sets with 1.76 M training and .7 M test entries, opened twice in
+    processes of their own; then what four workers add to the memory of the second."""
+    began = time.time()
+    entries = write_large_flux(root, share)
+    print(f"{entries:,} entries in {len(FLUX_SIZES)} sets, made in {time.time() - began:.0f} s")
+    program = f"""
+import os, sys, time
+sys.path.insert(0, {os.getcwd()!r})
+import data
+
+def kib(field, process="self", file="status"):
+    lines = open(f"/proc/{{process}}/{{file}}").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+before = kib("VmRSS")
+began = time.time()
+world = data.open_world({str(root)!r}, pool=["PLACES365"], cache={str(root / "cache")!r})
+print(f"opened in {{time.time() - began:.1f}} s, {{(kib('VmHWM') - before) / 1024:.0f}} MiB at the peak")
+stream = data.order(data.concepts(world.adaptation))
+began = time.time()
+mixture = data.Mixture(world, data.tasks(stream, 20), 512)
+print(f"mixture of {{mixture.ends[-1]:,}} samples in {{time.time() - began:.2f}} s")
+times = []
+for step in range(100):
+    began = time.perf_counter()
+    mixture.ids(19, step)
+    times.append(1e3 * (time.perf_counter() - began))
+print(f"ids of a batch of 512: {{times[0]:.2f}} ms at first, {{sorted(times)[50]:.2f}} ms in the middle")
+alone = kib("Pss:", file="smaps_rollup")
+batches = data.loader(world, mixture, 19, 40, 32, workers=4)
+for step, _ in zip(range(20), batches):
+    pass
+workers = open(f"/proc/self/task/{{os.getpid()}}/children").read().split()
+together = sum(kib("Pss:", p, "smaps_rollup") for p in ["self", *workers])
+print(f"four workers add {{(together - alone) / 1024:.0f}} MiB (proportional set sizes)")
+"""
+    for _ in range(2):
+        command = [sys.executable, "-W", "ignore", "-c", program]
+        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="")
+
+
+FLUX_SIZES = {  # classes, training and test samples of the paper's 63 sets
+    "AI2DIAGRAMS": (15, 2720, 681), "ARTBENCH10": (1870, 47531, 11883),
+    "BIRDSNAP": (500, 31905, 7977), "CIFAR100": (100, 50000, 10000), "CLEVR": (217, 55931, 13983),
+    "CLRS": (25, 13525, 1475), "COUNTRY211": (211, 31650, 21100), "CUB200": (200, 5994, 5794),
+    "DF20MINI": (179, 32724, 3637), "DOLLARSTREET": (1701, 13555, 4103),
+    "DOMAINNET_CLIPART": (345, 33525, 14604), "DOMAINNET_INFOGRAPH": (345, 36023, 15582),
+    "DOMAINNET_PAINTING": (344, 50416, 21850), "DOMAINNET_SKETCH": (345, 48212, 20916),
+    "DSPRITES": (27, 75000, 25000), "DTD": (47, 1880, 1880), "FGVCAircraft": (100, 3334, 3333),
+    "FLOWERS102": (102, 6149, 1020), "FRU92": (92, 55814, 9200), "FSCOCO": (115, 7105, 1777),
+    "iNATURALIST2021": (2500, 125000, 25000), "ISICMELANOMA": (7, 2245, 562),
+    "MITSTATES": (1959, 43002, 10751), "MTSD": (227, 59978, 8737), "MVTECAD_Adapt": (15, 2903, 726),
+    "MVTECAD_Eval": (88, 1380, 345), "OBJECTNET": (313, 40134, 10000),
+    "OBSC_ANIMALS": (74, 17000, 4238), "OBSC_THINGS": (84, 19128, 4758),
+    "OPENIMAGES": (589, 115333, 8593), "PATTERNNET": (38, 26600, 3800),
+    "PLACES365": (365, 120231, 36499), "PLANTVILLAGE": (38, 43444, 10681),
+    "QUILT": (157, 95862, 23966), "RESISC45": (45, 18900, 6300), "SHAPES3D": (864, 75000, 25000),
+    "SNAKECLEF": (1599, 151031, 14117), "SUN397": (397, 15880, 19850),
+    "SynthCLIP106": (106, 84800, 13886), "VEG200": (200, 61117, 20000),
+    "ZAPPOS50k": (1847, 37829, 9458), "CALTECH101": (101, 6026, 2651),
+    "CALTECH256": (257, 21307, 9300), "CARS196": (196, 8144, 8041), "CIFAR10": (10, 50000, 10000),
+    "DOMAINNET_QUICKDRAW": (345, 60375, 25875), "EuroSAT": (10, 18900, 8100),
+    "FashionMNIST": (10, 60000, 10000), "FLICKR30K": (0, 0, 1000), "Food101": (101, 75750, 25250),
+    "GTSRB": (43, 18635, 8005), "IMAGENET": (1000, 0, 50000), "IMAGENET_A": (200, 0, 7500),
+    "IMAGENET_D": (103, 0, 4835), "IMAGENET_R": (200, 0, 30000), "IMAGENET_S": (1000, 0, 50889),
+    "IMAGENET_V2": (1000, 0, 10000), "MNIST": (10, 60000, 10000), "MONKEYS10": (10, 1097, 272),
+    "MSCOCO": (0, 0, 5000), "OXFORDPETS": (37, 3680, 3669), "STL10": (10, 5000, 8000),
+    "SVHN": (10, 73257, 26032),
+}  # fmt: skip
+
+
+def write_large_flux(root, share):
+    """Annotations of the paper's shape, and links to one small picture -> how many entries."""
+    info = root / "00_info"
+    info.mkdir(parents=True)
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture, "PNG")
+    entries = 0
+    for name, (classes, *sizes) in FLUX_SIZES.items():
+        names = [f"class number {c} of {name}" for c in range(classes)]
+        (info / f"{name}_classnames.json").write_text(json.dumps(names))
+        for split, n in zip(("train", "test"), sizes):
+            items = {}
+            for i in range(int(n * share * 0.82)):  # so that they sum to 1.76 M and .7 M
+                label = i % max(1, classes)
+                what = names[label] if names else None
+                items[f"images/{split}/{label:05}/{name.lower()}_{i:08}.png"] = {
+                    "classname": what,
+                    "default_caption": None if names else 5 * [f"a sentence about the picture {i}"],
+                    "primer_caption": what and f"A photo of a {what}.",
+                    "synthetic_caption": [f"a caption of {i}", "another, with a few words more"],
+                    "synthetic_merged_caption": f"A photo of {what} that shows detail {i} of it.",
+                    "target": label,
+                }
+            (info / f"{name}_{split}.json").write_text(json.dumps(items, indent=4))
+            for i, path in enumerate(items):
+                file = root / name / path
+                if i % 50_000 == 0:  # as many links as a file system gives one file
+                    source = file
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(picture.getvalue())
+                    continue
+                if i < classes:
+                    os.makedirs(file.parent, exist_ok=True)
+                os.link(source, file)
+            entries += len(items)
+    return entries
 
 
 # -------------------------------------------------------------------------------------------------------- evaluate.py
