@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import posixpath
 import re
 import string
@@ -911,8 +912,8 @@ def _pieces(member):
 
 
 # ------------------------------------------------------------------------------------- the index
-# What an annotation file says is kept in one file of arrays, which the next opening maps into
-# memory. It holds for as long as every file and folder that it was made from stays as it was.
+# What an annotation file says is kept in one file of arrays, which the next opening reads as it
+# is. It holds for as long as every file and folder that it was made from stays as it was.
 
 INDEX = 1  # of the format: what is kept by another is made anew
 
@@ -939,9 +940,13 @@ def _keep(path, head, arrays):
 
 
 def _kept(path):
-    """-> head and arrays as _keep wrote them, mapped; None if there are none or they are torn."""
+    """-> head and arrays as _keep wrote them; None if there are none or they are torn.
+
+    What is small is read at once, so that a worker has it from its parent; the rest is mapped.
+    """
     try:
-        block = np.memmap(path, np.uint8, "r")
+        small = os.path.getsize(path) < 2**30
+        block = np.fromfile(path, np.uint8) if small else np.memmap(path, np.uint8, "r")
         start = 8 + int.from_bytes(block[:8].tobytes(), "little")
         said = json.loads(block[8:start].tobytes())
         start += -start % 64
@@ -981,7 +986,7 @@ def _indexed(cache, key, make):
             head["notes"].append(f"no index can be kept in {path.parent} ({e.strerror}): "
                                  "the next opening takes as long as this one")  # fmt: skip
             return head, arrays
-        return _kept(path) or (head, arrays)  # mapped, so that it is shared and not in memory twice
+        return _kept(path) or (head, arrays)  # not in memory twice
     return head, arrays
 
 
@@ -1545,37 +1550,84 @@ SIGNS = [  # GTSRB's classes have numbers alone
 ]  # fmt: skip
 
 
-class Torchvision(Split):
-    """A split of a dataset of torchvision's, which reads its own files."""
+class _Plain(pickle.Unpickler):
+    """Reads CIFAR's pickles, of arrays and lists, and runs nothing else that a file names."""
 
-    def __init__(self, dataset, prompts):
-        self.dataset = dataset
-        self.labels = _torchvision_labels(dataset)
-        self.captions = Lazy(len(self.labels), lambda i: prompts[self.labels[i]])
+    NAMES = ("_reconstruct", "ndarray", "dtype", "encode", "scalar", "_frombuffer")
 
-    def image(self, i):
-        return _rgb(self.dataset[i][0])
-
-    def raw(self, i):
-        return self.image(i).tobytes()
-
-    def state(self):
-        """The sizes and times of all files below the dataset's folder."""
-        root = Path(self.dataset.root)
-        seen = [[str(p.relative_to(root)), *_stamp(p)[1:]] for p in sorted(root.rglob("*")) if p.is_file()]
-        return json.dumps(seen).encode()
+    def find_class(self, module, name):
+        if module.partition(".")[0] in ("numpy", "_codecs") and name in self.NAMES:
+            return super().find_class(module, name)
+        raise ValueError(f"it asks for {module}.{name}, which is not data")
 
 
-def _torchvision_labels(dataset):
-    for name in ("targets", "_labels", "labels", "y"):
-        if hasattr(dataset, name):
-            return np.asarray(getattr(dataset, name), np.int64)
-    return np.asarray([label for _, label in dataset._samples], np.int64)  # GTSRB
+class _Cifar:
+    """CIFAR10's and 100's own format, as torchvision's classes hold it once they are read."""
+
+    def __init__(self, root, name, train):
+        folder, files, labels, meta, names = {
+            "CIFAR10": ("cifar-10-batches-py", "data_batch_*" if train else "test_batch", "labels",
+                        "batches.meta", "label_names"),
+            "CIFAR100": ("cifar-100-python", "train" if train else "test", "fine_labels", "meta",
+                         "fine_label_names"),
+        }[name]  # fmt: skip
+        batches = [self._read(file) for file in sorted((Path(root) / folder).glob(files))]
+        if not batches:
+            raise FileNotFoundError(f"{Path(root) / folder / files} is not there")
+        self.data = np.concatenate([b["data"] for b in batches]).reshape(-1, 3, 32, 32)
+        self.targets = [label for b in batches for label in b[labels]]
+        self.classes = self._read(Path(root) / folder / meta)[names]
+
+    def _read(self, file):
+        with open(file, "rb") as f:
+            try:
+                return _Plain(f, encoding="latin1").load()
+            except (pickle.UnpicklingError, ValueError, EOFError) as e:
+                raise OSError(f"{file} is not one of CIFAR's pickles: {e}") from None
+
+
+def _torchvision_set(root, name, options, download):
+    make = getattr(torchvision.datasets, name)
+    if name.startswith("CIFAR"):
+        if download:  # checks the sums, too
+            make(str(root), download=True, **options)
+        return _Cifar(root, name, **options)
+    if not download:  # people's own data in this format have other check sums
+        make = type(name, (make,), {"_check_integrity": lambda self: True})
+    return make(str(root), download=download, **options)
+
+
+def _torchvision_split(root, name, dataset, prompts):
+    """Pictures, or Files in the order of their paths."""
+    labels = next(getattr(dataset, a) for a in ("targets", "_labels", "labels", "y", "_samples")
+                  if hasattr(dataset, a))  # fmt: skip
+    labels = np.asarray([k[1] if isinstance(k, tuple) else k for k in labels], np.int64)
+    captions = [prompts[k] for k in labels]
+    if hasattr(dataset, "data"):
+        pixels = np.asarray(dataset.data)
+        if pixels.ndim == 3:  # grey
+            pixels = np.repeat(pixels[..., None], 3, axis=3)
+        elif pixels.shape[3] != 3:
+            pixels = pixels.transpose(0, 2, 3, 1)
+        return Pictures(pixels, labels, captions)
+    if name.startswith("Caltech"):
+        number = name.removeprefix("Caltech")
+        place = Path(dataset.root) / f"{number}_ObjectCategories"
+        start = "image" if number == "101" else None
+        paths = [place / dataset.categories[y] / f"{start or f'{y + 1:03}'}_{k:04}.jpg"
+                 for y, k in zip(dataset.y, dataset.index)]  # fmt: skip
+    else:
+        paths = next(getattr(dataset, a) for a in ("_image_files", "_images", "samples", "_samples")
+                     if hasattr(dataset, a))  # fmt: skip
+        paths = [p[0] if isinstance(p, tuple) else p for p in paths]
+    paths = [os.path.relpath(path, root) for path in paths]
+    ranks = sorted(range(len(paths)), key=paths.__getitem__)  # SUN397's come in the disk's order
+    return Files(root, None, [paths[i] for i in ranks], labels[ranks], [captions[i] for i in ranks])
 
 
 def _torchvision_classes(name, dataset):
     if name == "GTSRB":
-        return SIGNS
+        return list(SIGNS)
     if name == "SVHN":
         return list("0123456789")
     classes = getattr(dataset, "classes", None) or dataset.categories
@@ -1594,16 +1646,17 @@ def _torchvision_sets(root, names, download=False):
         if name not in TORCHVISION:
             raise ValueError(f"torchvision:{name} is unknown; there are: {', '.join(TORCHVISION)}")
         folder, template, train, test = TORCHVISION[name]
-        make = getattr(torchvision.datasets, name)
         try:
-            found = [make(str(root), download=download, **options) for options in (train, test)
+            found = [_torchvision_set(root, name, options, download) for options in (train, test)
                      if options is not None]  # fmt: skip
+        except ImportError as e:
+            raise ValueError(f"torchvision's {name} needs the package {e.name}: install it") from None
         except (RuntimeError, OSError) as e:
             raise FileNotFoundError(f"torchvision's {name} cannot be read below {root} "
                                     f"({str(e).splitlines()[0]}); --download fetches it") from None  # fmt: skip
         classes = _torchvision_classes(name, found[0])
         prompts = _prompts(template, classes)
-        splits = [Torchvision(d, prompts) for d in found]
+        splits = [_torchvision_split(root, name, d, prompts) for d in found]
         if test is None:
             whole = Dataset(folder, "classification", classes, prompts, splits[0],
                             Subset(splits[0], []))  # fmt: skip
