@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
@@ -620,6 +620,8 @@ def _open(raw):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
         try:
             return Image.open(BytesIO(raw), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"it is none of {', '.join(FORMATS)}, or torn") from None
         except Image.DecompressionBombError as e:
             raise TooLarge(f"has more pixels than the limit of {MAX_PIXELS:,} ({e})") from None
 
