@@ -1,8 +1,8 @@
-"""Data for continual pretraining: datasets of captioned pictures, streams of concepts, mixed batches.
+"""Data for continual pretraining: captioned pictures, streams of concepts, mixed batches.
 
 Roth et al. 2024 (arXiv 2408.14471), sec. 3: FoMo-in-Flux's layout on disk, its streams, the mixture
-of update data D, buffer B and pretraining pool P; people's own class folders, tables and shards; and
-a small world, drawn on the spot, in which all of it fits into minutes. This file stands alone:
+of update data D, buffer B and pretraining pool P; people's own class folders, tables and shards;
+and a small world, drawn on the spot, in which all fits into minutes. This file stands alone:
 
     import data
     world = data.toy(seed=0)  # or data.open_world("my/folder")
@@ -59,7 +59,7 @@ class Split:
         return len(self.labels)
 
     def image(self, i):
-        """Picture i: a PIL image or uint8 [H, W, 3]. ValueError or OSError names one that is broken."""
+        """Picture i: a PIL image or uint8 [H, W, 3]; ValueError or OSError names a broken one."""
         raise NotImplementedError
 
     def raw(self, i):
@@ -71,7 +71,7 @@ class Split:
         raise NotImplementedError
 
     def fingerprint(self):
-        """Hash of labels, captions and state(): two are equal only if nothing changed in between."""
+        """Hash of labels, captions and state(): equal only if nothing changed in between."""
         return _hash(self.labels, self.captions, self.state())
 
     def content(self):
@@ -243,14 +243,16 @@ class Subset(Split):
         return hashlib.sha256(self.split.fingerprint().encode() + self.ids.tobytes()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------- a small world, drawn on the spot
-# FoMo-in-Flux in miniature: 8 sets to adapt to, 5 held out, 32 px. theta_0's pool holds all held-out classes and
-# a quarter of the others, so that it starts about where the paper's does: strong on ZS, half-way on KA.
+# -------------------------------------------------------------- a small world, drawn on the spot
+# FoMo-in-Flux in miniature: 8 sets to adapt to, 5 held out, 32 px. theta_0's pool holds all held-out
+# classes and a quarter of the others, so that it starts about where the paper's does: strong on ZS,
+# half-way on KA.
 
 COLOURS = {
-    "red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (235, 215, 50),
-    "purple": (130, 45, 165), "orange": (240, 140, 30), "cyan": (60, 205, 215), "pink": (245, 130, 190),
-    "white": (245, 245, 245), "black": (15, 15, 15),
+    "red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215),
+    "yellow": (235, 215, 50), "purple": (130, 45, 165), "orange": (240, 140, 30),
+    "cyan": (60, 205, 215), "pink": (245, 130, 190), "white": (245, 245, 245),
+    "black": (15, 15, 15),
 }  # fmt: skip
 *INKS, _, _ = COLOURS
 GROUNDS = ["white", "black"]
@@ -269,7 +271,8 @@ TEXTURES = {  # where there is ink, of columns x, rows y and the period s, in pi
     "rings": lambda x, y, s: np.hypot(x - CANVAS / 2, y - CANVAS / 2) % s < s / 2,
     "fans": lambda x, y, s: np.arctan2(y, x) * 40 % s < s / 2,
 }
-WINDS = ["up", "up and right", "right", "down and right", "down", "down and left", "left", "up and left"]
+WINDS = ["up", "up and right", "right", "down and right", "down", "down and left", "left",
+         "up and left"]  # fmt: skip
 SIZE, CANVAS = 32, 64  # drawn at twice the size, then averaged down
 
 
@@ -294,13 +297,14 @@ SHAPES = {  # outlines in the unit circle, y downwards
     "square": _arc(1.0, 45, 405, 5)[:-1],
     "triangle": _arc(1.0, -90, 270, 4)[:-1],
     "star": _star((1.0, 0.42), 5),
-    "cross": np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1),
-                       (-3, -1), (-1, -1)]) / 3.1,
+    "cross": np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3),
+                       (-1, 1), (-3, 1), (-3, -1), (-1, -1)]) / 3.1,
     "ring": np.concatenate([_arc(0.95, 0, 360), _arc(0.5, 360, 0)]),
     "heart": _heart(),
     "moon": np.concatenate([_arc(0.95, 60, 300), _arc(0.8, 290, 70) + (0.45, 0)]),
     "diamond": np.array([(0, -1), (0.6, 0), (0, 1), (-0.6, 0)]),
-    "arrow": np.array([(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)]),
+    "arrow": np.array([(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3),
+                       (-1, 0.3)]),
 }  # fmt: skip
 
 
@@ -321,13 +325,17 @@ class Picture:
         return self.choose(INKS, but)
 
     def rgb(self, colour):
-        return tuple(min(max(c + d, 0), 255) for c, d in zip(COLOURS[colour], self.rng.integers(-14, 15, 3).tolist()))
+        drift = self.rng.integers(-14, 15, 3).tolist()
+        return tuple(min(max(c + d, 0), 255) for c, d in zip(COLOURS[colour], drift))
 
     def shape(self, name, ink, x=0.5, y=0.5, radius=0.3, jitter=0.04, turn=0, outline=False):
         """x, y, radius as shares of the picture; turn in degrees, give or take 8."""
         angle = math.radians(turn + self.rng.uniform(-8, 8))
-        x, y = x + self.rng.uniform(-jitter, jitter), y + self.rng.uniform(-jitter, jitter)
-        turned = SHAPES[name] @ [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+        x += self.rng.uniform(-jitter, jitter)
+        y += self.rng.uniform(-jitter, jitter)
+        cos = math.cos(angle)
+        sin = math.sin(angle)
+        turned = SHAPES[name] @ [[cos, sin], [-sin, cos]]
         points = turned * radius * self.rng.uniform(0.9, 1.1) + (x, y)
         points = (points * CANVAS).flatten().tolist()  # x, y, x, y, ...
         if outline:
@@ -338,8 +346,8 @@ class Picture:
     def glyph(self, text, ink):
         font = _font(int(self.rng.integers(44, 56)))
         x, y = (CANVAS * (0.5 + self.rng.uniform(-0.05, 0.05)) for _ in range(2))
-        self.draw.text((x, y), text, self.rgb(ink), font, anchor="mm", stroke_width=int(self.rng.integers(1, 3)),
-                       stroke_fill=self.rgb(ink))  # fmt: skip
+        self.draw.text((x, y), text, self.rgb(ink), font, anchor="mm",
+                       stroke_width=int(self.rng.integers(1, 3)), stroke_fill=self.rgb(ink))  # fmt: skip
 
     def pixels(self):
         return np.asarray(self.canvas.reduce(CANVAS // SIZE))
@@ -389,10 +397,15 @@ def _beside(p, name):
     return f"a {name}", f"a {right} right of a {left}", f"a {left} and a {right}"
 
 
+def _cell(k):
+    """Centre of the k-th of nine cells, as shares of the picture."""
+    return (k % 3) / 3 + 1 / 6, (k // 3) / 3 + 1 / 6
+
+
 def _counts(p, name):
     number, ink, _ = name.split()
     for cell in p.rng.permutation(9)[: DIGITS.index(number)]:
-        p.shape("circle", ink, x=(cell % 3) / 3 + 1 / 6, y=(cell // 3) / 3 + 1 / 6, radius=0.15, jitter=0.02)
+        p.shape("circle", ink, *_cell(cell), radius=0.15, jitter=0.02)
     return name, f"a group of {name}", f"{number} dots, all {ink}"
 
 
@@ -407,7 +420,7 @@ def _flags(p, name):
 def _places(p, name):
     (ink, _), cell = name.split(" at the ")[0].split(), name.split(" at the ")[1]
     k = CELLS.index(cell)
-    p.shape("circle", ink, x=(k % 3) / 3 + 1 / 6, y=(k // 3) / 3 + 1 / 6, radius=0.18, jitter=0.03)
+    p.shape("circle", ink, *_cell(k), radius=0.18, jitter=0.03)
     return f"a {name}", f"in the {cell} a {ink} dot", f"a {name} on {p.ground}"
 
 
@@ -431,15 +444,17 @@ def _frames(p, name):
 def _arrows(p, wind):
     ink = p.ink()
     p.shape("arrow", ink, radius=0.38, turn=45 * WINDS.index(wind) - 90)
-    return f"an arrow pointing {wind}", f"a {ink} arrow pointing {wind}", f"an arrow that points {wind}"
+    pointing = f"arrow pointing {wind}"
+    return f"an {pointing}", f"a {ink} {pointing}", f"an arrow that points {wind}"
 
 
 def _above(p, name):
     top, bottom = name.split(" above a ")
-    a, b = p.ink(), p.ink()
-    p.shape(top, a, y=0.26, radius=0.22)
-    p.shape(bottom, b, y=0.74, radius=0.22)
-    return f"a {a} {top} above a {b} {bottom}", f"a {b} {bottom} below a {a} {top}", f"a {a} {top} over a {b} {bottom}"
+    high = f"{p.ink()} {top}"
+    low = f"{p.ink()} {bottom}"
+    p.shape(top, high.split()[0], y=0.26, radius=0.22)
+    p.shape(bottom, low.split()[0], y=0.74, radius=0.22)
+    return f"a {high} above a {low}", f"a {low} below a {high}", f"a {high} over a {low}"
 
 
 def _pairs(first, second, pattern):
@@ -447,58 +462,72 @@ def _pairs(first, second, pattern):
 
 
 _SIX = list(SHAPES)[:6]
-_SCENES = _pairs([f"{c} {s}" for c, s in zip(INKS, SHAPES)], [f"{c} {s}" for c, s in zip(INKS[::-1], SHAPES)],
-                 "{} left of a {}")  # fmt: skip
-TOY = {  # name: (role, kind, classes, prompt, drawing); the drawing returns ways to say what it drew
-    "DIGITS": ("heldout", "classification", DIGITS, "the digit {}.", _digits),
-    "TEXTURES": ("heldout", "classification", list(TEXTURES), "a pattern of {}.", _texture),
-    "SKETCHES": ("heldout", "classification", list(SHAPES), "a sketch of a {}.", _sketch),
-    "SHAPES": ("heldout", "classification", [f"{c} {s}" for c in INKS for s in SHAPES], "a {}.", _coloured),
-    "SCENES": ("heldout", "retrieval", _SCENES, "a {}.", _beside),
-    "LETTERS": ("adaptation", "classification", list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), "the letter {}.", _letters),
-    "COUNTS": ("adaptation", "classification", [f"{n} {c} dots" for n in DIGITS[2:7] for c in INKS[:6]], "{}.",
-               _counts),
-    "FLAGS": ("adaptation", "classification", _pairs(INKS[:7], INKS[:7], "{} and {}"), "a flag of {}.", _flags),
-    "PLACES": ("adaptation", "classification", _pairs(INKS[:5], CELLS, "{} dot at the {}"), "a {}.", _places),
-    "CLOCKS": ("adaptation", "classification", HOURS, "a clock at {}.", _clocks),
-    "FRAMES": ("adaptation", "classification", _pairs(_SIX, INKS[:6], "{} in a {} frame"), "a {}.", _frames),
-    "ARROWS": ("adaptation", "classification", WINDS, "an arrow pointing {}.", _arrows),
-    "STACKS": ("adaptation", "retrieval", _pairs(_SIX, _SIX, "{} above a {}"), "a {}.", _above),
-}  # fmt: skip
+_SCENES = _pairs([f"{c} {s}" for c, s in zip(INKS, SHAPES)],
+                 [f"{c} {s}" for c, s in zip(INKS[::-1], SHAPES)], "{} left of a {}")  # fmt: skip
+_COUNTS = [f"{n} {c} dots" for n in DIGITS[2:7] for c in INKS[:6]]
+_SHAPES = [f"{c} {s}" for c in INKS for s in SHAPES]
+# name: (classes, prompt, drawing); the drawing returns ways to say what it drew
+TOY_HELD_OUT = {
+    "DIGITS": (DIGITS, "the digit {}.", _digits),
+    "TEXTURES": (list(TEXTURES), "a pattern of {}.", _texture),
+    "SKETCHES": (list(SHAPES), "a sketch of a {}.", _sketch),
+    "SHAPES": (_SHAPES, "a {}.", _coloured),
+    "SCENES": (_SCENES, "a {}.", _beside),
+}
+TOY_ADAPTATION = {
+    "LETTERS": (list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), "the letter {}.", _letters),
+    "COUNTS": (_COUNTS, "{}.", _counts),
+    "FLAGS": (_pairs(INKS[:7], INKS[:7], "{} and {}"), "a flag of {}.", _flags),
+    "PLACES": (_pairs(INKS[:5], CELLS, "{} dot at the {}"), "a {}.", _places),
+    "CLOCKS": (HOURS, "a clock at {}.", _clocks),
+    "FRAMES": (_pairs(_SIX, INKS[:6], "{} in a {} frame"), "a {}.", _frames),
+    "ARROWS": (WINDS, "an arrow pointing {}.", _arrows),
+    "STACKS": (_pairs(_SIX, _SIX, "{} above a {}"), "a {}.", _above),
+}
+TOY_RETRIEVAL = ("SCENES", "STACKS")  # the others are for classification
 OPENINGS = ("", "", "", "here is ", "image of ", "picture: ")
 
 
-def _draw(name, classes, n, seed, part):
-    """n pictures of the classes in turn, as uint8 [n, 32, 32, 3] with pixel noise, and a caption each."""
+def _draw(name, drawing, classes, n, seed, part):
+    """n pictures of the classes in turn, with pixel noise -> uint8 [n, 32, 32, 3], labels, captions."""
     rng = np.random.default_rng((seed, zlib.crc32(f"{name} {part}".encode())))
     labels = np.arange(n) % len(classes)
-    pixels, captions = np.empty((n, SIZE, SIZE, 3), np.uint8), []
+    pixels = np.empty((n, SIZE, SIZE, 3), np.uint8)
+    captions = []
     for i, label in enumerate(labels):
         p = Picture(rng)
-        ways = TOY[name][4](p, classes[label])
+        ways = drawing(p, classes[label])
         pixels[i] = p.pixels()
-        opening = p.choose(OPENINGS) if TOY[name][1] == "classification" else ""
-        captions.append((opening + p.choose((ways[0], *ways))).replace("a orange", "an orange"))
+        opening = "" if name in TOY_RETRIEVAL else p.choose(OPENINGS)
+        captions.append(_an(opening + p.choose((ways[0], *ways))))
     noise = 8 * rng.standard_normal(pixels.shape, np.float32)
     return np.clip(pixels + noise, 0, 255).astype(np.uint8), labels, captions
 
 
+def _an(text):
+    return text.replace("a orange", "an orange")
+
+
 def toy(seed=0, train=1000, test=250):
-    """World of 8 + 5 drawn datasets of `train` and `test` pictures each. A pure function of its arguments."""
-    world, pool = World([], []), []
-    for name, (role, kind, classes, prompt, _) in TOY.items():
-        splits = [Pictures(*_draw(name, classes, n, seed, part)) for n, part in ((train, "train"), (test, "test"))]
-        prompts = [prompt.format(c).replace("a orange", "an orange") for c in classes]
-        dataset = Dataset(name, kind, classes, prompts, *splits)
-        getattr(world, role).append(dataset)
-        if role == "heldout":
-            pool.append(dataset.train)
+    """World of 8 + 5 drawn datasets of `train` and `test` pictures each, a pure function of these."""
+    sets = []
+    pool = []
+    for name, (classes, prompt, drawing) in (TOY_HELD_OUT | TOY_ADAPTATION).items():
+        kind = "retrieval" if name in TOY_RETRIEVAL else "classification"
+        splits = [Pictures(*_draw(name, drawing, classes, n, seed, part))
+                  for n, part in ((train, "train"), (test, "test"))]  # fmt: skip
+        prompts = [_an(prompt.format(c)) for c in classes]
+        sets.append(Dataset(name, kind, classes, prompts, *splits))
+        if name in TOY_HELD_OUT:
+            pool.append(splits[0])
         else:  # other pictures of every fourth class
-            known = np.random.default_rng((seed, len(name), 1)).permutation(len(classes))[: len(classes) // 4]
-            pixels, labels, captions = _draw(name, [classes[k] for k in known], train * 3 // 4, seed, "pool")
+            shuffled = np.random.default_rng((seed, len(name), 1)).permutation(len(classes))
+            known = shuffled[: len(classes) // 4]
+            few = [classes[k] for k in known]
+            pixels, labels, captions = _draw(name, drawing, few, train * 3 // 4, seed, "pool")
             pool.append(Pictures(pixels, known[labels], captions))
-    world.pool = Concat(pool)
-    return world
+    heldout = sets[: len(TOY_HELD_OUT)]
+    return World(sets[len(TOY_HELD_OUT) :], heldout, Concat(pool))
 
 
 # ------------------------------------------------------------------------------- pictures in files
