@@ -244,9 +244,9 @@ class Subset(Split):
 
 
 # -------------------------------------------------------------- a small world, drawn on the spot
-# FoMo-in-Flux in miniature: 8 sets to adapt to, 5 held out, 32 px. theta_0's pool holds all held-out
-# classes and a quarter of the others, so that it starts about where the paper's does: strong on ZS,
-# half-way on KA.
+# FoMo-in-Flux in miniature: 8 sets to adapt to, 5 held out, 32 px. theta_0's pool holds all
+# held-out classes and a quarter of the others, so that it starts about where the paper's does:
+# strong on ZS, half-way on KA.
 
 COLOURS = {
     "red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215),
@@ -347,7 +347,8 @@ class Picture:
         font = _font(int(self.rng.integers(44, 56)))
         x, y = (CANVAS * (0.5 + self.rng.uniform(-0.05, 0.05)) for _ in range(2))
         self.draw.text((x, y), text, self.rgb(ink), font, anchor="mm",
-                       stroke_width=int(self.rng.integers(1, 3)), stroke_fill=self.rgb(ink))  # fmt: skip
+                       stroke_width=int(self.rng.integers(1, 3)),
+                       stroke_fill=self.rgb(ink))  # fmt: skip
 
     def pixels(self):
         return np.asarray(self.canvas.reduce(CANVAS // SIZE))
@@ -489,7 +490,7 @@ OPENINGS = ("", "", "", "here is ", "image of ", "picture: ")
 
 
 def _draw(name, drawing, classes, n, seed, part):
-    """n pictures of the classes in turn, with pixel noise -> uint8 [n, 32, 32, 3], labels, captions."""
+    """n noisy pictures of the classes in turn -> uint8 [n, 32, 32, 3], labels, captions."""
     rng = np.random.default_rng((seed, zlib.crc32(f"{name} {part}".encode())))
     labels = np.arange(n) % len(classes)
     pixels = np.empty((n, SIZE, SIZE, 3), np.uint8)
@@ -509,7 +510,7 @@ def _an(text):
 
 
 def toy(seed=0, train=1000, test=250):
-    """World of 8 + 5 drawn datasets of `train` and `test` pictures each, a pure function of these."""
+    """World of 8 + 5 drawn datasets of `train` and `test` pictures, a function of these alone."""
     sets = []
     pool = []
     for name, (classes, prompt, drawing) in (TOY_HELD_OUT | TOY_ADAPTATION).items():
@@ -702,7 +703,8 @@ class Folder:
 
     def __init__(self, path):
         self.path = str(path)
-        self.listings = {}  # of a folder below: name -> name on disk, and its NFC form -> that, too
+        self.listings = {}  # (folder below, whether files or folders) -> names in it
+        self.forms = {}  # likewise -> NFC form of a name -> the name
 
     def listing(self, head, files=True):
         if (head, files) not in self.listings:
@@ -731,8 +733,9 @@ class Folder:
     def _spelt(self, head, name, files):
         names = self.listing(head, files)
         if name not in names:
-            forms = self.listings.setdefault((head, files, "forms"), {_same_form(n): n for n in names})
-            name = forms.get(_same_form(name))
+            if (head, files) not in self.forms:
+                self.forms[head, files] = {_same_form(n): n for n in names}
+            name = self.forms[head, files].get(_same_form(name))
         return name and posixpath.join(head, name)
 
     def folders(self):
@@ -805,7 +808,7 @@ class Tar:
                 said = {k: v for k, v in said.items() if k.startswith("global ")}
         if header != NOTHING:
             raise ValueError(f"{self.path} lacks the end mark of a tar: it is truncated, or no "
-                             "uncompressed tar; unpack it, or copy or download it again")  # fmt: skip
+                             "uncompressed tar; unpack it, or download it again")  # fmt: skip
 
     def _number(self, text, header, said):
         """A size, as octal digits or, of large files, in binary."""
@@ -1035,7 +1038,8 @@ def _packed(files, prefix):
 
 
 def _unpacked(head, arrays, prefix):
-    texts = [Texts(*(arrays[f"{prefix}{name}{k}"] for k in range(4))) for name in ("paths", "captions")]
+    texts = [Texts(*(arrays[f"{prefix}{name}{k}"] for k in range(4)))
+             for name in ("paths", "captions")]  # fmt: skip
     members = None
     if "tars" in head:
         places = [arrays[prefix + name] for name in ("tar", "offset", "size")]
@@ -1057,13 +1061,14 @@ SPLITS = {  # the first whose pictures are there counts. The copies at 224 pixel
     "train": ("train_224", "train_mini_224", "train", "train_mini"),
     "test": ("test_224", "val_224", "test", "val"),
 }
-CAPTIONS = {  # --captions: the kinds in the order in which an item is asked for them
-    "fomo": ("default_caption", "synthetic_merged_caption", "synthetic_caption", "primer_caption"),
-    "merged": ("synthetic_merged_caption", "default_caption", "synthetic_caption", "primer_caption"),
-    "default": ("default_caption", "synthetic_merged_caption", "synthetic_caption", "primer_caption"),
-    "synthetic": ("synthetic_caption", "synthetic_merged_caption", "default_caption", "primer_caption"),
-    "prompt": ("primer_caption", "default_caption", "synthetic_merged_caption", "synthetic_caption"),
-}  # fmt: skip
+KINDS = ("default_caption", "synthetic_merged_caption", "synthetic_caption", "primer_caption")
+CAPTIONS = {  # --captions: which kind an item is asked for first; then KINDS in turn, FoMo's rule
+    "fomo": "default_caption",
+    "merged": "synthetic_merged_caption",
+    "default": "default_caption",
+    "synthetic": "synthetic_caption",
+    "prompt": "primer_caption",
+}
 
 
 def _read_json(path, kind):
@@ -1130,7 +1135,8 @@ class Items:
             if value is None:
                 continue
             caption = _said(f"{self.file}: the caption of {key}", value)
-            passed = passed or caption is None or isinstance(value, list) and len(caption) < len(value)
+            partly = isinstance(value, list) and caption is not None and len(caption) < len(value)
+            passed = passed or caption is None or partly
             if caption is not None:
                 self.blank += passed
                 self.bare += kind == "primer_caption"
@@ -1159,8 +1165,8 @@ class Place:
         """-> Files of these items, found by find()."""
         if self.folder is not None:
             return Files(self.folder.path, None, found, items.labels, captions)
-        return Files(self.tar, _members([[str(self.tar), self.archive.stamp]], [0] * len(found), found),
-                     items.keys, items.labels, captions)  # fmt: skip
+        members = _members([[str(self.tar), self.archive.stamp]], [0] * len(found), found)
+        return Files(self.tar, members, items.keys, items.labels, captions)
 
     def made_from(self):
         """Paths that change if a picture comes or goes."""
@@ -1169,8 +1175,9 @@ class Place:
 
 def _members(tars, which, places):
     offsets, sizes, pieces = zip(*places) if places else ((), (), ())
+    sparse = {i: p for i, p in enumerate(pieces) if p}
     return Members(tars, np.asarray(which, np.int32), np.asarray(offsets, np.int64),
-                   np.asarray(sizes, np.int64), {i: p for i, p in enumerate(pieces) if p})  # fmt: skip
+                   np.asarray(sizes, np.int64), sparse)  # fmt: skip
 
 
 def _find_split(info, name, places, split, kinds):
@@ -1209,8 +1216,8 @@ def _class_names(file, splits):
             continue
         worst = max(range(len(items.labels)), key=items.labels.__getitem__, default=None)
         if worst is not None and items.labels[worst] >= len(classes):
-            raise ValueError(f"{items.file}: target {items.labels[worst]} of {items.keys[worst]} is "
-                             f"outside the {len(classes)} classes of {file}")  # fmt: skip
+            raise ValueError(f"{items.file}: target {items.labels[worst]} of {items.keys[worst]} "
+                             f"is outside the {len(classes)} classes of {file}")  # fmt: skip
         for label, prompt in items.prompts.items():
             prompts[label] = prompt
     return classes, prompts
@@ -1248,7 +1255,7 @@ def _read_dataset(root, info, name, captions, prompts_too):
     tar = disk._spelt("", f"{name}.tar", True)
     places = [Place(folder=root / folder)] if folder else []
     places += [Place(tar=root / tar)] if tar else []
-    kinds = {"train": CAPTIONS[captions], "test": CAPTIONS["fomo"]}
+    kinds = {"train": dict.fromkeys([CAPTIONS[captions], *KINDS]), "test": KINDS}
     splits = {s: _find_split(info, name, places, s, kinds[s]) for s in SPLITS}
     splits = {s: found for s, found in splits.items() if found}
     file = info / f"{name}_classnames.json"
@@ -1281,7 +1288,7 @@ def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, ca
     """-> datasets by name and notes, of FoMo-in-Flux's layout."""
     root = Path(root).resolve()
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: it should hold <DATASET>/ or <DATASET>.tar")
+        raise FileNotFoundError(f"{root} is not a folder, of <DATASET>/ or <DATASET>.tar")
     if captions not in CAPTIONS:
         raise ValueError(f"unknown captions {captions!r}; there are: {', '.join(CAPTIONS)}")
     info = next((p for p in (root / "00_info", root.parent / "00_info") if p.is_dir()), None)
@@ -1319,7 +1326,8 @@ def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, ca
     return sets, notes
 
 
-def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, captions="fomo", cache=None):
+def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, captions="fomo",
+                 cache=None):  # fmt: skip
     """World from FoMo-in-Flux's layout.
 
     names: the datasets, by default all that are both annotated and there. heldout: those never
@@ -1347,12 +1355,13 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
             held = HELD_OUT if heldout is None else heldout
             (world.heldout if name in held else world.adaptation).append(d)
         elif name in asked:
-            raise FileNotFoundError(f"{name} has no test pictures, so it cannot be scored; leave it "
-                                    "out, or score on training pictures: --validation .2")  # fmt: skip
+            raise FileNotFoundError(f"{name} has no test pictures, so it cannot be scored; leave "
+                                    "it out, or score on training pictures: --validation .2")
         elif name not in pool:
             world.notes.append(f"{name} has no test pictures to be scored on, so it is left out")
     if not world.adaptation and not world.heldout:
-        raise ValueError("no dataset has test pictures; --validation .2 scores on training pictures")
+        raise ValueError("no dataset has test pictures; "
+                         "--validation .2 scores on training pictures")  # fmt: skip
     if pool:
         world.pool = Concat(sets[n].train for n in dict.fromkeys(pool))
         if not len(world.pool):
@@ -1370,15 +1379,14 @@ def _prompts(template, classes):
     """The template's one {} filled with each class name, underscores as blanks."""
     try:
         fields = [f for _, f, _, _ in string.Formatter().parse(template) if f is not None]
+        named = next((f for f in fields if f), None)
+        fault = f"has the unknown field {{{named}}}" if named else f"has {len(fields)} times {{}}"
     except ValueError as e:
-        raise ValueError(f"the template {template!r} cannot be read ({e}); "
-                         f"it is a sentence with {{}} for the class name: {TEMPLATE}") from None  # fmt: skip
+        fields = []
+        fault = f"cannot be read ({e})"
     if fields != [""]:
-        wrong = next((f for f in fields if f), None)
-        fault = "has no field" if not fields else f"has the unknown field {{{wrong}}}" if wrong else (
-            "has more than one {}")  # fmt: skip
-        raise ValueError(f"the template {template!r} {fault}: {{}} alone stands for the class name, "
-                         f"as in {TEMPLATE!r}")  # fmt: skip
+        raise ValueError(f"the template {template!r} {fault}: it takes one {{}}, where the class "
+                         f"name stands, as in {TEMPLATE!r}")  # fmt: skip
     return [template.format(name.replace("_", " ")) for name in classes]
 
 
@@ -1438,8 +1446,8 @@ def _folder_sets(root, template=TEMPLATE):
         found = {n: root / n for n in _class_folders(root)
                  if _split_folder(root / n, ("train", *TEST))}  # fmt: skip
     if not found:
-        raise FileNotFoundError(f"{root} holds neither train/<class>/ and test/<class>/ nor folders "
-                                "<DATASET> that do")  # fmt: skip
+        raise FileNotFoundError(f"{root} holds neither train/<class>/ and test/<class>/ nor "
+                                "folders <DATASET> that do")  # fmt: skip
     sets = {name: _folder_set(name, folder, template) for name, folder in found.items()}
     return sets, [f"{root}: class folders; captions are prompts, {template!r}"]
 
@@ -1465,9 +1473,10 @@ def _table_rows(path):
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{path} cannot be read as a table in UTF-8: {e}") from None
     if "filepath" not in header:
-        raise ValueError(f"{path} has no column filepath, but {', '.join(header) or 'none at all'}; "
-                         "its first line should name the columns, divided by "
-                         f"{'tabs' if delimiter == chr(9) else 'commas'}")  # fmt: skip
+        found = ", ".join(header) or "none at all"
+        mark = "tabs" if delimiter == "\t" else "commas"
+        raise ValueError(f"{path} has no column filepath, but {found}; its first line should name "
+                         f"the columns, divided by {mark}")  # fmt: skip
     if not {"title", "caption"} & set(header):
         raise ValueError(f"{path} has no column title or caption, but {', '.join(header)}: add one "
                          "with the captions")  # fmt: skip
@@ -1495,7 +1504,7 @@ def _table_sets(path, template=TEMPLATE):
     for line, row in rows:
         split = (row.get("split") or "train").strip().lower()
         if split != "train" and split not in TEST:
-            raise ValueError(f"{path}, line {line}: its split is {split!r}; there are train and test")
+            raise ValueError(f"{path}, line {line}: its split is {split!r}, not train or test")
         file = (row["filepath"] or "").strip()
         label = number[row["class"].strip()] if classed else 0
         said = row.get(caption_column)
@@ -1509,10 +1518,11 @@ def _table_sets(path, template=TEMPLATE):
                              f"{classes[label]}")  # fmt: skip
         captions += [said] if said else []
     if blank:
-        notes.append(f"{path}: {blank} of {len(rows)} captions are blank or NaN; "
-                     f"{'their class prompts stand in' if classed else 'these are left out'}")  # fmt: skip
+        instead = "their class prompts stand in" if classed else "these are left out"
+        notes.append(f"{path}: {blank} of {len(rows)} captions are blank or NaN; {instead}")
     splits = [_table_split(path, samples, split) for split in ("train", "test")]
-    dataset = Dataset(path.stem, "classification" if classed else "retrieval", classes, prompts, *splits)
+    kind = "classification" if classed else "retrieval"
+    dataset = Dataset(path.stem, kind, classes, prompts, *splits)
     if not len(dataset.test) and "split" not in header:
         notes.append(f"{path} has no column split: a fifth of each class is for testing")
         dataset = _validated(dataset, 0.2)
@@ -1525,8 +1535,9 @@ def _table_split(path, samples, split):
     found = [disk.find(file) for file in chosen]
     missing = [file for file, at in zip(chosen, found) if at is None]
     if missing:
+        number = f"{len(missing)} of {len(chosen)} are missing"
         raise FileNotFoundError(f"{path} lists {missing[0]!r}, which is not there seen from "
-                                f"{path.parent} ({len(missing)} of {len(chosen)} are missing)")  # fmt: skip
+                                f"{path.parent} ({number})")  # fmt: skip
     labels = [label for label, _ in chosen.values()]
     captions = [texts[0] if len(texts) == 1 else texts for _, texts in chosen.values()]
     return Files(path.parent, None, found, labels, captions)
@@ -1681,10 +1692,11 @@ def _torchvision_sets(root, names, download=False):
             found = [_torchvision_set(root, name, options, download) for options in (train, test)
                      if options is not None]  # fmt: skip
         except ImportError as e:
-            raise ValueError(f"torchvision's {name} needs the package {e.name}: install it") from None
+            raise ValueError(f"torchvision's {name} needs the package {e.name}") from None
         except (RuntimeError, OSError) as e:
-            raise FileNotFoundError(f"torchvision's {name} cannot be read below {root} "
-                                    f"({str(e).splitlines()[0]}); --download fetches it") from None  # fmt: skip
+            fault = str(e).splitlines()[0]
+            raise FileNotFoundError(f"torchvision's {name} cannot be read below {root} ({fault}); "
+                                    "--download fetches it") from None  # fmt: skip
         classes = _torchvision_classes(name, found[0])
         prompts = _prompts(template, classes)
         splits = [_torchvision_split(root, name, d, prompts) for d in found]
@@ -1718,8 +1730,8 @@ def _shard_files(pattern):
         if numbers:
             width = len(numbers[1]) if numbers[1].startswith("0") else 0
             choices = [f"{k:0{width}}" for k in range(int(numbers[1]), int(numbers[2]) + 1)]
-        return [f for c in choices
-                for f in _shard_files(pattern[: brace.start()] + c + pattern[brace.end() :])]  # fmt: skip
+        patterns = [pattern[: brace.start()] + c + pattern[brace.end() :] for c in choices]
+        return [file for p in patterns for file in _shard_files(p)]
     path = os.path.expanduser(pattern)
     files = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not files:
@@ -1728,7 +1740,7 @@ def _shard_files(pattern):
 
 
 def _shard_caption(path, key, texts):
-    """The caption of a sample: of key.txt or, if that is blank, of key.json. "" if all are blank."""
+    """The caption in key.txt or, if that is blank, in key.json; "" if all are blank."""
     with open(path, "rb", buffering=0) as f:
         for suffix in ("txt", "json"):
             if suffix not in texts:
@@ -1769,8 +1781,8 @@ def _read_shards(files):
             if picture is None:
                 continue
             if not {"txt", "json"} & set(parts):
-                raise ValueError(f"{path} holds {key}.{picture} and no {key}.txt or {key}.json with "
-                                 "its caption")  # fmt: skip
+                raise ValueError(f"{path} holds {key}.{picture} and no {key}.txt or {key}.json "
+                                 "with its caption")  # fmt: skip
             caption = _shard_caption(path, key, parts)
             if not caption:
                 blank += 1
@@ -1781,7 +1793,9 @@ def _read_shards(files):
             places.append(parts[picture])
     files_split = Files("", _members(tars, which, places), names, [0] * len(names), captions)
     head, arrays = _packed(files_split, "")
-    notes = [f"{blank} pictures of {files[0]} and so on have a blank caption: left out"] if blank else []
+    notes = []
+    if blank:
+        notes.append(f"{blank} pictures of {files[0]} and so on have a blank caption: left out")
     return {"split": head, "notes": notes}, arrays, files
 
 
@@ -1795,7 +1809,7 @@ def _shards(pattern, cache=None):
 
 
 def shards(pattern, cache=None):
-    """Split from WebDataset tars of key.jpg (png, webp, ...) and key.txt, or key.json with "caption".
+    """Split from WebDataset tars of key.jpg (png, ...) and key.txt, or key.json with "caption".
 
     pattern: '{00000..00331}.tar', a glob, or one file. cache: folder of the index.
     """
@@ -1815,8 +1829,8 @@ def _validated(dataset, share):
     places = np.arange(len(labels)) - np.repeat(starts, counts)  # of each within its class
     chosen = places < np.repeat(np.floor(counts * share), counts)
     if not chosen.any():
-        raise ValueError(f"{dataset.name} has at most {max(counts, default=0)} training pictures of "
-                         f"a class: a share of {share:g} leaves none to score on")  # fmt: skip
+        raise ValueError(f"{dataset.name} has at most {max(counts, default=0)} training pictures "
+                         f"of a class: a share of {share:g} leaves none to score on")  # fmt: skip
     train = Subset(dataset.train, np.sort(shuffled[~chosen]))
     test = Subset(dataset.train, np.sort(shuffled[chosen]))
     return Dataset(dataset.name, dataset.kind, dataset.classes, dataset.prompts, train, test)
@@ -1836,26 +1850,26 @@ def _sets_of(spec, names, options):
         raise FileNotFoundError(f"{path} is no folder and no .csv or .tsv; --data takes those, or "
                                 "torchvision:NAME,NAME, and --pool shards")  # fmt: skip
     path = path.resolve()
-    above = path.parent / "00_info"
-    disk = {_same_form(n.removesuffix(".tar")) for n in os.listdir(path)}
-    if (path / "00_info").is_dir() or above.is_dir() and disk & {*map(_same_form, _annotated(above))}:
+    above = {_same_form(name) for name in _annotated(path.parent / "00_info")}
+    disk = {_same_form(name.removesuffix(".tar")) for name in os.listdir(path)}
+    if (path / "00_info").is_dir() or disk & above:
         fomo = options["captions"], options["prompts_too"], options["cache"]
         return _fomo_sets(path, names, (), *fomo)
     try:
         return _folder_sets(path, template)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is no data known here. There should be 00_info/ with <DATASET>_test.json beside "
-            "<DATASET>/ or <DATASET>.tar; or train/<class>/ and test/<class>/, or <DATASET>/ with "
-            "those; or name a table, .csv or .tsv"
+            f"{path} is no data known here. There should be 00_info/ with <DATASET>_test.json "
+            "beside <DATASET>/ or <DATASET>.tar; or train/<class>/ and test/<class>/, or folders "
+            "<DATASET>/ with those; or name a table, .csv or .tsv"
         ) from None
 
 
 def _joined(name, one, other):
     """Two datasets of one name as one, the samples of both."""
     if one.classes != other.classes or one.kind != other.kind:
-        raise ValueError(f"there are two datasets {name} whose classes differ, {len(one.classes)} and "
-                         f"{len(other.classes)} of them: rename one")  # fmt: skip
+        raise ValueError(f"there are two datasets {name} whose classes differ, {len(one.classes)} "
+                         f"and {len(other.classes)} of them: rename one")  # fmt: skip
     return Dataset(name, one.kind, one.classes, one.prompts, Concat([one.train, other.train]),
                    Concat([one.test, other.test]))  # fmt: skip
 
@@ -1936,8 +1950,8 @@ def concepts(datasets):
         names = [d.classes[c] for c in labels]
         if len(set(map(_same_form, names))) < len(names):
             twice = Counter(map(_same_form, names)).most_common(1)[0][0]
-            raise ValueError(f"{d.name} names {twice!r} more than once, and a stream cannot tell the "
-                             "two apart: rename one, or hold the dataset out")  # fmt: skip
+            raise ValueError(f"{d.name} names {twice!r} more than once, and a stream cannot tell "
+                             "them apart: rename one, or hold the dataset out")  # fmt: skip
         found += [(d.name, name) for name in names]
     return found
 
@@ -1961,7 +1975,8 @@ def order(concepts, how="random", seed=0, key=None, reverse=False):
     elif how == "performance":
         ranks = np.argsort(np.asarray(key), kind="stable").tolist()
     elif how == "frequency":
-        ranks = sorted(range(len(concepts)), key=lambda i: (key[i], concepts[i][1].lower(), concepts[i]))
+        names = [_same_form(name).lower() for _, name in concepts]
+        ranks = sorted(range(len(concepts)), key=lambda i: (key[i], names[i], i))
     elif how == "similarity":
         ranks = _path(np.asarray(key, np.float32), seed)
     elif how == "time":
@@ -2027,7 +2042,7 @@ def times(concepts):
 
 
 def trainable(stream, world):
-    """-> the stream without the concepts that nobody may or can train on, and a note if any went."""
+    """-> the stream without what nobody may or can train on, and notes of what went."""
     names = {d.name for d in world.adaptation}
     held = {d.name for d in world.heldout}
     kept = [concept for concept in stream if concept[0] in names]
@@ -2188,7 +2203,7 @@ class Mixture:
 
 
 def _groups(datasets):
-    """(dataset, class name in NFC) -> ids of its training samples, and how many classes are called so."""
+    """(dataset, class name in NFC) -> ids of its training samples, number of classes so called."""
     groups = {}
     for d in datasets:
         labels = d.train.labels
@@ -2213,10 +2228,11 @@ def _check_stream(stream, groups, names):
             raise ValueError(f"the stream names the dataset {concept[0]}; those to adapt to: "
                              f"{', '.join(sorted(names))}")  # fmt: skip
         if concept not in groups:
-            raise ValueError(f"the stream names {name}, and {concept[0]} has no training sample of it")
+            raise ValueError(f"the stream names {name}, and {concept[0]} has no training sample "
+                             "of it")  # fmt: skip
         if groups[concept][1] > 1:
             raise ValueError(f"the stream names {name}, and {concept[0]} has {groups[concept][1]} "
-                             "classes of this name: rename one, or hold the dataset out")  # fmt: skip
+                             "classes of this name: rename one, or hold the set out")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -2277,11 +2293,12 @@ def _tensor(image):
 def _resized(pixels, size, interpolation):
     if tuple(pixels.shape[1:]) == tuple(size):
         return pixels
-    return torch.nn.functional.interpolate(pixels[None], size, mode=interpolation, antialias=True)[0]
+    resize = torch.nn.functional.interpolate
+    return resize(pixels[None], size, mode=interpolation, antialias=True)[0]
 
 
 class _Lazily(torch.utils.data.Dataset):
-    """make(item) of each item, in a worker. An error travels as a value, so that it arrives whole."""
+    """make(item) of each item, in a worker. An error travels as a value, so it arrives whole."""
 
     def __init__(self, make, items):
         self.make = make
@@ -2301,9 +2318,8 @@ def _batches(make, items, workers, broken):
     """Yields the batch of each (batch, faults) that make returns; the faults go to broken()."""
     own = torch.Generator()  # else it draws from torch's global one
     forks = workers and "fork" in multiprocessing.get_all_start_methods()  # `make` does not pickle
-    loader = DataLoader(_Lazily(make, items), batch_size=None, num_workers=workers if forks else 0,
-                        generator=own, multiprocessing_context="fork" if forks else None)  # fmt: skip
-    for result in loader:
+    how = {"num_workers": workers, "multiprocessing_context": "fork"} if forks else {}
+    for result in DataLoader(_Lazily(make, items), batch_size=None, generator=own, **how):
         if isinstance(result, Exception):
             raise result
         batch, faults = result
@@ -2328,7 +2344,7 @@ def _first_sound(candidates, faults, forgiving):
 
 def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0, 1),
            resize="shortest", interpolation="bicubic", broken=None):  # fmt: skip
-    """Batches of one task, steps start to steps - 1: (images uint8 [B, 3, S, S], captions list[str]).
+    """Batches of a task, steps start to steps - 1: images uint8 [B, 3, S, S], captions list[str].
 
     A slot's sample, crop and caption are a pure function of (seed, task, step, slot), whatever the
     workers and the part. part: (rank, processes); this process makes the slots from
@@ -2356,7 +2372,8 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0,
         chance = rng.integers(2**63, size=(size, 2)).tolist()  # of a slot: crop, caption
         with torch.random.fork_rng(devices=[]):
             for slot in own:
-                split, i, image = _first_sound(candidates(ids, step, slot), faults, broken is not None)
+                choice = candidates(ids, step, slot)
+                split, i, image = _first_sound(choice, faults, broken is not None)
                 torch.default_generator.manual_seed(chance[slot][0])
                 images.append(train_crop(image, image_size, resize, interpolation))
                 several = split.captions[i]
