@@ -21,12 +21,15 @@ import gzip
 import hashlib
 import html
 import http.client
+import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import reprlib
 import unicodedata
 import urllib.request
 import warnings
@@ -310,35 +313,67 @@ def clean(text):
     return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
+def _merges(bpe):
+    """-> lines of two symbols each, and the vocabulary {symbol: id} where the file has one."""
+    with open(bpe, "rb") as f:
+        packed = f.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(bpe, "rb") as f:
+        text = f.read(2**26).decode()  # CLIP's have 3 million bytes; a hostile gzip, billions
+    if not text.startswith("{"):
+        lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
+        header = "#version" in lines[0] or len(lines[0].split()) != 2
+        return lines[header : header + 48_894], None  # OpenAI's file has more, which are not used
+    tree = json.loads(text)
+    model = tree["model"]
+    lower = "Lowercase" in json.dumps(tree.get("normalizer"))
+    if (model["type"], model["end_of_word_suffix"], lower) != ("BPE", "</w>", True):
+        raise ValueError("not the tokenizer of a CLIP")
+    added = {token["content"]: token["id"] for token in tree.get("added_tokens", ())}
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    return lines, model["vocab"] | added
+
+
 class Tokenizer:
-    """CLIP's byte-pair encoding. bpe: path of bpe_simple_vocab_16e6.txt.gz or of Hugging Face's merges.txt. Without it,
-    byte-level: the 256 bytes of UTF-8, then start (256) and end (257), which is what "tiny" reads.
+    """CLIP's byte-pair encoding. bpe: path of bpe_simple_vocab_16e6.txt.gz, or of Hugging Face's
+    merges.txt or tokenizer.json. Without it, byte-level: the 256 bytes of UTF-8, then start (256)
+    and end (257), which is what "tiny" reads.
 
     start and end are ids; everything in a text is text, so no caption can inject a control token."""
 
     def __init__(self, bpe=None):
-        self.merges, self.words, self.symbols = {}, {}, [bytes([b]) for b in range(256)]
+        self.merges = {}  # pair of ids -> id
+        self.words = {}  # those met before -> ids
+        self.symbols = [bytes([b]) for b in range(256)]
         if bpe is not None:
             self._read(bpe)
-        self.start, self.end, self.vocab_size = len(self.symbols), len(self.symbols) + 1, len(self.symbols) + 2
+        self.start = len(self.symbols)
+        self.end = self.start + 1
+        self.vocab_size = self.start + 2
 
     def _read(self, bpe):
-        raw, line = Path(bpe).read_bytes(), "(gzip)"
-        order = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())  # ids 0-255: 188 printable first
-        letters = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)]  # how the file spells bytes
-        self.letters, ids = {b: i for i, b in enumerate(order)}, {s: i for i, s in enumerate(letters)}
-        ids |= {f"{s}</w>": 256 + i for s, i in ids.items()}  # </w> ends a word, and decodes to a space
+        # ids 0-255 are the bytes: the 188 printable ones first, then the others, spelt from chr(256)
+        order = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())
+        letters = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)]
+        self.letters = {b: i for i, b in enumerate(order)}
+        ids = {letter: i for i, letter in enumerate(letters)}
+        ids |= {f"{s}</w>": 256 + i for s, i in ids.items()}  # </w> ends a word, decodes to a space
         self.symbols = [bytes([b]) for b in order] + [bytes([b, 32]) for b in order]
+        line = "(gzip, UTF-8 or JSON)"
         try:
-            lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().rstrip("\n").split("\n")
-            for line in lines[1:48_895]:  # after a header, 48,894 merges are used
+            lines, vocabulary = _merges(bpe)
+            for line in lines:
                 a, b = (ids[s] for s in line.split())
                 self.merges[a, b] = ids.setdefault(line.replace(" ", ""), len(self.symbols))
                 self.symbols.append(self.symbols[a] + self.symbols[b])
-        except (OSError, EOFError, ValueError, KeyError, zlib.error) as e:
-            raise ValueError(f"{bpe}: no merge of two earlier symbols: {line[:80]!r} ({type(e).__name__})") from e
+        except (OSError, EOFError, TypeError, ValueError, LookupError, RuntimeError, zlib.error) as e:
+            raise ValueError(f"{bpe}: no merge of two earlier symbols: {line[:80]!r} "
+                             f"({type(e).__name__}: {e})") from e  # fmt: skip
         if not self.merges or len(ids) != len(self.symbols):
-            raise ValueError(f"{bpe}: no merges, or some twice; CLIP's: bpe_simple_vocab_16e6.txt.gz or merges.txt")
+            raise ValueError(f"{bpe}: no merges, or some twice; CLIP's: "
+                             "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")  # fmt: skip
+        ids |= {"<|startoftext|>": len(ids), "<|endoftext|>": len(ids) + 1}
+        if vocabulary not in (None, ids):
+            raise ValueError(f"{bpe}: a vocabulary of {len(vocabulary)} that is not in CLIP's order")
 
     def _merge(self, word):
         """Join the pair learnt first, everywhere, until no known pair is left. Ids grow in the order of learning."""
@@ -389,6 +424,16 @@ class Tokenizer:
             ids = [self.start, *ids[: context_length - 2], self.end]
             row[: len(ids)] = ids
         return torch.from_numpy(tokens)
+
+
+def check_tokenizer(model, tokenizer, path):
+    """ValueError unless the weights in path have learnt from the tokens that tokenizer gives."""
+    if model.tokenizer:
+        raise ValueError(f"{path}: its texts were tokenised otherwise than CLIP's ({model.tokenizer}), "
+                         "and no tokenizer here does that")  # fmt: skip
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{path} has learnt {model.config.vocab_size} tokens, and the tokenizer has "
+                         f"{tokenizer.vocab_size}: --bpe takes the merges that belong to it")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- tensor files
@@ -450,10 +495,18 @@ class Stored:
     """A tensor in a file, read when called. limit: bytes that are there. start: of its first, stride: in entries."""
 
     def __init__(self, path, dtype, shape, stride, start, limit):
-        if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, *stride, start)) or len(shape) != len(stride):
-            raise ValueError(f"shape {shape}, stride {stride}, first byte {start}")
-        self.path, self.dtype, self.shape, self.stride, self.start = path, dtype, tuple(shape), tuple(stride), start
-        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))  # entries, first to last
+        numbers = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *stride, start))
+        if not numbers or not len(shape) == len(stride) <= 16:
+            raise ValueError(f"shape {reprlib.repr(shape)}, stride {reprlib.repr(stride)}, first byte "
+                             f"{reprlib.repr(start)}")  # fmt: skip
+        self.path = path
+        self.dtype = dtype
+        self.shape = tuple(shape)
+        self.stride = tuple(stride)
+        self.start = start
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        # entries from the first to the last, or -1 if they are not there
+        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))
         self.span = span if span * dtype.itemsize <= limit else -1
 
     def __call__(self):
@@ -499,11 +552,16 @@ def _read_safetensors(path):
         if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
             raise ValueError(f"__metadata__ is {metadata}, no strings by name")
         for name, v in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
-            dtype, shape, (a, b) = DTYPES[v["dtype"]], v["shape"], v["data_offsets"]
-            if a != end or min(shape, default=0) < 0 or b - a != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill bytes {a} to {b}, next is {end}")
-            stride, end = [math.prod(shape[i + 1 :]) for i in range(len(shape))], b
+            dtype = DTYPES[v["dtype"]]
+            shape = v["shape"]
+            a, b = v["data_offsets"]
+            if a != end or min(shape, default=0) < 0 or len(shape) > 16:
+                raise ValueError(f"tensor {name}, {v['dtype']} {shape[:16]}, at {a}, next is {end}")
+            stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
             readers[name] = Stored(path, dtype, shape, stride, 8 + length + a, b - a)
+            if b - a != readers[name].nbytes:
+                raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill {b - a} bytes")
+            end = b
     if 8 + length + end != size:
         raise ValueError(f"{path}: torn file, {size} bytes where its header says {8 + length + end}")
     return Tensors(readers, metadata)
@@ -521,9 +579,31 @@ class _Bag(dict):
         self.update(state if isinstance(state, dict) else {})
 
 
-class _Unpickler(pickle.Unpickler):
-    """For torch.save's zips and TorchScript archives. Imports and runs nothing that they name: a pickle reaches _Bag
-    and the functions here, which note where a tensor lies. The code/ of an archive is never opened."""
+class _Row(tuple):
+    """A pickle's tuple, hashed and shown without what is in it: for (x, x) nested 60 deep either
+    would take 2^60 steps."""
+
+    __hash__ = object.__hash__
+    __repr__ = object.__repr__
+
+
+def _rows(load):
+    def load_row(unpickler):
+        load(unpickler)
+        unpickler.stack[-1] = _Row(unpickler.stack[-1])
+
+    return load_row
+
+
+class _Unpickler(pickle._Unpickler):
+    """For torch.save's zips and TorchScript archives. Imports and runs nothing that they name: a
+    pickle reaches _Bag and the functions here, which note where a tensor lies. The code/ of an
+    archive is never opened. In Python, since C's reserves whatever memory a pickle asks for."""
+
+    dispatch = pickle._Unpickler.dispatch | {
+        code: _rows(pickle._Unpickler.dispatch[code]) for code in b"t\x85\x86\x87"  # make tuples
+    }
+    del dispatch[pickle.BYTEARRAY8[0]]
 
     def find_class(self, module, name):
         if module == "torch" and name.endswith("Storage"):
@@ -534,25 +614,33 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"a tensor made by {name}")  # not to be left out silently
         return self.tensor if name == "_rebuild_tensor_v2" else _Bag
 
-    def persistent_load(self, pid):  # ("storage", dtype, name of the zip's member, device, elements)
-        return pid[1], self.archive.getinfo(f"{self.root}data/{pid[2]}")
+    def persistent_load(self, pid):
+        _, dtype, member, *_ = pid  # "storage", dtype, name in the zip, device, entries
+        return dtype, self.archive.getinfo(self.root + "data/" + member)
 
     def tensor(self, storage, offset, shape, stride, _, hooks, metadata=None):
-        (dtype, info), skip = storage, offset * storage[0].itemsize
+        dtype, info = storage
+        skip = offset * dtype.itemsize
         if info.compress_type != zipfile.ZIP_STORED or skip < 0 or metadata:
-            raise ValueError("compressed, before its storage, or a view by sign or conjugate: save a contiguous copy")
-        head = np.fromfile(self.archive.filename, np.uint8, 30 + len(name := info.orig_filename.encode()),
-                           offset=info.header_offset).tobytes()  # fmt: skip
+            raise ValueError("compressed, before its storage, or a view by sign or conjugate: save a "
+                             "contiguous copy")  # fmt: skip
+        name = info.orig_filename.encode()
+        head = np.fromfile(self.archive.filename, np.uint8, 30 + len(name), offset=info.header_offset)
+        head = head.tobytes()
         if head[:4] != b"PK\3\4" or head[26:28] != len(name).to_bytes(2, "little") or head[30:] != name:
             raise ValueError(f"no {info.filename} at byte {info.header_offset}")
-        start = info.header_offset + len(head) + int.from_bytes(head[28:30], "little") + skip  # after the extra field
-        return Stored(self.archive.filename, dtype, shape, stride, start, info.file_size - skip)
+        extra = int.from_bytes(head[28:30], "little")
+        start = info.header_offset + len(head) + extra + skip
+        limit = min(info.file_size - skip, os.path.getsize(self.archive.filename) - start)
+        return Stored(self.archive.filename, dtype, shape, stride, start, limit)
 
 
-def _flat(tree, prefix=""):
+def _flat(tree, prefix, seen):
+    """Each dict once: a pickle can name one in a thousand places."""
+    seen.add(id(tree))
     for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and id(value) not in seen:
+            yield from _flat(value, f"{prefix}{key}.", seen)
         elif isinstance(value, Stored):
             yield f"{prefix}{key}", value
 
@@ -561,9 +649,16 @@ def _read_torch(path):
     fault = "not a torch file of plain tensors; save its state_dict() again with torch.save, or as safetensors"
     with _reading(path, fault), zipfile.ZipFile(path) as archive:
         pickled = min((n for n in archive.namelist() if n.endswith("data.pkl")), key=len)
-        reader = _Unpickler(archive.open(pickled))
-        reader.archive, reader.root = archive, pickled.removesuffix("data.pkl")
-        tree = dict(_flat(reader.load()))
+        info = archive.getinfo(pickled)
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > 2**24:
+            raise ValueError(f"its pickle is compressed, or has {info.file_size} bytes")
+        reader = _Unpickler(io.BytesIO(archive.read(info)))
+        reader.archive = archive
+        reader.root = pickled.removesuffix("data.pkl")
+        tree = dict(_flat(reader.load(), "", set()))
+        total = sum(x.nbytes for x in tree.values())
+        if total > 16 * os.path.getsize(path):
+            raise ValueError(f"views that repeat their storages, to {total} bytes: save copies")
     for key in ("state_dict.", "model_state_dict.", "model."):
         inner = {name.removeprefix(key): x for name, x in tree.items() if name.startswith(key)}
         if inner:
@@ -1129,13 +1224,39 @@ OPENAI = {  # published files and their sha256
 }
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, *answer):
+        new = super().redirect_request(request, *answer)
+        if not _safe(new.full_url) or (request.type, new.type) == ("https", "http"):
+            raise OSError(f"it redirects to {new.full_url}, which is not encrypted")
+        if (new.type, new.host) == (request.type, request.host):  # the token goes nowhere else
+            new.unredirected_hdrs |= request.unredirected_hdrs
+        return new
+
+
+def _safe(url):
+    parts = urllib.parse.urlsplit(url)
+    local = parts.hostname in ("127.0.0.1", "::1", "localhost")
+    return parts.scheme == "https" or parts.scheme == "http" and local
+
+
+def _hub():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
 def _open(url, **headers):
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers={"User-Agent": "fomo"} | headers), timeout=30)
+        if not _safe(url):
+            raise ValueError("expected https://, or http:// on this machine")
+        request = urllib.request.Request(url, headers={"User-Agent": "fomo"} | headers)
+        if url.startswith(f"{_hub()}/") and "HF_TOKEN" in os.environ:
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+        return urllib.request.build_opener(_Redirects).open(request, timeout=30)
     except urllib.error.HTTPError as e:
         raise OSError(f"{url}: the server answers {e.code} {e.reason}") from e
     except (OSError, ValueError, http.client.HTTPException) as e:
-        raise OSError(f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local file's path") from e
+        raise OSError(f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local "
+                      "file's path") from e  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -1153,22 +1274,37 @@ def _alone(folder):
         os.close(handle)
 
 
+def _sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _is_there(path, sha256):
+    if not os.path.exists(path):
+        return False
+    if sha256 in (None, _sha256(path)):
+        return True
+    warnings.warn(f"{path} is damaged, its sha256 is not {sha256}: downloaded again", stacklevel=1)
+    os.unlink(path)
+    return False
+
+
 def _download(url, path, sha256):
-    """url -> path, which is there only when whole and verified. The part that an interrupted run left is continued if
-    sha256 is known, for then pieces of two different files cannot pass as one."""
-    if os.path.exists(path):
+    """url -> path, which is there only when whole and verified. The part that an interrupted run
+    left is continued if sha256 is known, for then pieces of two files cannot pass as one."""
+    if _is_there(path, sha256):
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = Path(f"{path}.part")
     with _alone(os.path.dirname(path)):
-        if os.path.exists(path):
+        if _is_there(path, sha256):
             return path
         _fill(part, url, sha256)
-        with open(part, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
+        found = _sha256(part)
         if sha256 not in (None, found):
             part.unlink()
-            raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; the download was thrown away")
+            raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; the download "
+                             "was thrown away")  # fmt: skip
         os.replace(part, path)
     return path
 
@@ -1197,21 +1333,36 @@ def _fill(part, url, sha256):
         raise OSError(f"{url} broke off after {have} of {total or 'unknown'} bytes; run again{goes_on}") from broken
 
 
+ALONG = {"config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
+         "merges.txt", "tokenizer.json"}  # fmt: skip
+
+
 def _fetch_hf(repo, wanted, cache):
-    """The folder, or the wanted file. Configs, merges and shards come along; what stands for them all comes last."""
-    folder, names = os.path.join(cache, "hf", repo.replace("/", "--")), [wanted] if wanted else WEIGHTS
+    """The folder, or the wanted file. Configs, merges and shards come along; what stands for them
+    all comes last. sha256.json keeps what the hub says of each, to verify them when offline."""
+    folder = os.path.join(cache, "hf", repo.replace("/", "--"))
+    note = os.path.join(folder, "sha256.json")
+    known = _read_json(note) if os.path.exists(note) else {}
+    names = [wanted] if wanted else WEIGHTS
     if not any(os.path.exists(os.path.join(folder, name)) for name in names):
-        server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        listing = f"{server}/api/models/{repo}?blobs=true"
+        listing = f"{_hub()}/api/models/{repo}?blobs=true"
         with _open(listing) as answer, _reading(listing, "the answer is no list of a repository's files"):
             files = {s["rfilename"]: (s.get("lfs") or {}).get("sha256") for s in json.load(answer)["siblings"]}
         main = [name for name in names if name in files][:1]
         if not main:
             raise ValueError(f"hf:{repo} has no {wanted or 'CLIP weights'}; it has {', '.join([*files][:20])}")
         shard = re.escape(main[0].split(".")[0]) + r"-\d+-of-\d+\.\w+"
-        along = {"config.json", "open_clip_config.json", "merges.txt"}
-        for name in [n for n in files if n in along or re.fullmatch(shard, n)] + main:
-            _download(f"{server}/{repo}/resolve/main/{name}", os.path.join(folder, name), files[name])
+        shards = [name for name in files if re.fullmatch(shard, name)]
+        unverified = [name for name in main + shards if files[name] is None and ".index." not in name]
+        if unverified:
+            warnings.warn(f"hf:{repo}: the hub tells no sha256 of {', '.join(unverified)}, which cannot "
+                          "be verified", stacklevel=1)  # fmt: skip
+        known |= {name: files[name] for name in [*(n for n in files if n in ALONG), *shards, *main]}
+        os.makedirs(folder, exist_ok=True)
+        with _aside(note) as f:
+            f.write(json.dumps(known).encode())
+    for name, sha256 in known.items():
+        _download(f"{_hub()}/{repo}/resolve/main/{name}", os.path.join(folder, name), sha256)
     return os.path.join(folder, wanted)
 
 
@@ -1229,7 +1380,7 @@ def fetch(spec, cache=None):
         server = f"{os.environ['CLIP_MIRROR']}/{sha256}" if "CLIP_MIRROR" in os.environ else server
         return _download(f"{server}/{file}", os.path.join(cache, "openai", file), sha256)
     if scheme in ("https", "http"):
-        match = re.fullmatch(r"((?:https://|http://127\.0\.0\.1[:/])[^#]+)(?:#sha256=([0-9a-f]{64}))?", spec)
+        match = re.fullmatch(r"([^#]+)(?:#sha256=([0-9a-f]{64}))?", spec)
         if not match:
             raise ValueError(f"{spec}: expected https://...#sha256= and 64 hexadecimal digits")
         key = hashlib.sha256(spec.encode()).hexdigest()[:16]
@@ -1242,13 +1393,20 @@ def fetch(spec, cache=None):
 
 
 def find_bpe(path_or_spec, cache=None):
-    """-> path of the merges for these weights: beside them, or OpenAI's, fetched as the weights were."""
+    """-> path of the merges for these weights: beside them, else those of an installed open_clip or
+    of transformers' cache, else for weights that were downloaded OpenAI's, downloaded too."""
     path = Path(fetch(path_or_spec, cache))
-    for name in ("bpe_simple_vocab_16e6.txt.gz", "merges.txt"):
-        file = (path if path.is_dir() else path.parent) / name
-        if file.is_file():
-            return str(file)
+    folders = [path if path.is_dir() else path.parent]
+    package = importlib.util.find_spec("open_clip")
+    folders += map(Path, package.submodule_search_locations) if package else []
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    folders += sorted(hub.glob("models--openai--clip-vit-*/snapshots/*"))
+    for folder in folders:
+        for name in ("bpe_simple_vocab_16e6.txt.gz", "merges.txt", "tokenizer.json"):
+            if (folder / name).is_file():
+                return str(folder / name)
     if os.path.exists(path_or_spec):
-        raise FileNotFoundError(f"{path}: neither bpe_simple_vocab_16e6.txt.gz nor merges.txt lies beside it; put one "
-                                "there, or take clip.fetch('openai:bpe')")
+        raise FileNotFoundError(
+            f"{path}: no bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json lies beside it, and "
+            "no open_clip is installed: pass such a file as --bpe, or --bpe openai:bpe, a download")  # fmt: skip
     return fetch("openai:bpe", cache)
