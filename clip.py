@@ -848,8 +848,8 @@ HF_PIXELS = {  # a CLIPImageProcessor's defaults
     "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True,
 }  # fmt: skip
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "pos_embed_type": ("learnable",),
-         "eos_id": (2,)}  # fmt: skip
+USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ["linear"], "pos_embed_type": ["learnable"],
+         "eos_id": [2], "tokenizer_kwargs": [{"clean": "lower"}]}  # of open_clip; fmt: skip
 
 
 def _says_ours(metadata):
@@ -878,8 +878,10 @@ def _says_open_clip(c):
     said["quick_gelu"] = bool(model.get("quick_gelu"))
     pixels = {k: x for k, x in (c.get("preprocess_cfg") or {}).items() if x is not None}
     if pixels:
-        names = {"resize_mode": "resize", "mode": "", "fill_color": ""}  # mode is RGB, fill unused
-        pixels = {names.get(k, k): x for k, x in pixels.items() if names.get(k, k)}
+        if pixels.pop("mode", "RGB") != "RGB":
+            raise ValueError("mode of its pictures is not RGB")
+        pixels["resize"] = pixels.pop("resize_mode", "shortest")
+        pixels.pop("fill_color", None)  # for a resize that leaves a margin
         said["preprocess"] = Preprocess(**{"size": v.get("image_size", 224)} | pixels)
     return said
 
@@ -903,6 +905,7 @@ def _says_hf(c):
         raise ValueError(f"activation and LayerNorm eps {acts}, not gelu or quick_gelu, and 1e-5")
     said["quick_gelu"] = acts == {("quick_gelu", 1e-5)}
     end = x.get("eos_token_id", 49407)
+    end = end[0] if isinstance(end, list) and len(end) == 1 else end
     vocabulary = x.get("vocab_size", 49408)
     usual = end in (2, vocabulary - 1)  # 2: transformers then takes the largest id, as CLIP does
     said["tokenizer"] = {} if usual else {"eos_token_id": end}
