@@ -36,6 +36,8 @@ import tempfile
 import threading
 import time
 import unicodedata
+import urllib.request
+import warnings
 import weakref
 import zipfile
 import zlib
@@ -385,8 +387,9 @@ def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
         "head.weight": torch.ones(2)
     }
     clip.write_tensors(other, tmp_path / "a.safetensors")
-    with pytest.raises(
-        ValueError, match=r"ln_final.bias missing, head.weight unexpected \(2 in all\)"
+    with (
+        pytest.raises(ValueError, match=r"ln_final.bias missing \(1 in all\)"),
+        pytest.warns(UserWarning, match=r"left out: the tensors of head \(1\)"),
     ):
         clip.load(tmp_path / "a.safetensors", config=SMALL)
     clip.write_tensors(state, tmp_path / "b.safetensors")
@@ -420,6 +423,282 @@ def test_positions_are_resized_as_open_clip_does(tmp_path):
     for size in (4, "64"):
         with pytest.raises(ValueError, match="image_size is pixels, from a patch's 8"):
             clip.load(tmp_path / "a.safetensors", image_size=size)
+
+
+PIXELS = clip.Preprocess((0.5, 0.4, 0.6), (0.5, 0.25, 0.3), "squash", "bilinear", 32)
+
+
+def clip_picture():
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    return Image.fromarray(noise).resize((70, 50))
+
+
+@pytest.mark.parametrize("resize", ["squash", "shortest"])
+@pytest.mark.parametrize("how", ["bilinear", "bicubic"])
+def test_open_clip_prepares_pictures_for_our_folder_as_the_model_says(tmp_path, resize, how):
+    open_clip = pytest.importorskip("open_clip")
+    model = clip_random(SMALL)
+    model.preprocess = dataclasses.replace(PIXELS, resize=resize, interpolation=how)
+    clip.save(model, tmp_path)
+    theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    want = prepare(clip_picture())
+    resized = prepare.transforms[0](clip_picture())  # the geometry is data.py's, and tested there
+    pixels = torch.from_numpy(np.array(prepare.transforms[1](resized))).permute(2, 0, 1)[None]
+    p = clip.load(tmp_path).preprocess
+    ours = clip.normalise(pixels, p.mean, p.std)
+    assert p == model.preprocess
+    assert resized.size == ((32, 32) if resize == "squash" else (44, 32))  # of 70 x 50
+    assert torch.allclose(ours[0], want, atol=1e-6)  # float32 in another order
+    with torch.no_grad():
+        assert torch.allclose(model.encode_image(ours), theirs.eval().encode_image(want[None]), atol=1e-5)
+
+
+@pytest.mark.parametrize("resize", ["squash", "shortest"])
+def test_transformers_prepares_pictures_for_our_folder_as_the_model_says(tmp_path, resize):
+    transformers = pytest.importorskip("transformers")
+    model = clip_random(SMALL)
+    model.preprocess = dataclasses.replace(PIXELS, resize=resize)
+    clip.save(model, tmp_path, "hf")
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path)
+    want = processor(clip_picture(), return_tensors="pt")["pixel_values"]
+    asis = processor(clip_picture(), return_tensors="pt", do_normalize=False, do_rescale=False)
+    pixels = asis["pixel_values"].to(torch.uint8)
+    assert want.shape == (1, 3, 32, 32)
+    assert torch.allclose(clip.normalise(pixels, PIXELS.mean, PIXELS.std), want, atol=1e-5)
+    processor.save_pretrained(tmp_path)  # as transformers spells it
+    clip.write_tensors(dict(clip.read_tensors(tmp_path)), tmp_path / "model.safetensors")
+    assert clip.load(tmp_path).preprocess == model.preprocess
+
+
+def test_preprocessing_survives_every_layout(tmp_path):
+    model = clip_random(SMALL)
+    model.preprocess = PIXELS
+    model.tokenizer = {"hf_tokenizer_name": "someone/else"}
+    clip.save(model, tmp_path / "hf", "hf")
+    clip.save(clip.load(tmp_path / "hf"), tmp_path / "folder")
+    clip.save(clip.load(tmp_path / "folder"), tmp_path / "a.safetensors", "openai")
+    loaded = clip.load(tmp_path / "a.safetensors")
+    assert loaded.preprocess == PIXELS and loaded.tokenizer == model.tokenizer
+    with pytest.raises(ValueError, match="its own preprocessing only"):
+        clip.save(model, tmp_path / "a.pt", "openai")
+    larger = clip.load(tmp_path / "a.safetensors", image_size=64)
+    assert larger.preprocess == dataclasses.replace(PIXELS, size=64)
+    assert clip.CLIP(PARITY).preprocess == clip.Preprocess(size=32)
+
+
+CLIP_PIXELS = {  # what people's preprocessor_config.json hold -> ours, or words of the refusal
+    "defaults": ({"size": 32, "crop_size": 32}, clip.Preprocess(size=32)),
+    "dicts": (
+        {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2},
+        clip.Preprocess(interpolation="bilinear", size=32),
+    ),
+    "squash": (
+        {"size": {"height": 32, "width": 32}, "do_center_crop": False, "image_mean": [0.5] * 3},
+        clip.Preprocess((0.5,) * 3, resize="squash", size=32),
+    ),
+    "another kind": (
+        {"image_processor_type": "ViTImageProcessor", "size": 32, "resample": 2,
+         "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        clip.Preprocess((0.5,) * 3, (0.5,) * 3, "squash", "bilinear", 32),
+    ),
+    "not normalised": ({"size": 32, "crop_size": 32, "do_normalize": False}, "do_normalize False"),
+    "not resized": ({"size": 32, "crop_size": 32, "do_resize": False}, "do_resize False"),
+    "rescaled otherwise": ({"size": 32, "crop_size": 32, "rescale_factor": 1 / 127.5}, "rescale_factor 0.0078"),
+    "not cropped": ({"size": 32, "do_center_crop": False}, "do_center_crop False"),
+    "a smaller crop": ({"size": 40, "crop_size": 32}, "crop_size 32"),
+    "nearest": ({"size": 32, "crop_size": 32, "resample": 0}, "resample 0"),
+    "padded": ({"size": 32, "crop_size": 32, "do_pad": True}, "do_pad True"),
+    "another size": ({}, "image_size 224 for its pictures, not 32"),
+    "two channels": ({"size": 32, "crop_size": 32, "image_mean": [0.5, 0.5]}, "three channels"),
+    "another kind, unsaid": ({"image_processor_type": "ViTImageProcessor", "size": 32}, "resample"),
+    "longest edge": ({"size": {"shortest_edge": 32, "longest_edge": 64}, "crop_size": 32}, "longest_edge"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLIP_PIXELS)
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_hugging_faces_preprocessing_is_read_or_refused_by_name(tmp_path, case, file):
+    said, want = CLIP_PIXELS[case]
+    clip.save(clip_random(SMALL), tmp_path, "hf")
+    (tmp_path / "preprocessor_config.json").unlink()
+    clip.write_tensors(dict(clip.read_tensors(tmp_path)), tmp_path / "model.safetensors")
+    said = {"image_processor": said} if file == "processor_config.json" else said
+    (tmp_path / file).write_text(json.dumps(said))
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            clip.load(tmp_path)
+    else:
+        assert clip.load(tmp_path).preprocess == want
+
+
+@pytest.mark.parametrize("said, words", [
+    ({"resize_mode": "longest"}, "resize longest"),
+    ({"interpolation": "random"}, "interpolation random"),
+    ({"size": 48}, "image_size 48 for its pictures, not 32"),
+    ({"size": [32, 48]}, "not a square"),
+    ({"std": [0, 0, 0]}, "three channels"),
+    ({"mode": "L"}, "mode"),
+])  # fmt: skip
+def test_open_clips_preprocessing_that_cannot_be_done_is_refused_by_name(tmp_path, said, words):
+    clip.save(clip_random(SMALL), tmp_path)
+    clip.write_tensors(clip_random(SMALL).state_dict(), tmp_path / clip.WEIGHTS[0])
+    file = tmp_path / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["preprocess_cfg"] = {"size": [32, 32], "mean": None}
+    file.write_text(json.dumps(config))
+    assert clip.load(tmp_path).preprocess == clip.Preprocess(size=32)
+    config["preprocess_cfg"] |= said
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=words):
+        clip.load(tmp_path)
+
+
+def test_each_layout_is_read_by_its_own_configs(tmp_path):
+    """A folder of the hub often holds both, as LAION's do."""
+    hf = clip_random(SMALL)
+    clip.save(hf, tmp_path, "hf")
+    other = clip_random(SMALL)
+    other.preprocess = PIXELS
+    clip.save(other, tmp_path)
+    for file in ("model.safetensors", clip.WEIGHTS[0]):
+        clip.write_tensors(dict(clip.read_tensors(tmp_path / file)), tmp_path / file)
+    assert clip.load(tmp_path / "model.safetensors").preprocess == hf.preprocess
+    assert clip.load(tmp_path / clip.WEIGHTS[0]).preprocess == PIXELS
+
+
+def test_another_model_type_or_end_of_text_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    clip.save(clip_random(SMALL), tmp_path, "hf")
+    clip.write_tensors(dict(clip.read_tensors(tmp_path)), tmp_path / "model.safetensors")
+    file = tmp_path / "config.json"
+    good = json.loads(file.read_text())
+    sizes = {k: good[k] | {"model_type": None} for k in ("vision_config", "text_config")}
+    for tower in sizes.values():
+        del tower["model_type"]
+    theirs = transformers.MetaClip2Config(**sizes).to_dict()
+    file.write_text(json.dumps(theirs, default=str))
+    with pytest.raises(ValueError, match="config.json: .*model_type metaclip_2, not clip"):
+        clip.load(tmp_path)
+    for end, refused in ((2, False), (39, False), (38, True), ([39], False)):
+        file.write_text(json.dumps(good | {"text_config": good["text_config"] | {"eos_token_id": end}}))
+        if refused:
+            with pytest.raises(ValueError, match="eos_token_id 38 of 40 ids"):
+                clip.load(tmp_path)
+        else:
+            assert clip.load(tmp_path).tokenizer == {}
+
+
+def test_a_config_of_other_sizes_than_the_tensors_is_refused(tmp_path):
+    clip.save(clip_random(SMALL), tmp_path)
+    clip.write_tensors(clip_random(SMALL).state_dict(), tmp_path / clip.WEIGHTS[0])
+    file = tmp_path / "open_clip_config.json"
+    good = json.loads(file.read_text())
+    del good["preprocess_cfg"]
+    for tower, key, value, words in (("vision_cfg", "layers", 3, "vision_layers 3, not 2"),
+                                     ("text_cfg", "vocab_size", 50, "vocab_size 50, not 40"),
+                                     ("vision_cfg", "image_size", 64, "image_size 64, not 32; image_size=")):  # fmt: skip
+        model = good["model_cfg"]
+        file.write_text(json.dumps({"model_cfg": model | {tower: model[tower] | {key: value}}}))
+        with pytest.raises(ValueError, match=words):
+            clip.load(tmp_path)
+    assert clip.load(tmp_path, image_size=64).config.image_size == 64
+
+
+def test_heads_that_nothing_says_can_be_written_beside_the_file(tmp_path):
+    clip.write_tensors(clip_random(SMALL).state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="heads") as e:
+        clip.load(tmp_path / "a.safetensors")
+    text = str(e.value)[str(e.value).index("{") :]
+    for value in ("true", "64", "1"):  # the activation, the head's width, the text's heads
+        text = text.replace("...", value, 1)
+    (tmp_path / "open_clip_config.json").write_text(text)
+    assert clip.load(tmp_path / "a.safetensors").config == SMALL
+
+
+def clip_trees(state):
+    """Checkpoints as training scripts save them."""
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}}
+    under = {prefix: {prefix + k: v for k, v in state.items()}
+             for prefix in ("model.", "clip.", "clip_model.", "module.model.", "module.", "net.x.y.")}  # fmt: skip
+    yield from under.values()
+    yield {"epoch": 1, "model_state_dict": state, "optimizer_state_dict": optimizer}
+    yield {"model": state, "optimizer": optimizer, "epoch": 1}
+    yield {"state_dict": under["model."], "optimizer_states": [optimizer], "loss": torch.ones(1)}
+    yield {"model": under["module."], "model_ema": {k: v + 1 for k, v in state.items()}}
+    yield {"state_dict": under["model."] | {f"ema_model.{k}": v + 1 for k, v in state.items()}}
+    yield {"net": state, "ema": {k: v + 1 for k, v in state.items()}}
+    yield state | {"head.weight": torch.ones(2), "attn_mask": torch.ones(8, 8)}
+    yield under["clip."] | {"classifier.weight": torch.ones(2), "clip.logit_scale": torch.ones(1) * 3}
+
+
+def test_checkpoints_of_training_scripts_load(tmp_path):
+    model = clip_random(SMALL)
+    model.logit_scale.data.fill_(3)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i, tree in enumerate(clip_trees(model.state_dict())):
+            torch.save(tree, tmp_path / f"{i}.pt")
+            loaded = clip.load(tmp_path / f"{i}.pt", config=SMALL)
+            assert clip_same(loaded, model), [*tree][:4]
+        torch.save(model, tmp_path / "module.pt")  # whole, as torch advises against
+        assert clip_same(clip.load(tmp_path / "module.pt", config=SMALL), model)
+    assert i == 13
+
+
+@pytest.mark.parametrize("extra, words", [
+    ({"model_ema": {"logit_scale": torch.ones(())}}, r"model_ema \(1\)"),
+    ({"optimizer": {"state": {0: {"exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}}}}, r"optimizer \(2\)"),
+    ({"head": torch.ones(3)}, r"head \(1\)"),
+])  # fmt: skip
+def test_what_is_left_out_of_a_checkpoint_is_named(tmp_path, extra, words):
+    torch.save({"state_dict": clip_random(SMALL).state_dict()} | extra, tmp_path / "a.pt")
+    with pytest.warns(UserWarning, match=f"left out: the tensors of {words}"):
+        clip.load(tmp_path / "a.pt", config=SMALL)
+
+
+def test_what_may_change_the_features_is_not_left_out(tmp_path):
+    state = clip_random(SMALL).state_dict()
+    for name in ("visual.head.weight", "visual.transformer.resblocks.0.ls_1.gamma", "text_projection.bias"):
+        torch.save({"model": state | {name: torch.ones(3)}}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=f"{name} unexpected"):
+            clip.load(tmp_path / "a.pt", config=SMALL)
+    torch.save({"student": state, "tutor": state | {"logit_scale": torch.ones(())}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="2 CLIPs, at 'student.', 'tutor.'"):
+        clip.load(tmp_path / "a.pt", config=SMALL)
+
+
+def test_describe_reads_no_weights_and_agree_finds_what_differs(tmp_path, monkeypatch):
+    quick = clip_random(SMALL)
+    plain = clip_random(dataclasses.replace(SMALL, quick_gelu=False))
+    wide = clip_random(SMALL)
+    wide.preprocess = PIXELS
+    clip.save(quick, tmp_path / "openai.pt", "openai")
+    clip.save(quick, tmp_path / "hf", "hf")
+    clip.save(quick, tmp_path / "quick.safetensors")
+    clip.save(plain, tmp_path / "plain.safetensors")
+    clip.save(wide, tmp_path / "wide.safetensors")
+    (tmp_path / "bare").mkdir()
+    clip.write_tensors(quick.state_dict(), tmp_path / "bare/a.safetensors")
+    clip.write_tensors({"w": torch.ones(3)}, tmp_path / "bare/other.safetensors")
+    read = []
+    call = clip.Stored.__call__
+    monkeypatch.setattr(clip.Stored, "__call__", lambda self: read.append(self.shape) or call(self))
+    said = clip.describe(tmp_path / "hf")
+    assert said == dataclasses.asdict(SMALL) | {"preprocess": quick.preprocess, "tokenizer": {}}
+    bare = clip.describe(tmp_path / "bare/a.safetensors")
+    assert bare.keys() == {*dataclasses.asdict(SMALL)} - {"quick_gelu", "vision_heads", "text_heads"}
+    assert clip.describe(tmp_path / "bare/other.safetensors") == {}
+    for paths in (["openai.pt", "quick.safetensors"], ["bare/a.safetensors", "hf"], ["quick.safetensors", "bare/a.safetensors"]):
+        metadata = clip.agree([tmp_path / path for path in paths])
+        clip.write_tensors(quick.state_dict(), tmp_path / "merged", metadata)
+        assert clip.load(tmp_path / "merged").config == SMALL
+    assert clip.agree([tmp_path / "bare/a.safetensors"]) == {}
+    read = [shape for shape in read if shape != ()]
+    assert not [s for s in read[: -3 * len(quick.state_dict())] if s != ()]
+    for other, word in (("plain", "quick_gelu: True and False"), ("wide", "preprocess")):
+        with pytest.raises(ValueError, match=f"hf and .*{other}.safetensors differ in {word}"):
+            clip.agree([tmp_path / "hf", tmp_path / f"{other}.safetensors"])
+    assert clip.agree([tmp_path / "hf", tmp_path / "plain.safetensors"], quick_gelu=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -752,6 +1031,72 @@ def test_loading_costs_one_model_of_memory(tmp_path):
     assert size == 149_620_737 * 4 and ratio < 1.2, ratio
 
 
+def clip_zip(path, pickled, how=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", how) as z:
+        z.writestr("x/data.pkl", pickled)
+
+
+def clip_hostile(path):
+    """-> words of the refusal. Small files that once took minutes or gigabytes."""
+    kind = path.stem
+    nested = b"\x80\x02)" + b"2\x86" * 60  # (x, x) of (x, x) of ...
+    if kind == "key":
+        clip_zip(path, b"\x80\x02}" + nested[2:] + b"K\x01s.")
+    elif kind == "shown":  # where a text is expected
+        clip_zip(path, nested + b"Q.")
+    elif kind == "dicts":
+        text = b"\x80\x02}q\x00"
+        for i in range(1, 60):
+            text += b"}q%c(X\x01\0\0\0ah%cX\x01\0\0\0bh%cu" % (i, i - 1, i - 1)
+        clip_zip(path, text + b".")
+    elif kind == "memo":
+        clip_zip(path, b"\x80\x02}r\xff\xff\xff\x7f.")
+    elif kind == "bytes":
+        clip_zip(path, b"\x80\x05\x96" + (2**36).to_bytes(8, "little") + b".")
+    elif kind == "deflated":
+        clip_zip(path, b"\x80\x04\x8d" + (2**30).to_bytes(8, "little") + b"a" * 2**30 + b".", zipfile.ZIP_DEFLATED)
+    elif kind == "expanded":
+        torch.save({f"a{i}": torch.ones(1).expand(2**22, 2) for i in range(100)}, path)
+    elif kind == "layers":
+        config = dataclasses.asdict(SMALL) | {"vision_layers": 10**7}
+        clip.write_tensors(clip_random(SMALL).state_dict(), path, {"config": json.dumps(config)})
+    elif kind == "axes":
+        header = {"a": {"dtype": "F32", "shape": [1] * 10**6, "data_offsets": [0, 4]}}
+        path.write_bytes(clip_bytes(header, b"\0" * 4))
+    elif kind == "merges":
+        path.write_bytes(gzip.compress(b"a" * 2**31, 1))
+
+
+CLIP_HOSTILE = """
+import pathlib, resource, sys, clip
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    path = pathlib.Path(sys.argv[1])
+    if path.stem == "merges":
+        clip.Tokenizer(path)
+    else:
+        clip.load(path, quick_gelu=True)
+except ValueError as e:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(str(e)), str(path) in str(e))
+"""
+
+
+@pytest.mark.parametrize("kind", ["key", "shown", "dicts", "memo", "bytes", "deflated", "expanded",
+                                  "layers", "axes", "merges"])  # fmt: skip
+def test_hostile_files_end_in_a_sentence_soon_and_in_little_memory(tmp_path, kind):
+    clip_hostile(tmp_path / f"{kind}.pt")
+    out = subprocess.run(
+        [sys.executable, "-c", CLIP_HOSTILE, str(tmp_path / f"{kind}.pt")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,  # it takes the import's 5 seconds
+        cwd=Path(clip.__file__).parent,
+    )
+    kib, length, named = out.stdout.split()
+    assert int(kib) < 400_000 and int(length) < 5000 and named == "True", out.stdout
+
+
 # ------------------------------------------------------------------------------------------------------ downloads
 
 
@@ -923,6 +1268,86 @@ def test_without_a_network_the_sentence_says_so(monkeypatch, tmp_path):
             clip.load(spec, cache=tmp_path)
 
 
+def test_a_cached_file_is_verified_when_it_is_used(clip_server, tmp_path):
+    body = random.Random(0).randbytes(100_000)
+    clip_server.files["/w.pt"] = body
+    spec = f"{clip_server.url}/w.pt#sha256={hashlib.sha256(body).hexdigest()}"
+    path = Path(clip.fetch(spec, tmp_path))
+    path.write_bytes(body[:-1] + b"?")
+    with pytest.warns(UserWarning, match="w.pt is damaged"):
+        assert Path(clip.fetch(spec, tmp_path)).read_bytes() == body
+
+
+def clip_hub(server, files, sums=True):
+    listing = [{"rfilename": name, "lfs": {"sha256": hashlib.sha256(body).hexdigest()} if sums else None}
+               for name, body in files.items()]  # fmt: skip
+    server.files["/api/models/org/repo?blobs=true"] = json.dumps({"siblings": listing}).encode()
+    server.files |= {f"/org/repo/resolve/main/{name}": body for name, body in files.items()}
+
+
+def test_a_cached_repository_is_verified_and_an_unverifiable_one_named(clip_server, tmp_path):
+    clip.save(clip_random(SMALL), tmp_path / "hf", "hf")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    clip_hub(clip_server, files)
+    folder = Path(clip.fetch("hf:org/repo", tmp_path / "a"))
+    assert (folder / "preprocessor_config.json").exists()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.warns(UserWarning, match="model.safetensors is damaged"):
+        clip.fetch("hf:org/repo", tmp_path / "a")
+    assert weights.read_bytes() == files["model.safetensors"]
+    clip_hub(clip_server, files, sums=False)
+    with pytest.warns(UserWarning, match="no sha256 of model.safetensors"):
+        clip.fetch("hf:org/repo", tmp_path / "b")
+
+
+def test_a_token_goes_to_the_hub_and_to_nobody_else(clip_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    got = []
+
+    def do_GET(self):
+        got.append((self.headers["Host"].partition(":")[0], self.path, self.headers.get("Authorization")))
+        if self.path == "/org/repo/resolve/main/model.safetensors":
+            self.send_response(302)  # as the hub sends one to its store, here another name of ours
+            self.send_header("Location", f"{self.url.replace('127.0.0.1', 'localhost')}/store")
+            return self.end_headers()
+        if self.path == "/org/repo/resolve/main/config.json":
+            self.send_response(307)
+            self.send_header("Location", f"{self.url}/moved")
+            return self.end_headers()
+        return ClipServer.do_GET(self)
+
+    monkeypatch.setattr(clip_server, "do_GET", do_GET)
+    clip_hub(clip_server, {"model.safetensors": b"weights", "config.json": b"{}"})
+    clip_server.files |= {"/store": b"weights", "/moved": b"{}", "/w.pt": b"w"}
+    clip.fetch("hf:org/repo", tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
+    clip.fetch(f"{clip_server.url}/w.pt", tmp_path)
+    sent = {path: token for _, path, token in got}
+    assert sent["/api/models/org/repo?blobs=true"] == sent["/moved"] == "Bearer secret"
+    assert ("localhost", "/store", None) in got and sent["/w.pt"] is None
+
+
+@pytest.mark.parametrize("old, new, fine", [
+    ("https://a.org/x", "https://b.org/x", True),
+    ("https://a.org/x", "http://a.org/x", False),
+    ("https://a.org/x", "http://127.0.0.1/x", False),
+    ("http://127.0.0.1/x", "http://a.org/x", False),
+    ("http://127.0.0.1/x", "https://a.org/x", True),
+])  # fmt: skip
+def test_no_redirect_leaves_the_encryption(old, new, fine):
+    request = urllib.request.Request(old)
+    with contextlib.nullcontext() if fine else pytest.raises(OSError, match="not encrypted"):
+        clip._Redirects().redirect_request(request, None, 302, "", {}, new)
+
+
+@pytest.mark.parametrize("url", ["http://example.com", "http://127.0.0.1:80@example.com", "ftp://example.com"])
+def test_the_hub_is_asked_over_https_alone(monkeypatch, tmp_path, url):
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    with pytest.raises(OSError, match=r"example.com/api.*expected https://"):
+        clip.load("hf:org/repo", cache=tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------ tokenizer
 
 
@@ -1066,16 +1491,13 @@ def test_merges_txt_gives_the_same_ids(clip_tokenizer, clip_bpe, tmp_path):
     assert clip.find_bpe(tmp_path / "a.safetensors") == str(tmp_path / "merges.txt")
 
 
-def test_merges_are_fetched_with_downloaded_weights_and_missed_beside_local_ones(
-    clip_server, clip_bpe, tmp_path
-):
+def test_merges_are_fetched_with_downloaded_weights(clip_server, clip_bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     clip_server.files[f"/{clip.OPENAI['bpe'][1]}/{clip.OPENAI['bpe'][0]}"] = clip_bpe.read_bytes()
     clip_server.files["/w.pt"] = b"weights"
     path = clip.find_bpe(f"{clip_server.url}/w.pt", tmp_path)
     assert Path(path).read_bytes() == clip_bpe.read_bytes()
-    (tmp_path / "local.pt").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="openai:bpe"):
-        clip.find_bpe(tmp_path / "local.pt")
 
 
 @pytest.mark.parametrize(
@@ -1143,6 +1565,110 @@ def test_hundred_thousand_captions_in_ten_seconds(clip_bpe):
     tokenizer, start = clip.Tokenizer(clip_bpe), time.process_time()
     tokens = tokenizer(captions)
     assert tokens.shape == (100_000, 77) and time.process_time() - start < 10
+
+
+def test_merges_txt_with_crlf_and_without_a_header_give_the_same_ids(clip_tokenizer, clip_bpe, tmp_path):
+    lines = gzip.decompress(clip_bpe.read_bytes()).decode().split("\n")[1:48_895]
+    for ending, header in (("\r\n", "#version: 0.2"), ("\r\n", None), ("\n", None)):
+        text = ending.join(([header] if header else []) + lines) + ending
+        (tmp_path / "merges.txt").write_bytes(text.encode())
+        assert clip.Tokenizer(tmp_path / "merges.txt").merges == clip_tokenizer.merges
+
+
+def clip_tokenizer_json(clip_tokenizer, clip_bpe, folder, **options):
+    """Written by transformers. -> its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    lines = gzip.decompress(clip_bpe.read_bytes()).decode().split("\n")[1:48_895]
+    encoder = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer().encoder
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {names.get(word, word): i for word, i in encoder.items()}
+    theirs = transformers.CLIPTokenizer(vocab, [tuple(line.split()) for line in lines], **options)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def test_tokenizer_json_gives_transformers_ids(clip_tokenizer, clip_bpe, tmp_path):
+    theirs = clip_tokenizer_json(clip_tokenizer, clip_bpe, tmp_path)
+    assert not (tmp_path / "merges.txt").exists()
+    clip.save(clip_random(SMALL), tmp_path, "hf")
+    ours = clip.Tokenizer(clip.find_bpe(tmp_path))
+    texts = ["a photo of a cat", "Hello   WORLD!! it's 2024", "café naïve", "__init__.py x²"]
+    want = theirs(texts)["input_ids"]
+    assert [[ours.start, *ours.encode(text), ours.end] for text in texts] == want
+    assert ours.merges == clip_tokenizer.merges
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda t: t["model"].update(type="WordPiece"), "not the tokenizer of a CLIP"),
+    (lambda t: t["model"].update(end_of_word_suffix=""), "not the tokenizer of a CLIP"),
+    (lambda t: t.update(normalizer=None), "not the tokenizer of a CLIP"),
+    (lambda t: t["model"]["vocab"].update({"a</w>": 7, "(": 320}), "not in CLIP's order"),
+    (lambda t: t["added_tokens"].append({"content": "<pad>", "id": 49_408}), "not in CLIP's order"),
+    (lambda t: t.pop("model"), "KeyError"),
+])  # fmt: skip
+def test_another_tokenizer_json_is_refused(clip_tokenizer, clip_bpe, tmp_path, damage, words):
+    clip_tokenizer_json(clip_tokenizer, clip_bpe, tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    damage(tree)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=words):
+        clip.Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(clip_tokenizer):
+    sizes = dataclasses.replace(SMALL, vocab_size=49_408, text_width=64)
+    model = clip.CLIP(sizes)
+    clip.check_tokenizer(model, clip_tokenizer, "w.pt")
+    clip.check_tokenizer(clip.CLIP(clip.CONFIGS["tiny"]), clip.Tokenizer(), "w.pt")
+    with pytest.raises(ValueError, match=r"w.pt has learnt 49408 tokens, .* has 258: --bpe"):
+        clip.check_tokenizer(model, clip.Tokenizer(), "w.pt")
+    for vocab in (32_000, 60_000):
+        other = clip.CLIP(dataclasses.replace(sizes, vocab_size=vocab))
+        with pytest.raises(ValueError, match=f"w.pt has learnt {vocab} tokens"):
+            clip.check_tokenizer(other, clip_tokenizer, "w.pt")
+    model.tokenizer = {"hf_tokenizer_name": "facebook/xlm-v-base"}
+    with pytest.raises(ValueError, match="facebook/xlm-v-base"):
+        clip.check_tokenizer(model, clip_tokenizer, "w.pt")
+
+
+@pytest.mark.parametrize("said, kept", [
+    ({"hf_tokenizer_name": "bert-base-uncased"}, True),
+    ({"tokenizer_kwargs": {"clean": "canonicalize"}}, True),
+    ({"hf_tokenizer_name": "openai/clip-vit-base-patch32"}, False),
+    ({"tokenizer_kwargs": {"clean": "lower"}}, False),
+    ({"hf_tokenizer_name": None, "tokenizer_kwargs": {}}, False),
+])  # fmt: skip
+def test_a_foreign_tokenizer_is_kept_in_mind(tmp_path, said, kept):
+    clip.save(clip_random(SMALL), tmp_path)
+    clip.write_tensors(clip_random(SMALL).state_dict(), tmp_path / clip.WEIGHTS[0])
+    file = tmp_path / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"] |= said
+    file.write_text(json.dumps(config))
+    assert clip.load(tmp_path).tokenizer == (said if kept else {})
+
+
+def test_an_end_that_is_no_id_of_the_vocabulary_is_kept_in_mind(tmp_path):
+    """transformers then reads the first position's features; its default is 49407 of any number."""
+    clip.save(clip_random(SMALL), tmp_path, "hf")
+    clip.write_tensors(dict(clip.read_tensors(tmp_path)), tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["text_config"]["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert clip.load(tmp_path).tokenizer == {"eos_token_id": 49_407}
+
+
+def test_an_installed_packages_merges_are_found_and_the_refusal_names_the_option(clip_bpe, tmp_path, monkeypatch):
+    (tmp_path / "w.pt").write_bytes(b"")
+    assert clip.find_bpe(tmp_path / "w.pt") == str(clip_bpe)
+    monkeypatch.setattr(clip.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with pytest.raises(FileNotFoundError, match="--bpe, or --bpe openai:bpe"):
+        clip.find_bpe(tmp_path / "w.pt")
+    cached = tmp_path / "hf/hub/models--openai--clip-vit-base-patch32/snapshots/1"
+    cached.mkdir(parents=True)
+    (cached / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert clip.find_bpe(tmp_path / "w.pt") == str(cached / "merges.txt")
 
 
 # ------------------------------------------------------------------------------------------------------------ data.py
