@@ -65,24 +65,6 @@ def read_templates(path):
     return templates
 
 
-class Classifiers:
-    """Keeps the classifiers of an unchanged text tower, so that they are not computed again.
-
-    version is anything that says which text tower encode_text is: when it changes, all go."""
-
-    def __init__(self):
-        self.version = None
-        self.kept = {}
-
-    def get(self, version, name, encode_text, prompts, templates=None):
-        if version != self.version:
-            self.kept.clear()
-            self.version = version
-        if name not in self.kept:
-            self.kept[name] = classifier(encode_text, prompts, templates)
-        return self.kept[name]
-
-
 def accuracy(image, classifier, labels, k=1):
     """Top-k in percent. image [N, D] of any length, classifier [C, D] normalised, labels [N]."""
     better, equal = _class_ranks(image, classifier, labels)
@@ -397,9 +379,10 @@ def over_time(results):
 
 # ------------------------------------------------------------------- runs and their results.json
 
-# Options in which runs may differ and still be the same experiment.
-FREE = ("seed", "out", "cache", "workers")
+FREE = ("seed", "out", "cache", "workers")  # options in which runs of one experiment may differ
 METRICS = ("ka", "zs", "gm")
+SCORE = "{:.1f}"
+CHANGE = "{:+z.1f}"  # z: no minus before 0.0
 
 
 def read_results(folder):
@@ -407,67 +390,51 @@ def read_results(folder):
     path = Path(folder) / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        _check_results(results)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
+        numbers = [results["seconds"], results["trained_parameters"]]
+        numbers += [row[key] for row in results["tasks"] for key in ("task", "steps")]
+        percent = []
+        for row in (results["theta_0"], *results["tasks"], results["final"]):
+            percent += [row["ka"], *row.setdefault("datasets", {}).values()]
+            percent += [row[metric] for metric in ("zs", "gm") if row[metric] is not None]
+        if not all(0 <= v <= 100 for v in percent) or not all(0 <= v < 1e15 for v in numbers):
+            raise ValueError("numbers out of range")
+        for text in (results["config"]["method"], results["theta_0_sha256"]):
+            if not isinstance(text, str):
+                raise TypeError("its method or theta_0 is no name")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as e:
         raise ValueError(f"{path} is no run's results ({type(e).__name__}: {e})") from None
     return results
 
 
-def _check_results(results):
-    """What everything below relies on."""
-    for row in (results["theta_0"], *results["tasks"], results["final"]):
-        scores = list(row.setdefault("datasets", {}).values())
-        scores += [row[metric] for metric in METRICS if row[metric] is not None]
-        if not all(0 <= score <= 100 for score in scores):
-            raise ValueError("a score is not between 0 and 100")
-    if results["theta_0"]["ka"] is None or results["final"]["ka"] is None:
-        raise ValueError("it has no KA")
-    numbers = [results["seconds"], results["trained_parameters"]]
-    numbers += [row[key] for row in results["tasks"] for key in ("task", "steps")]
-    if not all(0 <= number < 1e15 for number in numbers):
-        raise ValueError("numbers out of range")
-    if not isinstance(results["config"]["method"], str) or not isinstance(results["tasks"], list):
-        raise TypeError("its method is no name, or its tasks are no list")
-    if not isinstance(results["theta_0_sha256"], str):
-        raise TypeError("its theta_0 has no hash")
-
-
 def read_runs(folders):
     """-> (folder, results) pairs of the finished runs, each once, and the folders that hold none.
-
-    A run that continues another has the tasks of that one before its own, and so on back; those
-    that are in such a lineage are not runs of their own."""
+    A run that is continued by another of them is part of that one's lineage."""
     runs = {}
     unfinished = []
-    inside = set()
+    earlier = set()
     for folder in map(Path, folders):
-        if folder.name == "results.json":
-            folder = folder.parent
         if not (folder / "results.json").exists():
             unfinished.append(folder)
             continue
         results, before = lineage(folder)
         runs.setdefault(folder.resolve(), (folder, results))
-        inside.update(before)
-    return [run for place, run in runs.items() if place not in inside], unfinished
+        earlier.update(before)
+    return [run for place, run in runs.items() if place not in earlier], unfinished
 
 
 def lineage(folder):
-    """-> the results of a run with the tasks of those that it continues in front, and the resolved
-    folders of these. A results.json says what it continues by "parent": {"run": folder}."""
+    """-> the results of a run, with the tasks of those that it continues in front, and the resolved
+    folders of these. A results.json names what it continues by "parent": {"run": folder}."""
     folder = Path(folder)
     results = read_results(folder)
     before = []
     parent = results.get("parent")
     while parent:
-        named = Path(parent["run"])
-        places = [named, folder.parent / named, folder.parent / named.name]
-        place = next((p for p in places if (p / "results.json").exists()), None)
-        if place is None:
-            raise ValueError(f"{folder} continues {named}, which is gone: put it beside {folder}")
-        folder = place
-        if folder.resolve() in before:
-            raise ValueError(f"{folder} continues itself: its results.json was changed")
+        told = Path(parent["run"])
+        places = [p for p in (told, folder.parent / told.name) if (p / "results.json").exists()]
+        if not places or places[0].resolve() in before:
+            raise ValueError(f"{folder} continues {told}, which is not there: put it beside it")
+        folder = places[0]
         before.append(folder.resolve())
         older = read_results(folder)
         results = joined(older, results)
@@ -478,20 +445,18 @@ def lineage(folder):
 def joined(older, newer):
     """Results of `newer`, which continues `older`, as those of one run."""
     if older["theta_0_sha256"] != newer["theta_0_sha256"]:
-        raise ValueError("a run continues one of another theta_0: its results.json was changed")
+        raise ValueError("a run says that it continues one of another theta_0: one was replaced")
     first = min((row["task"] for row in newer["tasks"]), default=math.inf)
-    tasks = [row for row in older["tasks"] if row["task"] < first] + newer["tasks"]
-    both = {**newer, "theta_0": older["theta_0"], "tasks": tasks}
-    if first > 1:  # else newer tells of all tasks itself
-        for key in ("seconds", "gflops_spent"):
-            if older.get(key) is not None and newer.get(key) is not None:
-                both[key] = older[key] + newer[key]
+    tasks = [row for row in older["tasks"] if row["task"] < first]
+    both = {**newer, "theta_0": older["theta_0"], "tasks": tasks + newer["tasks"]}
+    for key in ("seconds", "gflops_spent"):
+        if tasks and older.get(key) is not None and newer.get(key) is not None:
+            both[key] = older[key] + newer[key]
     return both
 
 
 def joint_beside(folder, identity):
-    """The finished joint run of the same theta_0 in the folder that `folder` is in, as a list of at
-    most one (folder, results) pair."""
+    """At most one (folder, results): a finished joint run of this theta_0, beside `folder`."""
     for path in sorted(Path(folder).parent.glob("*/results.json")):
         try:
             results = read_results(path.parent)
@@ -510,32 +475,20 @@ class Line:
     folders: list
     runs: list
 
-    @property
-    def method(self):
-        return self.runs[0]["config"]["method"]
+    def track(self):
+        """[seeds, 1 + T, 2] (ZS, KA) over time, theta_0 first; NaN where there is no ZS."""
+        over_time = [[run["theta_0"], *run["tasks"]] for run in self.runs]
+        return np.array([[(r["zs"], r["ka"]) for r in rows] for rows in over_time], dtype=float)
 
-    def rows(self, run):
-        return [run["theta_0"], *run["tasks"]]
-
-    def path(self, metric):
-        """[seeds, 1 + T] scores over time, NaN where there is none."""
-        rows = [[row[metric] for row in self.rows(run)] for run in self.runs]
-        return np.array(rows, dtype=float)
-
-    def ends(self, metric):
-        return [run["final"][metric] for run in self.runs]
-
-    def datasets(self):
-        """-> names, [datasets, T] mean change against theta_0, NaN where there is none."""
-        names = list(dict.fromkeys(n for run in self.runs for n in run["final"]["datasets"]))
-        change = np.full((len(self.runs), len(names), len(self.runs[0]["tasks"])), math.nan)
-        for s, run in enumerate(self.runs):
-            for t, row in enumerate(run["tasks"]):
-                for d, name in enumerate(names):
-                    if name in row["datasets"] and name in run["theta_0"]["datasets"]:
-                        before = run["theta_0"]["datasets"][name]
-                        change[s, d, t] = row["datasets"][name] - before
-        return names, change.mean(axis=0)
+    def changes(self):
+        """-> names, and [datasets, T] the mean change against theta_0, NaN where there is none."""
+        names = list(dict.fromkeys(name for run in self.runs for name in run["final"]["datasets"]))
+        change = [
+            [[row["datasets"].get(n, math.nan) - run["theta_0"]["datasets"].get(n, math.nan)
+              for row in run["tasks"]] for n in names]
+            for run in self.runs
+        ]  # fmt: skip
+        return names, np.array(change, dtype=float).mean(axis=0)
 
 
 def compare(runs, free=FREE):
@@ -547,76 +500,58 @@ def compare(runs, free=FREE):
         options = {key: v for key, v in results["config"].items() if key not in free}
         kind = json.dumps([options, len(results["tasks"])], sort_keys=True)
         seed = results["config"].get("seed")
-        for repeat in itertools.count():  # a seed that is there twice begins a line of its own
-            group = groups.setdefault((kind, repeat), {})
-            if seed not in group:
-                group[seed] = (folder, results)
-                break
-    groups = [sorted(group.items(), key=lambda item: str(item[0])) for group in groups.values()]
-    groups = [[run for _, run in group] for group in groups]
-    names = _names(groups, free)
-    return [
-        Line(name, [str(folder) for folder, _ in group], [results for _, results in group])
-        for name, group in zip(names, groups)
-    ]
+        repeat = 0
+        while seed in groups.get((kind, repeat), {}):  # twice the same seed: a line of its own
+            repeat += 1
+        groups.setdefault((kind, repeat), {})[seed] = (folder, results)
+    groups = [list(group.values()) for group in groups.values()]
+    folders = [[str(folder) for folder, _ in group] for group in groups]
+    members = [[results for _, results in group] for group in groups]
+    return [Line(*line) for line in zip(_names(groups), folders, members)]
 
 
 def _check_comparable(runs):
     if not runs:
         raise ValueError("none of these folders holds a finished run")
-    for what, of in (
-        ("from different theta_0", lambda r: r["theta_0_sha256"]),
-        ("over different datasets", lambda r: sorted(r["theta_0"]["datasets"])),
-        ("on different data", lambda r: r.get("data_sha256")),
+    for what, key in (
+        ("from different theta_0", lambda results: results["theta_0_sha256"]),
+        ("over different datasets", lambda results: sorted(results["theta_0"]["datasets"])),
+        ("on different data", lambda results: results.get("data_sha256")),
     ):
         kinds = {}
         for folder, results in runs:
-            kinds.setdefault(json.dumps(of(results)), []).append(str(folder))
+            kinds.setdefault(json.dumps(key(results)), []).append(str(folder))
         if len(kinds) > 1:
             each = "; or ".join(" ".join(group) for group in kinds.values())
             raise ValueError(f"runs {what} do not compare, give those of one: {each}")
-    first_folder, first = runs[0]
-    for folder, results in runs[1:]:
+    known = runs[0][1]["theta_0"]["datasets"]
+    for folder, results in runs:
         for name, score in results["theta_0"]["datasets"].items():
-            if abs(score - first["theta_0"]["datasets"][name]) > 1:  # more than precision does
-                raise ValueError(
-                    f"theta_0 scores {first['theta_0']['datasets'][name]:.1f} on {name} in"
-                    f" {first_folder} and {score:.1f} in {folder}: runs on different data do not"
-                    " compare, give those of one"
-                )
+            if abs(score - known[name]) > 1:  # more than another precision or machine does
+                told = f"theta_0 scores {known[name]:.1f} on {name} there and {score:.1f} here"
+                raise ValueError(f"{runs[0][0]} and {folder} are not on the same data: {told}")
 
 
-def _names(groups, free):
+def _names(groups):
     """A name for each group, short and unlike all others. The first joint run's is "joint"."""
-    configs = [group[0][1]["config"] for group in groups]
-    options = [{k: v for k, v in config.items() if k not in free} for config in configs]
-    taken = set()
-    candidates = []
-    for group, mine in zip(groups, options):
+    names = []
+    special = []  # the pictures draw these two in their own way
+    for group in groups:
         method = group[0][1]["config"]["method"]
-        folder = str(group[0][0])
-        short = Path(folder).name if len(group) == 1 else _stem(group)
-        if method in ("joint", "zero-shot") and method not in taken:
-            short = method
-            taken.add(method)
-        elif short in ("joint", "zero-shot"):
-            short = folder
-        alike = [o for g, o in zip(groups, options) if g[0][1]["config"]["method"] == method]
-        told = [f"{k}={v}" for k, v in mine.items() if any(o.get(k) != v for o in alike)]
-        several = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        long = folder + several
-        if len(group) > 1 and told:
-            long = f"{short} ({', '.join(told)})"
-        candidates.append([short, long, folder + several])
-    names = [c[0] for c in candidates]
-    for level in (1, 2):
-        names = [c[level] if names.count(n) > 1 and n not in taken else n
-                 for n, c in zip(names, candidates)]  # fmt: skip
+        is_special = method in ("joint", "zero-shot") and method not in special
+        special.append(method if is_special else None)
+        names.append(method if is_special else _stem(group))
+    for i, (name, group) in enumerate(zip(list(names), groups)):
+        if special[i] is None and (name in special or names.count(name) > 1):
+            several = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            names[i] = f"{group[0][0]}{several}"
     return [n if names.count(n) == 1 else f"{n} #{i + 1}" for i, n in enumerate(names)]
 
 
 def _stem(group):
     """What the folders of a group are called without their seeds: merge of merge-0 and merge-1."""
+    if len(group) == 1:
+        return Path(group[0][0]).name
     stems = set()
     for folder, results in group:
         seed = re.escape(str(results["config"].get("seed")))
@@ -632,62 +567,53 @@ def report(runs, path=None, style="text", free=FREE):
     """The comparison of (folder, results) pairs: -> its table as text, markdown or JSON, and the
     files that were written: path, and beside it each of its pictures alone."""
     lines = compare(runs, free)
-    numbers = summarise(lines)
-    files = draw_report(lines, path) if path else []
-    return table(numbers, style), files
+    return table(summarise(lines), style), draw_report(lines, path) if path else []
 
 
 def summarise(lines):
-    """-> {"theta_0": {"ka", "zs", "gm"}, "lines": [...], "words": [...]} for JSON. Each line has
-    "name", "method", "folders", "seeds", "n", "tasks", "steps", "trained_parameters", and as
-    {"mean", "std"} over its n seeds (std None of one; None where unknown) "ka", "zs", "gm", the
-    changes against theta_0 "ka_change", "zs_change", "gm_change", "above_line" (KA above the line
-    from theta_0 to joint), "forgetting", "backward", "forward", "gap_ka", "gap_zs", "gflops" (MAFs
-    in units of 1e9) and "seconds"."""
+    """-> {"theta_0": {"ka", "zs", "gm"}, "lines": [...], "words": [sentences]} for JSON. Each line
+    has "name", "method", "folders", "seeds", "tasks", "steps", "trained_parameters", and over its
+    seeds, as {"mean", "std", "n"} (std None of one; None where unknown), "ka", "zs", "gm", their
+    changes against theta_0 "ka_change" and so on, "above_line" (see above_line), "forgetting",
+    "backward", "forward", "gap_ka", "gap_zs" (see over_time), "gflops" (MAFs / 1e9), "seconds"."""
     theta_0 = {metric: lines[0].runs[0]["theta_0"][metric] for metric in METRICS}
-    joint = next((line for line in lines if line.name == "joint"), None)
-    rows = [_summary_row(line, theta_0, joint) for line in lines]
+    joint = [run["final"] for line in lines if line.name == "joint" for run in line.runs]
+    rows = []
+    for line in lines:
+        values = [_run_numbers(run, [] if line.name == "joint" else joint) for run in line.runs]
+        rows.append({
+            "name": line.name,
+            "method": line.runs[0]["config"]["method"],
+            "folders": line.folders,
+            "seeds": [run["config"].get("seed") for run in line.runs],
+            "tasks": len(line.runs[0]["tasks"]),
+            "steps": sum(task["steps"] for task in line.runs[0]["tasks"]),
+            "trained_parameters": line.runs[0]["trained_parameters"],
+            **{key: _spread([value[key] for value in values]) for key in values[0]},
+        })
     return {"theta_0": theta_0, "lines": rows, "words": _ranking(lines)}
 
 
-def _summary_row(line, theta_0, joint):
-    first = line.runs[0]
-    over = [over_time(run) for run in line.runs]
-    row = {
-        "name": line.name,
-        "method": line.method,
-        "folders": line.folders,
-        "seeds": [run["config"].get("seed") for run in line.runs],
-        "n": len(line.runs),
-        "tasks": len(first["tasks"]),
-        "steps": sum(task["steps"] for task in first["tasks"]),
-        "trained_parameters": first["trained_parameters"],
-    }
-    for metric in METRICS:
-        row[metric] = _spread(line.ends(metric))
-        row[f"{metric}_change"] = _spread([_minus(v, theta_0[metric]) for v in line.ends(metric)])
-    row["above_line"] = None
-    if joint and line is not joint:
-        ends = [_spread(joint.ends(metric)) for metric in ("zs", "ka")]
-        if None not in ends:
-            end = [spread["mean"] for spread in ends]
-            start = (theta_0["zs"], theta_0["ka"])
-            points = zip(line.ends("zs"), line.ends("ka"))
-            row["above_line"] = _spread([above_line(point, start, end) for point in points])
-    for what in ("forgetting", "backward", "forward"):
-        row[what] = _spread([scores[what] for scores in over])
-    for metric in ("ka", "zs"):
-        row[f"gap_{metric}"] = _spread([scores["stability_gap"][metric] for scores in over])
-    row["gflops"] = _spread([run.get("gflops_spent") for run in line.runs])
-    row["seconds"] = _spread([run["seconds"] for run in line.runs])
-    return row
+def _run_numbers(run, joint):
+    """What a run's seed changes: {name: number or None}. joint: the final scores of joint runs."""
+    start = run["theta_0"]
+    end = run["final"]
+    numbers = {metric: end[metric] for metric in METRICS}
+    numbers |= {f"{metric}_change": _minus(end[metric], start[metric]) for metric in METRICS}
+    numbers["above_line"] = None
+    if joint and None not in [scores["zs"] for scores in (start, end, *joint)]:
+        goal = [_spread([scores[metric] for scores in joint])["mean"] for metric in ("zs", "ka")]
+        line = (start["zs"], start["ka"]), goal
+        numbers["above_line"] = above_line((end["zs"], end["ka"]), *line)
+    over = over_time(run)
+    numbers |= {what: over[what] for what in ("forgetting", "backward", "forward")}
+    numbers |= {f"gap_{metric}": gap for metric, gap in over["stability_gap"].items()}
+    return {**numbers, "gflops": run.get("gflops_spent"), "seconds": run["seconds"]}
 
 
 def above_line(point, theta_0, joint):
     """KA of a point (zs, ka) above the linear trade-off from theta_0 to joint, at the point's ZS;
-    beyond the line's ends, above the nearer end. None without ZS."""
-    if None in (*point, *theta_0, *joint):
-        return None
+    beyond the line's ends, above the nearer end."""
     (left, left_ka), (right, right_ka) = sorted([tuple(theta_0), tuple(joint)])
     if point[0] >= right:
         return point[1] - right_ka
@@ -700,39 +626,35 @@ def _minus(a, b):
 
 
 def _spread(values):
-    """{"mean", "std"} of numbers, the std that of a sample; None if one is missing."""
-    values = list(values)
+    """{"mean", "std", "n"} of numbers, the std that of a sample; None if one is missing."""
     if None in values:
         return None
     mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return {"mean": mean, "std": None}
-    square = math.fsum((v - mean) ** 2 for v in values)
-    return {"mean": mean, "std": math.sqrt(square / (len(values) - 1))}
+    square = math.fsum((value - mean) ** 2 for value in values)
+    std = math.sqrt(square / (len(values) - 1)) if len(values) > 1 else None
+    return {"mean": mean, "std": std, "n": len(values)}
 
 
 def _ranking(lines):
-    """Sentences: which line is best, and whether that is more than the spread of its seeds."""
-    metric = "gm" if all(None not in line.ends("gm") for line in lines) else "ka"
+    """A sentence: which line is best, and by how much more than its seeds differ."""
     ranked = [line for line in lines if line.name not in ("joint", "zero-shot")]
-    ranked.sort(key=lambda line: -_spread(line.ends(metric))["mean"])
     if len(ranked) < 2:
         return []
-    best, next_best = ranked[:2]
-    ends = [
-        {run["config"].get("seed"): run["final"][metric] for run in line.runs}
-        for line in (best, next_best)
-    ]
-    seeds = [seed for seed in ends[0] if seed in ends[1]]
-    ahead = f"{best.name} has the best {metric.upper()}"
-    if len(seeds) < 2:
-        return [f"{ahead}; one seed says nothing about chance: run others (--seed)"]
-    ahead += f", {next_best.name} the next best"
-    leads = [ends[0][seed] - ends[1][seed] for seed in seeds]
+    without_zs = any(run["final"]["gm"] is None for line in ranked for run in line.runs)
+    metric = "ka" if without_zs else "gm"
+    finals = {line.name: {run["config"].get("seed"): run["final"][metric] for run in line.runs}
+              for line in ranked}  # fmt: skip
+    best, behind = sorted(finals, key=lambda name: -_spread([*finals[name].values()])["mean"])[:2]
+    said = f"{best} has the best {metric.upper()}"
+    leads = [finals[best][seed] - finals[behind][seed] for seed in finals[best]
+             if seed in finals[behind]]  # fmt: skip
+    if len(leads) < 2:
+        return [f"{said}; one seed says nothing about chance, run others (--seed)"]
     lead = _spread(leads)
-    error = lead["std"] / math.sqrt(len(seeds))
-    ahead += f": {lead['mean']:.1f} behind, standard error {error:.1f}, in"
-    return [f"{ahead} {sum(d > 0 for d in leads)} of {len(seeds)} seeds"]
+    error = lead["std"] / math.sqrt(len(leads))
+    seeds = f"in {sum(d > 0 for d in leads)} of {len(leads)} seeds"
+    lead = f"{lead['mean']:+z.1f}, standard error {error:.1f}, ahead {seeds}"
+    return [f"{said}, {behind} the next ({lead})"]
 
 
 def table(numbers, style="text"):
@@ -741,32 +663,28 @@ def table(numbers, style="text"):
         return json.dumps(numbers, indent=1)
     lines = numbers["lines"]
     columns = [
-        ("KA", "ka", "{:.1f}"),
-        ("ZS", "zs", "{:.1f}"),
-        ("GM", "gm", "{:.1f}"),
-        ("KA change", "ka_change", "{:+.1f}"),
-        ("ZS change", "zs_change", "{:+.1f}"),
-        ("above line", "above_line", "{:+.1f}"),
-        ("forgetting", "forgetting", "{:.1f}"),
+        ("KA", "ka", SCORE),
+        ("ZS", "zs", SCORE),
+        ("GM", "gm", SCORE),
+        ("KA change", "ka_change", CHANGE),
+        ("ZS change", "zs_change", CHANGE),
+        ("above line", "above_line", CHANGE),
+        ("forgetting", "forgetting", SCORE),
     ]
-    columns = [c for c in columns if any(line[c[1]] is not None for line in lines)]
-    head = ["run", "n", *(title for title, *_ in columns)]
+    columns = [column for column in columns if any(line[column[1]] for line in lines)]
+    head = ["run", "seeds", *(title for title, _, _ in columns)]
+    rows = [["theta_0", "", *(_number(numbers["theta_0"].get(k), form) for _, k, form in columns)]]
     head += ["parameters", "steps", "MAFs (1e9)", "seconds"]
-    start = [_number(numbers["theta_0"].get(key), "{:.1f}") for _, key, _ in columns]
-    rows = [["theta_0", "", *start, "", "", "", ""]]
+    rows[0] += ["", "", "", ""]
     for line in lines:
-        cells = [_number(line[key], form) for _, key, form in columns]
-        cells += [f"{line['trained_parameters']:,}", _steps(line)]
-        cells += [_number(line["gflops"], "{:,.0f}", False)]
-        cells += [_number(line["seconds"], "{:,.0f}", False)]
-        rows.append([line["name"], str(line["n"]), *cells])
+        row = [line["name"], str(len(line["seeds"]))]
+        row += [_number(line[key], form) for _, key, form in columns]
+        tasks = line["tasks"]
+        even = tasks and line["steps"] % tasks == 0
+        steps = f"{tasks} x {line['steps'] // tasks:,}" if even else f"{line['steps']:,}"
+        row += [f"{line['trained_parameters']:,}", steps]
+        rows.append(row + [_number(line[k], "{:,.0f}", False) for k in ("gflops", "seconds")])
     return "\n".join([aligned([head, *rows], style), "", *numbers["words"]]).rstrip()
-
-
-def _steps(line):
-    tasks = line["tasks"]
-    even = tasks and line["steps"] % tasks == 0
-    return f"{tasks} x {line['steps'] // tasks:,}" if even else f"{line['steps']:,}"
 
 
 def _number(value, form, with_std=True):
@@ -776,50 +694,46 @@ def _number(value, form, with_std=True):
     if not isinstance(value, dict):
         return form.format(value)
     text = form.format(value["mean"])
-    if with_std and value["std"] is not None:
-        text += " +- " + form.replace("+", "").format(value["std"])
-    return text
+    std = value["std"] if with_std else None
+    return text if std is None else f"{text} +- {form.replace('+', '').format(std)}"
 
 
 def aligned(rows, style="text"):
-    """Rows of cells, the first their heads: the first column to the left, the others to the right.
-    """
+    """Rows of cells as a table, the first their heads; all columns but the first to the right."""
     rows = [[_printable(cell) for cell in row] for row in rows]
     if style == "markdown":
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         rule = ["---"] + ["--:"] * (len(rows[0]) - 1)
         return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    )
+    first, *others = [max(map(len, column)) for column in zip(*rows)]
+    rows = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def _printable(text):
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-ROW = "{:>9} {:>7} {:>15} {:>15} {:>15}"
+ROW = "{:>9} {:>7}  {:>5} {:7}  {:>5} {:7}  {:>5} {:7}"
 
 
 def run_head(results):
     """The lines above the rows that a run prints while it goes."""
-    guess = [f"{m.upper()} {results['chance'][m]:.1f}" for m in ("ka", "zs")
-             if results["chance"][m] is not None]  # fmt: skip
-    head = ROW.format("task", "steps", "KA", "ZS", "GM")
-    return f"guessing would score {', '.join(guess)}; all scores in percent\n{head.rstrip()}"
+    chance = results["chance"]
+    guess = [f"{m.upper()} {chance[m]:.1f}" for m in ("ka", "zs") if chance[m] is not None]
+    head = ROW.format("task", "steps", "KA", "", "ZS", "", "GM", "").rstrip()
+    return f"guessing would score {', '.join(guess)}; all scores in percent\n{head}"
 
 
 def run_row(task, steps, scores, before=None, whole=None):
-    """One row of it. before: the scores of the row before, if these were on the same samples;
+    """One of these rows. before: the row before it, to show what changed, if on as many samples;
     whole: the scores on all samples, of which this row may have a subset."""
+    alike = before and before.get("samples") == scores.get("samples")
     cells = []
     for metric in METRICS:
-        cell = "-" if scores[metric] is None else f"{scores[metric]:.1f}"
-        change = _minus(scores[metric], before[metric]) if before else None
-        same = before is None or before.get("samples") == scores.get("samples")
-        cells.append(cell + (f" ({change:+.1f})" if change is not None and same else " " * 7))
+        change = _minus(scores[metric], before[metric]) if alike else None
+        cells.append(_number(scores[metric], SCORE))
+        cells.append("" if change is None else f"({CHANGE.format(change)})")
     row = ROW.format(task, steps, *cells).rstrip()
     if whole and scores["samples"] < whole["samples"]:
         row += f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples"
@@ -830,154 +744,124 @@ def words(results):
     """A run's last lines: what it did, in words."""
     start = results["theta_0"]
     end = results["final"]
-    moves = [f"{m.upper()} {start[m]:.1f} -> {end[m]:.1f} ({end[m] - start[m]:+.1f})"
-             for m in METRICS if start[m] is not None and end[m] is not None]  # fmt: skip
-    said = [", ".join(moves)]
-    change = {n: v - start["datasets"][n] for n, v in end["datasets"].items()
-              if n in start["datasets"]}  # fmt: skip
-    order = sorted(change, key=change.get)
-    gained = [f"{_printable(n)} {change[n]:+.1f}" for n in order[::-1][:3] if change[n] > 0]
-    lost = [f"{_printable(n)} {change[n]:+.1f}" for n in order[:3] if change[n] < 0]
-    gains = f"gained most: {', '.join(gained) or 'none'}"
-    return [*said, f"{gains}; lost most: {', '.join(lost) or 'none'}"]
+    moves = [(metric.upper(), _minus(end[metric], start[metric])) for metric in METRICS]
+    known = [name for name in end["datasets"] if name in start["datasets"]]
+    after, before = (row["datasets"] for row in (end, start))
+    changes = [(_printable(name), after[name] - before[name]) for name in known]
+    changes.sort(key=lambda change: change[1])
+
+    def listed(pairs):
+        return ", ".join(f"{n} {CHANGE.format(v)}" for n, v in pairs if v is not None) or "none"
+
+    gained = [change for change in changes[::-1][:3] if change[1] > 0]
+    lost = [change for change in changes[:3] if change[1] < 0]
+    return [
+        f"against theta_0: {listed(moves)}",
+        f"gained most: {listed(gained)}; lost most: {listed(lost)}",
+    ]
 
 
 def score_table(scores, roles, baseline=None):
     """A checkpoint's scores, a row a dataset. scores: {name: what classification() or retrieval()
-    returned}; roles: {name: "KA" or "ZS" or ""}; baseline: scores of another checkpoint."""
-    rows = [["dataset", "role", "metric", "score", "chance"]]
-    rows[0] += ["before", "change"] if baseline else []
-    rows[0] += ["top-5 | R@1, R@10"]
+    returned}; roles: {name: "KA", "ZS" or ""}; baseline: scores of another checkpoint."""
+    head = ["dataset", "role", "metric", "score", "chance", "top-5", "class mean", "R@1", "R@10"]
+    rows = [head + (["before", "change"] if baseline else [])]
     for name, numbers in scores.items():
+        cells = [numbers["score"], numbers["chance"]]
+        cells += [numbers.get("top5"), numbers.get("mean_per_class")]
+        for k in ("R@1", "R@10"):
+            both = [numbers[way][k] for way in ("t2i", "i2t") if way in numbers]
+            cells.append(sum(both) / 2 if both else None)
         row = [name, roles.get(name, ""), numbers["metric"]]
-        row += [f"{numbers['score']:.1f}", f"{numbers['chance']:.1f}"]
+        row += [_number(cell, SCORE) for cell in cells]
         if baseline:
-            before = baseline[name]["score"] if name in baseline else None
-            row += [_number(before, "{:.1f}")]
-            row += [_number(_minus(numbers["score"], before), "{:+.1f}")]
-        more = [numbers.get("top5")]
-        if "t2i" in numbers:
-            more = [(numbers["t2i"][k] + numbers["i2t"][k]) / 2 for k in ("R@1", "R@10")]
-        rows.append([*row, ", ".join(f"{v:.1f}" for v in more)])
+            row += _beside(numbers["score"], baseline.get(name, {}).get("score"))
+        rows.append(row)
     return aligned(rows)
 
 
 def class_table(numbers, classes, baseline=None):
-    """Scores per class, the worst first; classes: their names."""
-    rows = [["class", "score", *(["before", "change"] if baseline else [])]]
-    scores = [(s, c) for c, s in enumerate(numbers["per_class"]) if s is not None]
+    """Scores per class, the worst first. classes: their names; the rest as in score_table()."""
+    rows = [["class", "score"] + (["before", "change"] if baseline else [])]
+    scores = [(score, c) for c, score in enumerate(numbers["per_class"]) if score is not None]
     for score, c in sorted(scores):
         row = [classes[c], f"{score:.1f}"]
-        if baseline:
-            before = baseline["per_class"][c]
-            row += [_number(before, "{:.1f}"), _number(_minus(score, before), "{:+.1f}")]
-        rows.append(row)
+        rows.append(row + (_beside(score, baseline["per_class"][c]) if baseline else []))
     return aligned(rows)
+
+
+def _beside(score, before):
+    return [_number(before, SCORE), _number(_minus(score, before), CHANGE)]
 
 
 # ------------------------------------------------------------------------------------ a drawing kit
 
 PAPER, INK, PALE, GREY, GOLD = "white", "black", "#e2e2e2", "#777777", "#f5b800"
-# Told apart with any colour blindness (a test measures it); from the ninth line on, the marks and
-# dashes change too.
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9", "#882255", "#999933", "#332288"]
-MARKS = ["circle", "square", "triangle", "diamond"]
-DASHES = [None, (14, 5), (4, 4), (14, 4, 4, 4)]  # pixels drawn, left out, ...
+# Colours that any colour-blind person tells apart (a test measures it); from the ninth line on the
+# mark changes too.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#48bfef", "#882255", "#a6b25f", "#222255"]
+# Shape: corners, the angle of the first, and the share of the radius at which every other lies.
+SHAPES = {
+    "circle": (48, 0, 1),
+    "square": (4, 45, 1),
+    "triangle": (3, -90, 1),
+    "diamond": (4, 0, 1),
+    "star": (10, -90, 0.42),
+}
+FEW = 6  # lines, of which each task has its mark and each band its full colour
 ZOOM = 2  # pictures are drawn this much larger and reduced, for smooth edges
 
 
-def _font(size):
-    return ImageFont.load_default(size)
-
-
 class Sheet:
-    """A picture to draw on, in pixels of the reduced one."""
+    """A picture to draw on; lengths in pixels of the reduced picture."""
 
     def __init__(self, width, height):
-        self.width = math.ceil(width)
-        self.height = math.ceil(height)
-        self.image = Image.new("RGB", (self.width * ZOOM, self.height * ZOOM), PAPER)
+        size = (math.ceil(width) * ZOOM, math.ceil(height) * ZOOM)
+        self.image = Image.new("RGB", size, PAPER)
         self.pen = ImageDraw.Draw(self.image)
 
-    def reduced(self):
-        return self.image.reduce(ZOOM)
+    def line(self, points, colour, width=2):
+        self.pen.line(_zoomed(points), colour, round(width * ZOOM), joint="curve")
 
-    def line(self, points, colour, width=2, dash=None):
-        pieces = [points] if dash is None else _dashed(points, dash)
-        for piece in pieces:
-            scaled = [(x * ZOOM, y * ZOOM) for x, y in piece]
-            self.pen.line(scaled, colour, round(width * ZOOM), joint="curve")
-
-    def polygon(self, points, colour, outline=None, width=1):
-        scaled = [(x * ZOOM, y * ZOOM) for x, y in points]
-        self.pen.polygon(scaled, colour, outline, width * ZOOM)
+    def dashes(self, start, end, colour):
+        for share in np.arange(0, 1, 14 / max(14, math.dist(start, end))):
+            stop = min(1, share + 8 / max(14, math.dist(start, end)))
+            pair = [np.add(start, s * np.subtract(end, start)) for s in (share, stop)]
+            self.line(pair, colour)
 
     def box(self, left, top, right, bottom, colour=None, outline=None):
         corners = [round(v * ZOOM) for v in (left, top, right, bottom)]
         self.pen.rectangle(corners, colour, outline, ZOOM)
 
     def text(self, x, y, words, size=15, anchor="lm", colour=INK):
-        self.pen.text((x * ZOOM, y * ZOOM), words, colour, _font(size * ZOOM), anchor=anchor)
+        font = ImageFont.load_default(size * ZOOM)
+        self.pen.text((x * ZOOM, y * ZOOM), words, colour, font, anchor=anchor)
 
-    def text_up(self, x, y, words, size=15):
-        """Text from bottom to top, its centre at x, y."""
-        width = math.ceil(_font(size * ZOOM).getlength(words)) + 8
-        strip = Image.new("RGB", (width, 2 * size * ZOOM), PAPER)
-        pen = ImageDraw.Draw(strip)
-        pen.text((width / 2, size * ZOOM), words, INK, _font(size * ZOOM), anchor="mm")
-        strip = strip.rotate(90, expand=True)
-        corner = (round(x * ZOOM - strip.width / 2), round(y * ZOOM - strip.height / 2))
-        self.image.paste(strip, corner)
+    def mark(self, shape, place, radius, colour, outline=PAPER):
+        corners, first, inner = SHAPES[shape]
+        radii = radius * np.where(np.arange(corners) % 2, inner, 1)
+        angles = np.radians(first + 360 * np.arange(corners) / corners)
+        around = np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=-1)
+        self.pen.polygon(_zoomed(place + around), colour, outline, ZOOM)
 
-    def mark(self, shape, x, y, radius, colour, outline=PAPER):
-        if shape == "circle":
-            corners = [v * ZOOM for v in (x - radius, y - radius, x + radius, y + radius)]
-            self.pen.ellipse(corners, colour, outline, ZOOM)
-            return
-        if shape == "star":
-            turns = [(radius * (1, 0.42)[i % 2], 36 * i - 90) for i in range(10)]
-        else:
-            size, sides, turn = {
-                "square": (1.15, 4, 45),
-                "triangle": (1.3, 3, -90),
-                "diamond": (1.3, 4, 0),
-            }[shape]
-            turns = [(size * radius, turn + 360 * i / sides) for i in range(sides)]
-        corners = [
-            (x + r * math.cos(math.radians(a)), y + r * math.sin(math.radians(a)))
-            for r, a in turns
-        ]
-        self.polygon(corners, colour, outline)
-
-    def shade(self, draw, colour, share=0.2):
-        """Lays a transparent colour over what draw(pen) fills, once however often it is filled."""
+    def shade(self, shapes, colour, opacity):
+        """Lays a transparent colour over all polygons together, once where they overlap."""
         mask = Image.new("L", self.image.size)
-        draw(ImageDraw.Draw(mask))
-        self.image.paste(colour, mask=mask.point(lambda v: round(v * share)))
+        pen = ImageDraw.Draw(mask)
+        for points in shapes:
+            pen.polygon(_zoomed(points), round(255 * opacity))
+        self.image.paste(colour, mask=mask)
+
+    def reduced(self):
+        return self.image.reduce(ZOOM)
 
 
-def _dashed(points, dash):
-    """The pieces of a polyline that a pattern of lengths, drawn and left out in turn, leaves."""
-    pieces = []
-    piece = [points[0]]
-    turn = 0
-    left = dash[0]  # of this length
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        length = math.hypot(x1 - x0, y1 - y0)
-        at = 0.0
-        while length - at > left:
-            at += left
-            here = (x0 + (x1 - x0) * at / length, y0 + (y1 - y0) * at / length)
-            if turn % 2 == 0:
-                pieces.append([*piece, here])
-            piece = [here]
-            turn += 1
-            left = dash[turn % len(dash)]
-        left -= length - at
-        piece.append((x1, y1))
-    if turn % 2 == 0:
-        pieces.append(piece)
-    return pieces
+def _zoomed(points):
+    return [(float(x) * ZOOM, float(y) * ZOOM) for x, y in points]
+
+
+def _text_width(text, size):
+    return ImageFont.load_default(size).getlength(text)
 
 
 @dataclass
@@ -995,25 +879,25 @@ class Axes:
         """Where the numbers x, y lie, in pixels of the sheet."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return (self.left + across * (self.right - self.left),
-                self.bottom - up * (self.bottom - self.top))  # fmt: skip
+        height = self.bottom - self.top
+        return self.left + across * (self.right - self.left), self.bottom - up * height
 
     def grid(self, sheet, x_ticks, y_ticks, x_name, y_name):
         for value in x_ticks:
             x, _ = self.at(value, self.y[0])
             sheet.line([(x, self.top), (x, self.bottom)], PALE, 1)
-            sheet.text(x, self.bottom + 16, f"{value:g}", 15, "mm")
+            sheet.text(x, self.bottom + 16, f"{value:g}", anchor="mm")
         for value in y_ticks:
             _, y = self.at(self.x[0], value)
             sheet.line([(self.left, y), (self.right, y)], PALE, 1)
-            sheet.text(self.left - 8, y, f"{value:g}", 15, "rm")
+            sheet.text(self.left - 16, y, f"{value:g}", anchor="rm")
         sheet.box(self.left, self.top, self.right, self.bottom, outline=INK)
-        sheet.text((self.left + self.right) / 2, self.bottom + 42, x_name, 17, "mm")
-        sheet.text_up(self.left - 56, (self.top + self.bottom) / 2, y_name, 17)
+        sheet.text((self.left + self.right) / 2, self.bottom + 42, x_name, 16, "mm")
+        sheet.text(self.left, self.top - 15, y_name, 16)
 
 
 def _step(span, most):
-    """The distance of round numbers of which a span holds at most about `most`."""
+    """The distance of round numbers of which a span holds about `most` or fewer."""
     unit = 10 ** math.floor(math.log10(span / most))
     return next(unit * s for s in (1, 2, 5, 10) if span / (unit * s) <= most)
 
@@ -1027,36 +911,34 @@ def _ticks(low, high, step):
 class Legend:
     """Names beside their marks, long ones on several lines: nothing is cut, nothing overlaps."""
 
-    def __init__(self, entries, foot=()):
-        self.entries = [(self._wrap(name), *style) for name, *style in entries]
-        self.foot = [line for words in foot for line in textwrap.wrap(words, 34)]
-        texts = [text for entry in self.entries for text in entry[0]] + self.foot
-        self.width = 48 + max(_font(16).getlength(text) for text in texts)
-        lines = sum(len(entry[0]) for entry in self.entries)
-        self.height = 21 * lines + 9 * len(self.entries) + 21 * len(self.foot) + 20
-
-    @staticmethod
-    def _wrap(name):
-        return textwrap.wrap(_printable(name), 34) or ["?"]
+    def __init__(self, tracks, styles):
+        self.entries = [("theta_0", INK, "star")]
+        if "joint" in tracks:
+            self.entries += [("joint", GOLD, "star"), ("linear trade-off", GREY, None)]
+        for name, style in styles.items():
+            seeds = f", {len(tracks[name])} seeds" if len(tracks[name]) > 1 else ""
+            self.entries.append((_printable(name) + seeds, *style))
+        if any(len(track) > 1 for track in tracks.values()):
+            self.entries.append(("shaded: a standard deviation over the seeds", None, None))
+        self.entries = [(textwrap.wrap(n, 34) or ["?"], *style) for n, *style in self.entries]
+        texts = [text for wrapped, *_ in self.entries for text in wrapped]
+        self.width = 44 + max(_text_width(text, 16) for text in texts)
+        self.height = 21 * len(texts) + 9 * len(self.entries) + 14
 
     def draw(self, sheet, x, y):
         y += 14
-        for texts, colour, mark, dash in self.entries:
-            if mark != "star":
-                sheet.line([(x, y), (x + 32, y)], colour, 3, dash)
-            if mark:
-                sheet.mark(mark, x + 16, y, 12 if mark == "star" else 6, colour, _rim(mark))
-            for text in texts:
+        for wrapped, colour, mark in self.entries:
+            if mark == "star":
+                sheet.mark(mark, (x + 16, y), 12, colour, INK)
+            elif mark:
+                sheet.line([(x, y), (x + 32, y)], colour, 3)
+                sheet.mark(mark, (x + 16, y), 6, colour)
+            elif colour:
+                sheet.dashes((x, y), (x + 32, y), colour)
+            for text in wrapped:
                 sheet.text(x + 44, y, text, 16)
                 y += 21
             y += 9
-        for text in self.foot:
-            sheet.text(x, y, text, 14, colour=GREY)
-            y += 21
-
-
-def _rim(mark):
-    return INK if mark == "star" else PAPER
 
 
 # ------------------------------------------------------------------------------------- the pictures
@@ -1075,70 +957,59 @@ def plot(runs, path):
 
 
 def _has_zs(tracks):
-    return not any(np.isnan(track[..., 0]).any() for track in tracks.values())
+    return not any(np.isnan(track[..., 0]).all() for track in tracks.values())
 
 
-def _check_tracks(tracks):
+def _styles(tracks):
+    """name -> (colour, mark) of what is drawn as a line."""
     if not tracks or not all(np.isfinite(track[..., 1]).all() for track in tracks.values()):
         raise ValueError("nothing to draw: a run has no point, or one that is not a number")
-
-
-def _styles(names):
-    """name -> (colour, mark, dash) of what is drawn as a line."""
-    drawn = [name for name in names if name not in ("joint", "zero-shot")]
-    styles = {}
-    for i, name in enumerate(drawn):
-        turn = i // len(COLOURS)
-        mark = MARKS[turn % len(MARKS)]
-        styles[name] = (COLOURS[i % len(COLOURS)], mark, DASHES[turn % len(DASHES)])
-    return styles
+    drawn = [name for name in tracks if name not in ("joint", "zero-shot")]
+    marks = list(SHAPES)[:-1]
+    return {
+        name: (COLOURS[i % len(COLOURS)], marks[i // len(COLOURS) % len(marks)])
+        for i, name in enumerate(drawn)
+    }
 
 
 def _deviation(track):
-    """[1 + T, 2] standard deviation over seeds, 0 of one."""
+    """Standard deviation over the first axis, the seeds; 0 of one seed."""
     return track.std(axis=0, ddof=1) if len(track) > 1 else np.zeros(track.shape[1:])
-
-
-def _legend(tracks, styles):
-    entries = [("theta_0", INK, "star", None)]
-    if "joint" in tracks:
-        entries.append(("joint", GOLD, "star", None))
-        entries.append(("linear trade-off", GREY, None, (8, 6)))
-    for name, style in styles.items():
-        seeds = len(tracks[name])
-        entries.append((f"{name}, {seeds} seeds" if seeds > 1 else name, *style))
-    several = any(len(track) > 1 for track in tracks.values())
-    return Legend(entries, ["shaded: one standard deviation over the seeds"] if several else [])
 
 
 def draw_plane(tracks):
     """ZS to the right and KA upwards, a point of one as long as a point of the other."""
-    _check_tracks(tracks)
     styles = _styles(tracks)
-    legend = _legend(tracks, styles)
+    if not all(np.isfinite(track).all() for track in tracks.values()):
+        raise ValueError("nothing to draw: a run has a ZS that is not a number")
+    legend = Legend(tracks, styles)
     axes = _plane_axes(tracks)
-    sheet = Sheet(axes.right + 24 + legend.width + 16, max(axes.bottom + 70, legend.height + 60))
+    height = max(axes.bottom + 70, axes.top + legend.height)
+    sheet = Sheet(axes.right + 24 + legend.width + 10, height)
     step = _step(max(axes.x[1] - axes.x[0], axes.y[1] - axes.y[0]), 9)
     ticks = [[v for v in _ticks(*side, step) if 0 <= v <= 100] for side in (axes.x, axes.y)]
     axes.grid(sheet, *ticks, "ZS, zero-shot retention (%)", "KA, knowledge accumulation (%)")
     _name_better_corner(sheet, axes)
-    start = next(iter(tracks.values()))[:, 0].mean(axis=0)
+    stars = {INK: axes.at(*next(iter(tracks.values()))[:, 0].mean(axis=0))}
     if "joint" in tracks:
-        joint = tracks["joint"][:, -1].mean(axis=0)
-        sheet.line([axes.at(*start), axes.at(*joint)], GREY, 2, (8, 6))
-        _shade_track(sheet, axes, tracks["joint"][:, -1:], GOLD)
-    for name, (colour, _, _) in styles.items():
-        _shade_track(sheet, axes, tracks[name], colour)
-    for name, (colour, _, dash) in styles.items():
-        sheet.line([axes.at(*p) for p in tracks[name].mean(axis=0)], colour, 3, dash)
-    taken = [(*axes.at(*start), 15)]
-    if "joint" in tracks:
-        taken.append((*axes.at(*joint), 15))
-    for name, (colour, mark, _) in styles.items():
-        _mark_track(sheet, axes, tracks[name].mean(axis=0), colour, mark, taken, len(styles) <= 3)
-    sheet.mark("star", *axes.at(*start), 15, INK, PAPER)
-    if "joint" in tracks:
-        sheet.mark("star", *axes.at(*joint), 15, GOLD, INK)
+        stars[GOLD] = axes.at(*tracks["joint"][:, -1].mean(axis=0))
+        sheet.dashes(*stars.values(), GREY)
+        _shade_track(sheet, axes, tracks["joint"][:, -1:], GOLD, 0.2)
+    for name, (colour, _) in styles.items():
+        _shade_track(sheet, axes, tracks[name], colour, 0.2 if len(styles) <= FEW else 0.08)
+    for name, (colour, _) in styles.items():
+        sheet.line([axes.at(*p) for p in tracks[name].mean(axis=0)], colour, 3)
+    taken = [(*place, 15) for place in stars.values()]  # x, y, radius of what must stay readable
+    for name, (colour, mark) in styles.items():
+        places = [axes.at(*p) for p in tracks[name].mean(axis=0)]
+        for place in places[1:-1] if len(styles) <= FEW else ():
+            sheet.mark(mark, place, 5, colour)
+        for place in places[1:][-1:]:
+            sheet.mark(mark, place, 9, colour, INK)
+        if len(styles) <= 3:
+            _number_track(sheet, places, colour, taken)
+    for colour, place in stars.items():
+        sheet.mark("star", place, 15, colour, INK)
     legend.draw(sheet, axes.right + 24, axes.top)
     return sheet
 
@@ -1147,8 +1018,8 @@ def _plane_axes(tracks):
     """Axes around all points and their deviations, of one scale: pixels a point of ZS or KA."""
     sides = []
     for axis in (0, 1):
-        means = [t.mean(axis=0)[:, axis] for t in tracks.values()]
-        spreads = [_deviation(t)[:, axis] for t in tracks.values()]
+        means = [track.mean(axis=0)[:, axis] for track in tracks.values()]
+        spreads = [_deviation(track)[:, axis] for track in tracks.values()]
         low = min((m - s).min() for m, s in zip(means, spreads))
         high = max((m + s).max() for m, s in zip(means, spreads))
         pad = max(0.06 * (high - low), 1.0)
@@ -1157,288 +1028,239 @@ def _plane_axes(tracks):
     height = 760
     width = min(900, max(560, height * across / up))
     scale = min(width / across, height / up)
-    (left, right), (low, high) = sides
-    x = ((left + right - width / scale) / 2, (left + right + width / scale) / 2)
-    y = ((low + high - height / scale) / 2, (low + high + height / scale) / 2)
-    return Axes(90, 46, 90 + width, 46 + height, x, y)
+    x, y = (
+        ((low + high - pixels / scale) / 2, (low + high + pixels / scale) / 2)
+        for pixels, (low, high) in zip((width, height), sides)
+    )
+    return Axes(60, 46, 60 + width, 46 + height, x, y)
 
 
 def _name_better_corner(sheet, axes):
-    x = axes.right - 4
-    y = axes.top - 16
-    sheet.text(x - 24, y, "better", 16, "rm", GREY)
-    sheet.line([(x - 16, y + 7), (x - 2, y - 7)], GREY, 2)
-    sheet.line([(x - 11, y - 7), (x - 2, y - 7), (x - 2, y + 2)], GREY, 2)
+    x = axes.right - 2
+    y = axes.top - 22
+    sheet.text(x - 22, y + 7, "better", 16, "rm", GREY)
+    sheet.line([(x - 14, y + 14), (x, y)], GREY)
+    sheet.line([(x - 9, y), (x, y), (x, y + 9)], GREY)
 
 
-def _shade_track(sheet, axes, track, colour):
-    """A band of one standard deviation in ZS and in KA around the mean."""
+def _shade_track(sheet, axes, track, colour, opacity):
+    """A band of one standard deviation in ZS and in KA around the mean: ellipses along it."""
     if len(track) < 2:
         return
-    scale = (axes.right - axes.left) / (axes.x[1] - axes.x[0]) * ZOOM
+    scale = (axes.right - axes.left) / (axes.x[1] - axes.x[0])
     stops = np.concatenate([track.mean(axis=0), _deviation(track)], axis=1)  # [1 + T, 4]
-
-    def draw(pen):
-        for i in range(max(1, len(stops) - 1)):
-            now = stops[i]
-            after = stops[min(i + 1, len(stops) - 1)]
-            pieces = 2 + int(np.abs(after - now)[:2].max() * scale / 4)
-            for share in np.linspace(0, 1, pieces):
-                zs, ka, wide, high = now + share * (after - now)
-                x, y = (v * ZOOM for v in axes.at(zs, ka))
-                a, b = wide * scale, high * scale
-                pen.ellipse((x - a, y - b, x + a, y + b), 255)
-
-    sheet.shade(draw, colour)
+    angles = np.linspace(0, 2 * math.pi, 48)
+    ellipses = []
+    for now, after in itertools.pairwise([*stops, stops[-1]]):
+        pieces = 2 + int(np.abs(after - now)[:2].max() * scale / 2)
+        for share in np.linspace(0, 1, pieces):
+            zs, ka, wide, high = now + share * (after - now)
+            edge = axes.at(zs + wide * np.cos(angles), ka + high * np.sin(angles))
+            ellipses.append(np.stack(edge, axis=-1))
+    sheet.shade(ellipses, colour, opacity)
 
 
-def _mark_track(sheet, axes, points, colour, mark, taken, numbered):
-    """A mark a task; the last is larger. With numbers, those marks that have room bear theirs."""
-    places = [axes.at(*p) for p in points]
-    for x, y in places[1:-1]:
-        sheet.mark(mark, x, y, 5, colour)
-    if len(places) > 1:
-        sheet.mark(mark, *places[-1], 9, colour, INK)
-    if not numbered:
-        return
+def _number_track(sheet, places, colour, taken):
+    """Tasks' numbers in their marks, from the last to the first, wherever there is room."""
     for task in range(len(places) - 1, 0, -1):
-        x, y = places[task]
-        if all(math.hypot(x - a, y - b) >= 11 + r for a, b, r in taken):
-            taken.append((x, y, 11))
-            sheet.mark("circle", x, y, 11, colour, INK if task == len(places) - 1 else PAPER)
-            sheet.text(x, y, str(task), 13, "mm", PAPER)
+        place = places[task]
+        if all(math.dist(place, (x, y)) >= 11 + radius for x, y, radius in taken):
+            taken.append((*place, 11))
+            sheet.mark("circle", place, 11, colour, INK if task == len(places) - 1 else PAPER)
+            sheet.text(*place, str(task), 13, "mm", PAPER)
 
 
 def draw_curves(tracks):
     """KA, ZS and GM over tasks, one below the other; without ZS, KA alone."""
-    _check_tracks(tracks)
     styles = _styles(tracks)
-    legend = _legend(tracks, styles)
-    scores = {"KA": {n: t[..., 1] for n, t in tracks.items()}}
+    legend = Legend(tracks, styles)
+    scores = {"KA (%)": {name: track[..., 1] for name, track in tracks.items()}}
     if _has_zs(tracks):
-        scores["ZS"] = {n: t[..., 0] for n, t in tracks.items()}
-        scores["GM"] = {n: np.sqrt(t[..., 0] * t[..., 1]) for n, t in tracks.items()}
+        scores["ZS (%)"] = {name: track[..., 0] for name, track in tracks.items()}
+        scores["GM (%)"] = {name: np.sqrt(track.prod(axis=-1)) for name, track in tracks.items()}
     each = 290 if len(scores) > 1 else 500
-    bottom = each * len(scores)
-    sheet = Sheet(90 + 620 + 24 + legend.width + 16, max(bottom + 60, legend.height + 60))
-    last = max(1, *(t.shape[1] - 1 for n, t in tracks.items() if n in styles)) if styles else 1
+    sheet = Sheet(704 + legend.width + 10, max(each * len(scores) + 60, legend.height + 46))
+    last = max([1, *(tracks[name].shape[1] - 1 for name in styles)])
     for i, (metric, values) in enumerate(scores.items()):
-        ends = [side for v in values.values() for side in _band(v)]
-        low = min(v.min() for v in ends)
-        high = max(v.max() for v in ends)
+        low = min((v.mean(axis=0) - _deviation(v)).min() for v in values.values())
+        high = max((v.mean(axis=0) + _deviation(v)).max() for v in values.values())
         pad = max(0.06 * (high - low), 0.5)
-        top = 16 + each * i
-        axes = Axes(90, top, 710, top + each - 46, (0, last), (low - pad, high + pad))
-        x_ticks = _ticks(0, last, max(1, _step(last, 12)))
+        top = 46 + each * i
+        axes = Axes(60, top, 680, top + each - 76, (0, last), (low - pad, high + pad))
         y_ticks = _ticks(*axes.y, _step(axes.y[1] - axes.y[0], 6))
         x_name = "finished tasks" if i == len(scores) - 1 else ""
-        axes.grid(sheet, x_ticks, y_ticks, x_name, f"{metric} (%)")
+        axes.grid(sheet, _ticks(0, last, max(1, _step(last, 12))), y_ticks, x_name, metric)
         _draw_curve_lines(sheet, axes, values, styles)
-    legend.draw(sheet, 734, 16)
+    legend.draw(sheet, 704, 46)
     return sheet
-
-
-def _band(values):
-    """Mean minus and plus one standard deviation over seeds, [1 + T] each."""
-    mean = values.mean(axis=0)
-    spread = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
-    return mean - spread, mean + spread
 
 
 def _draw_curve_lines(sheet, axes, values, styles):
     if "joint" in values:
         level = values["joint"][:, -1].mean()
-        sheet.line([axes.at(0, level), axes.at(axes.x[1], level)], GOLD, 3, (8, 6))
-    for name, (colour, _, _) in styles.items():
-        low, high = _band(values[name])
-        if len(values[name]) > 1 and len(low) > 1:
-            around = [axes.at(t, v) for t, v in enumerate(low)]
-            around += [axes.at(t, v) for t, v in enumerate(high)][::-1]
-            around = [(x * ZOOM, y * ZOOM) for x, y in around]
-            sheet.shade(lambda pen, around=around: pen.polygon(around, 255), colour)
-    for name, (colour, mark, dash) in styles.items():
+        sheet.dashes(axes.at(0, level), axes.at(axes.x[1], level), GOLD)
+    for name, (colour, _) in styles.items():
+        if len(values[name]) > 1 and values[name].shape[1] > 1:
+            mean = values[name].mean(axis=0)
+            spread = _deviation(values[name])
+            low = [axes.at(t, v) for t, v in enumerate(mean - spread)]
+            high = [axes.at(t, v) for t, v in enumerate(mean + spread)]
+            sheet.shade([low + high[::-1]], colour, 0.2 if len(styles) <= FEW else 0.08)
+    for name, (colour, mark) in styles.items():
         places = [axes.at(t, v) for t, v in enumerate(values[name].mean(axis=0))]
-        sheet.line(places, colour, 3, dash)
-        if len(places) <= 31:
-            for x, y in places[1:]:
-                sheet.mark(mark, x, y, 5, colour)
+        sheet.line(places, colour, 3)
+        many = len(styles) > FEW or len(places) > 31
+        for place in places[-1:] if many else places[1:]:
+            sheet.mark(mark, place, 6, colour)
     start = next(iter(values.values()))[:, 0].mean()
-    sheet.mark("star", *axes.at(0, start), 13, INK, PAPER)
+    sheet.mark("star", axes.at(0, start), 13, INK)
 
 
 def draw_heat(maps, heldout=()):
     """Change of every dataset's score against theta_0 after every task: blue gained, red lost.
 
     maps: list of (name, datasets, numbers of the tasks, change [D, T] in points, NaN where there
-    is none). heldout: datasets that stand below a line, as those of ZS."""
+    is none). heldout: datasets to draw below a line, those of ZS."""
     names = list(dict.fromkeys(name for _, datasets, _, _ in maps for name in datasets))
     names.sort(key=lambda name: name in heldout)  # stable: else in their order
-    most = max((np.nanmax(np.abs(c)) for *_, c in maps if np.isfinite(c).any()), default=1)
+    most = np.nanmax(np.abs(np.concatenate([change.ravel() for *_, change in maps])))
     limit = min(40, 5 * math.ceil(max(most, 1) / 5))
     columns = max(len(tasks) for _, _, tasks, _ in maps)
     cell = max(3, min(40, 640 // columns))
-    label = 20 + max(_font(14).getlength(_printable(name)) for name in names)
-    panel_width = max(cell * columns, 90) + 26
-    panel_height = 21 * len(names) + 70
-    beside = max(1, min(len(maps), int((2200 - label) // panel_width)))
-    deep = -(-len(maps) // beside)
-    sheet = Sheet(max(label + beside * panel_width, 520), deep * panel_height + 76)
-    for i, (name, datasets, tasks, change) in enumerate(maps):
-        left = label + i % beside * panel_width
-        top = i // beside * panel_height + 52
-        shown = _shorten(name, panel_width - 10, 16)
-        sheet.text(left, top - 36, shown, 16)
-        if i % beside == 0:
-            for row, dataset in enumerate(names):
-                sheet.text(label - 10, top + 21 * row + 10, _printable(dataset), 14, "rm")
-        order = [datasets.index(n) if n in datasets else None for n in names]
-        _draw_cells(sheet, left, top, cell, change, order, limit)
+    panel = max(cell * columns, 130) + 26
+    titles = [textwrap.wrap(_printable(name), panel // 9) for name, *_ in maps]
+    head = 21 * max(map(len, titles)) + 30
+    label = 20 + max(_text_width(_printable(name), 14) for name in names)
+    beside = max(1, min(len(maps), int((2200 - label) // panel)))
+    down = head + 21 * len(names) + 26
+    height = math.ceil(len(maps) / beside) * down
+    sheet = Sheet(max(label + beside * panel, label + 470), height + 40)
+    for i, (title, (_, datasets, tasks, change)) in enumerate(zip(titles, maps)):
+        left = label + i % beside * panel
+        top = i // beside * down + head
+        for row, text in enumerate(title):
+            sheet.text(left, top - head + 12 + 21 * row, text, 16)
+        for row, name in enumerate(names):
+            y = top + 21 * row
+            if i % beside == 0:
+                sheet.text(label - 10, y + 10, _printable(name), 14, "rm")
+            values = change[datasets.index(name)] if name in datasets else [math.nan] * len(tasks)
+            _draw_cells(sheet, left, y, cell, values, limit)
         _number_columns(sheet, left, top - 10, cell, tasks)
-        split = sum(n not in heldout for n in names)
-        if 0 < split < len(names):
-            y = top + 21 * split
-            sheet.line([(left - 6, y), (left + cell * len(tasks), y)], INK, 2)
-    _draw_scale(sheet, label, deep * panel_height + 40, limit)
+        split = top + 21 * sum(name not in heldout for name in names)
+        if top < split < top + 21 * len(names):
+            sheet.line([(left - 6, split), (left + cell * len(tasks), split)], INK, 2)
+    _draw_scale(sheet, label, height + 8, limit)
     return sheet
 
 
-def _shorten(text, width, size):
-    """The text, its middle left out where it is too long: these names are in full in the legend."""
-    text = _printable(text)
-    keep = len(text)
-    short = text
-    while _font(size).getlength(short) > width and keep > 2:
-        keep -= 1
-        short = text[: keep // 2] + "..." + text[len(text) - (keep - keep // 2) :]
-    return short
-
-
-def _draw_cells(sheet, left, top, cell, change, order, limit):
-    for row, index in enumerate(order):
-        for column in range(change.shape[1]):
-            value = math.nan if index is None else change[index, column]
-            x = left + cell * column
-            y = top + 21 * row
-            colour = "#eeeeee" if math.isnan(value) else _blue_white_red(value / limit)
-            sheet.box(x, y, x + cell, y + 21, colour)
-            if cell >= 32 and not math.isnan(value):
-                dark = abs(value / limit) > 0.6
-                sheet.text(x + cell / 2, y + 10, f"{value:+.0f}", 13, "mm", PAPER if dark else INK)
+def _draw_cells(sheet, left, y, cell, values, limit):
+    for column, value in enumerate(values):
+        x = left + cell * column
+        share = value / limit
+        sheet.box(x, y, x + cell, y + 21, PALE if math.isnan(value) else _blue_white_red(share))
+        if cell >= 32 and not math.isnan(value):
+            colour = PAPER if abs(share) > 0.6 else INK
+            number = f"{value:+.0f}" if abs(value) >= 0.5 else "0"
+            sheet.text(x + cell / 2, y + 10, number, 13, "mm", colour)
 
 
 def _number_columns(sheet, left, y, cell, tasks):
     """Numbers of the tasks above their columns, as many as there is room for."""
-    room = max(_font(13).getlength(str(t)) for t in tasks) + 6
-    every = max(1, math.ceil(room / cell))
-    for column in range(0, len(tasks), every):
+    room = max(_text_width(str(task), 13) for task in tasks) + 6
+    for column in range(0, len(tasks), math.ceil(room / cell)):
         sheet.text(left + cell * (column + 0.5), y, str(tasks[column]), 13, "mm", GREY)
 
 
 def _blue_white_red(share):
-    """1 is blue, 0 white, -1 red; lightness falls evenly to both sides."""
+    """1 is blue, 0 white, -1 red."""
     end = (5, 80, 160) if share > 0 else (178, 24, 43)
-    share = min(1.0, abs(share))
-    return tuple(round(255 + share * (v - 255)) for v in end)
+    return tuple(round(255 + min(1, abs(share)) * (v - 255)) for v in end)
 
 
 def _draw_scale(sheet, left, y, limit):
     for i in range(81):
         sheet.box(left + 2 * i, y - 8, left + 2 * i + 2, y + 8, _blue_white_red(i / 40 - 1))
-    sheet.text(left, y + 18, f"-{limit}", 13, "lm")
-    sheet.text(left + 81, y + 18, "0", 13, "mm")
-    sheet.text(left + 162, y + 18, f"+{limit}", 13, "rm")
-    sheet.text(left + 176, y, "points against theta_0, after each task", 14)
+    for x, text in ((0, f"-{limit}"), (81, "0"), (162, f"+{limit}")):
+        sheet.text(left + x, y + 18, text, 13, "mm")
+    sheet.text(left + 190, y, "points against theta_0, after each task", 14)
 
 
-# ---------------------------------------------------------------------------- pictures of the runs
+# --------------------------------------------------------------------------- pictures of whole runs
 
 
 def draw_report(lines, path):
     """Writes the picture of lines at path, and beside it each of its parts alone: -> the files."""
-    return _write_parts(_parts(lines), path, f"{sum(len(line.runs) for line in lines)} runs")
+    path = Path(path)
+    seeds = [len(line.runs) for line in lines]
+    parts = _parts(lines, lines)
+    files = {path: _together(parts, f"{len(lines)} experiments, {sum(seeds)} runs")}
+    for name, part in parts.items():
+        files[path.with_name(f"{path.stem}-{name}{path.suffix}")] = part
+    for file, picture in files.items():
+        _save(picture, file)
+    return [*files]
 
 
 def page(results, path, beside=()):
-    """Writes the picture of one run: plane, curves and heat map, a title over them.
-    beside: (folder, results) pairs of other runs to draw in the plane, as the joint one."""
-    config = results["config"]
-    name = config["method"] if config["method"] in ("joint", "zero-shot") else "this run"
-    line = Line(name, [str(config.get("out"))], [results])
-    others = compare(list(beside)) if beside else []
-    parts = _parts([line, *(other for other in others if other.name != name)], 1)
-    _save(_together(parts, run_title(results)), path)
+    """Writes the picture of one run: plane, curves and heat map, a title over them. beside:
+    (folder, results) pairs of other runs to draw too, such as the joint one."""
+    line = Line(results["config"]["method"], [], [results])
+    others = [other for other in compare(beside) if other.name != line.name] if beside else []
+    _save(_together(_parts([line, *others], [line]), run_title(results)), path)
 
 
 def run_title(results):
     """The experiment in a line: method, T, budget, seed."""
     config = results["config"]
-    steps = sorted({row["steps"] for row in results["tasks"]})
     said = [config["method"], f"T = {len(results['tasks'])}"]
-    if len(steps) == 1:
-        said.append(f"{steps[0]:,} steps a task")
     if results.get("gflops"):
         said.append(f"budget {results['gflops']:,.0f} GFLOPs")
-    said.append(f"seed {config.get('seed')}")
-    return ", ".join(said)
+    elif results["tasks"]:
+        said.append(f"{results['tasks'][-1]['steps']:,} steps a task")
+    return ", ".join([*said, f"seed {config.get('seed')}"])
 
 
-def _parts(lines, maps=None):
+def _parts(lines, mapped):
     """{"plane", "curves", "heat": picture}, those that there is something for."""
-    tracks = {}
-    for line in lines:
-        tracks[line.name] = np.stack([line.path("zs"), line.path("ka")], axis=-1)
-    parts = {}
-    if _has_zs(tracks):
-        parts["plane"] = draw_plane(tracks).reduced()
+    tracks = {line.name: line.track() for line in lines}
+    parts = {"plane": draw_plane(tracks).reduced()} if _has_zs(tracks) else {}
     parts["curves"] = draw_curves(tracks).reduced()
-    heat = []
-    for line in lines[:maps]:
-        datasets, change = line.datasets()
-        tasks = [row["task"] for row in line.runs[0]["tasks"]]
-        if tasks and np.isfinite(change).any():
-            heat.append((line.name, datasets, tasks, change))
-    heldout = {name for line in lines for name in line.runs[0].get("heldout", ())}
-    if heat:
-        parts["heat"] = draw_heat(heat, heldout).reduced()
+    maps = [(line, *line.changes()) for line in mapped]
+    maps = [
+        (line.name, datasets, [row["task"] for row in line.runs[0]["tasks"]], change)
+        for line, datasets, change in maps
+        if np.isfinite(change).any()
+    ]
+    if maps:
+        heldout = {name for line in mapped for name in line.runs[0].get("heldout", ())}
+        parts["heat"] = draw_heat(maps, heldout).reduced()
     return parts
 
 
 def _together(parts, title):
     """One picture: a title, plane and curves side by side, the heat map below."""
-    upper = [parts[key] for key in ("plane", "curves") if key in parts]
+    upper = [parts[name] for name in ("plane", "curves") if name in parts]
     rows = [upper] + ([[parts["heat"]]] if "heat" in parts else [])
-    width = max(sum(p.width for p in row) + 30 * (len(row) + 1) for row in rows)
-    head = textwrap.wrap(_printable(title), max(20, width // 12))
-    top = 30 + 30 * len(head)
-    height = top + sum(max(p.height for p in row) + 30 for row in rows)
+    width = max(sum(part.width + 30 for part in row) + 30 for row in rows)
+    height = 66 + sum(max(part.height for part in row) + 30 for row in rows)
     whole = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(whole)
-    for i, text in enumerate(head):
-        pen.text((30, 20 + 30 * i), text, INK, _font(24))
+    ImageDraw.Draw(whole).text((30, 20), _printable(title), INK, ImageFont.load_default(24))
+    top = 66
     for row in rows:
         left = 30
         for part in row:
             whole.paste(part, (left, top))
             left += part.width + 30
-        top += max(p.height for p in row) + 30
+        top += max(part.height for part in row) + 30
     return whole
-
-
-def _write_parts(parts, path, title):
-    path = Path(path)
-    files = [path]
-    _save(_together(parts, title), path)
-    for name, part in parts.items():
-        files.append(path.with_name(f"{path.stem}-{name}{path.suffix}"))
-        _save(part, files[-1])
-    return files
 
 
 def _save(image, path):
     """Whole or not at all."""
-    aside = f"{path}.part"
+    aside = Path(f"{path}.part")
     try:
         image.save(aside, "PNG")
         os.replace(aside, path)
     finally:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
