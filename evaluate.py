@@ -534,17 +534,22 @@ def _check_comparable(runs):
 
 def _names(groups):
     """A name for each group, short and unlike all others. The first joint run's is "joint"."""
-    names = []
-    special = []  # the pictures draw these two in their own way
+    own = ("joint", "zero-shot")  # the pictures draw these two in their own way
+    short = []
     for group in groups:
         method = group[0][1]["config"]["method"]
-        is_special = method in ("joint", "zero-shot") and method not in special
-        special.append(method if is_special else None)
-        names.append(method if is_special else _stem(group))
-    for i, (name, group) in enumerate(zip(list(names), groups)):
-        if special[i] is None and (name in special or names.count(name) > 1):
-            several = f" and {len(group) - 1} more" if len(group) > 1 else ""
-            names[i] = f"{group[0][0]}{several}"
+        stem = _stem(group)
+        if method in own and method not in short:
+            short.append(method)
+        elif stem in own:
+            short.append("")
+        else:
+            short.append(stem)
+    names = []
+    for name, group in zip(short, groups):
+        several = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        taken = not name or short.count(name) > 1
+        names.append(f"{group[0][0]}{several}" if taken else name)
     return [n if names.count(n) == 1 else f"{n} #{i + 1}" for i, n in enumerate(names)]
 
 
