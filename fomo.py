@@ -28,7 +28,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -57,6 +56,10 @@ except ImportError:  # not POSIX: nobody is locked out
 
 TIMELINES = {"merge": merge.TIMELINES["ema-merge"], **merge.TIMELINES}
 RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "joint", "zero-shot"]
+
+ORDERS = list(data.ORDERS)  # these three since Config has a field called data
+CAPTIONS = list(data.CAPTIONS)
+TEMPLATE = data.TEMPLATE
 
 # What the paper uses (sec. 3 and 4), and what makes the same picture of the tiny model in minutes.
 PAPER = {
@@ -112,15 +115,25 @@ class Config:
     pretrain_steps: int = option("theta_0", 1800, "of training it on the pool", least=1)
     pretrain_lr: float = option("theta_0", 1.5e-3, "peak learning rate of that", above=0)
 
-    data: str = option("data", None, "folder in FoMo-in-Flux's layout; without, the drawn world")
-    stream: str = option("data", None, "JSON list of DATASET+++class; without, all concepts in random"
-                         " order (sec. 3.3)")
-    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default the"
-                                      " paper's 22")
-    pool: tuple[str, ...] = option("data", (), "datasets whose training split stands for the"
-                                   " pretraining data P")
+    data: tuple[str, ...] = option("data", (), "a folder in FoMo-in-Flux's layout, class folders, a"
+                                   " .csv or .tsv, torchvision:NAME,...; without, the drawn world")
+    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default those of"
+                                      " the paper's 22 that are there")
+    pool: tuple[str, ...] = option("data", (), "the pretraining data P: datasets whose training split"
+                                   " stands for it, or WebDataset shards ('{000..331}.tar', a glob)")
+    stream: str = option("data", None, "JSON list of DATASET+++class, in place of --order")
+    order: str = option("data", "random", "of the concepts (sec. 3.3)", ORDERS)
+    reverse: bool = option("data", False, "that order backwards")
+    captions: str = option("data", "fomo", "which kind to train on first, where FoMo-in-Flux has"
+                           " several", CAPTIONS)
     prompts_too: bool = option("data", False, "a training picture's class prompt is one of its"
                                " captions, where these name none")
+    template: str = option("data", TEMPLATE, "of the prompts of classes that have none")
+    validation: float = option("data", 0.0, "score on this share of each training split, which is"
+                               " then not trained on", least=0)
+    download: bool = option("data", False, "what torchvision: names and is not there")
+    max_broken: int = option("data", 100, "pictures that cannot be read: so many are replaced by"
+                             " others and named in log.jsonl; one more ends the run", least=0)
     mixture: str = option("data", "0.33/0.34/0.33", "P/D/B, shares of pool, update and buffer in a"
                           " batch (sec. 3.1)")
     replay: int = option("data", None, "samples of the pool at hand for P, 0 for all; the paper"
@@ -173,7 +186,7 @@ class Config:
                                " 50 times what a saving takes", above=0)
 
 
-PATHS = ("data", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
+PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
 FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes")  # change no result
 MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
@@ -200,6 +213,8 @@ class Stage:
     step: int = 0  # steps that the task has done; steps + 1: it is merged too, and not yet scored
     optimizer: torch.optim.Optimizer = None
     scaler: torch.amp.GradScaler = None
+    when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
+    concepts: list = None  # how many each task teaches
     saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
 
 
@@ -245,11 +260,11 @@ def run(config):
     """The main job. Returns the results, as in results.json; None with --plan."""
     c, crew = resolve(config)
     with Signals() as signals, Folder(c, crew, signals) as folder:
-        world = load_world(c)
-        stream = load_stream(c, world, crew)
+        world = load_world(c, crew)
+        learner = load_learner(c, crew, world)
+        stream = load_stream(learner)
         chunks = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
         mixture = data.Mixture(world, chunks, c.batch_size, ratios(c), c.replay, c.seed)
-        learner = load_learner(c, crew, world)
         tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
         announce(learner, mixture, tasks, steps, costs)
         if c.plan:
@@ -272,8 +287,11 @@ def run(config):
         stage = Stage("stream", learner, method, timeline, mixture, tasks, steps, rates(c),
                       (0.9, 0.999), None, results)  # fmt: skip
         stage.score = partial(score_task, stage, shown, folder)
+        stage.when = first_tasks(world, chunks)
+        stage.concepts = [len(chunk) for chunk in chunks]
         folder.restore(stage)
-        print_results(stage, crew)
+        learner.broken = shown.broken = folder.name_broken
+        crew.say(told_so_far(stage.results))
         if stage.results["theta_0"] is None:
             score_theta_0(stage, shown, folder)
         train(stage, folder)
@@ -300,6 +318,8 @@ def parse(argv, program="fomo.py", description=__doc__, names=None):
     for name in PATHS:
         if isinstance(given.get(name), str):
             given[name] = os.path.expanduser(given[name])
+        elif name in given:
+            given[name] = tuple(map(os.path.expanduser, given[name]))
     config = Config(**given)
     refuse_unused(config, given)
     return config
@@ -339,7 +359,10 @@ def refuse_unused(c, given):
         "bpe": not c.weights and "it belongs to --weights",
         "heldout": not c.data and "it names datasets of --data; the drawn world has its own",
         "pool": not c.data and "it names datasets of --data; the drawn world has its own",
-        "prompts_too": not c.data and "it belongs to --data",
+        **dict.fromkeys(("captions", "prompts_too", "template", "validation", "download"),
+                        not c.data and "it belongs to --data"),
+        "order": c.stream and "--stream says the order",
+        "reverse": c.stream and "--stream says the order",
         "cooldown": c.schedule != "rsqrt" and "it belongs to --schedule rsqrt",
         "merge_weight": not ("ema" in merged and c.merge_technique in merge.AVERAGES)
                         and "no running average of weights is kept",
@@ -365,7 +388,7 @@ def refuse_unused(c, given):
 def resolve(config):
     """-> (Config with nothing left open, Crew). ValueError where options do not go together."""
     c = dataclasses.replace(config)
-    if c.model is None and c.weights is None and c.data is None:
+    if c.model is None and c.weights is None and not c.data:
         c.model = "tiny"
     if c.model is None and c.weights is None:
         raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny to"
@@ -373,7 +396,7 @@ def resolve(config):
     if c.weights is None and c.model != "tiny":
         raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or --model"
                          " tiny")
-    if c.weights is None and c.data is not None and not c.pool:
+    if c.weights is None and c.data and not c.pool:
         raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
                          " that are it")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
@@ -572,14 +595,19 @@ class Learner:
         self.world = world
         self.merges = merges  # path of the tokenizer's file
         self.device = crew.device
+        pixels = model.preprocess
+        self.mean, self.std = pixels.mean, pixels.std
+        self.geometry = {"resize": pixels.resize, "interpolation": pixels.interpolation}
         self.size = model.config.image_size
+        self.others = None  # features of pool pictures, for --order performance
+        self.broken = None  # takes sentences about pictures that cannot be read; None: an error
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
         self.autocast = partial(torch.autocast, self.device.type, dtype=low, enabled=low is not None)
 
     def encode_image(self, images):
         """uint8 [b, 3, S, S] -> [b, D], normalised, in float32 whatever the tower runs in."""
         with self.autocast():
-            pixels = clip.normalise(images.to(self.device, non_blocking=True))
+            pixels = clip.normalise(images.to(self.device, non_blocking=True), self.mean, self.std)
             features = self.model.encode_image(pixels)
         return F.normalize(features.float(), dim=-1)
 
@@ -624,14 +652,16 @@ class Learner:
     def batches(self, mixture, task, steps, start=0):
         """This process's part of the batches of a task: (images, captions)."""
         part = (self.crew.rank, self.crew.count)
-        return data.loader(self.world, mixture, task, steps, self.size, self.c.workers, start, part)
+        return data.loader(self.world, mixture, task, steps, self.size, self.c.workers, start, part,
+                           **self.geometry, broken=self.broken)  # fmt: skip
 
     @torch.no_grad()
     def image_features(self, split, ids):
         """The pictures `ids` -> [N, D]. The processes share them out."""
         first, end = self.crew.share(len(ids))
         workers = self.c.workers if end - first > 2048 else 0
-        batches = data.test_loader(split, ids[first:end], self.size, workers=workers)
+        batches = data.test_loader(split, ids[first:end], self.size, workers=workers,
+                                   **self.geometry, broken=self.broken)  # fmt: skip
         return self._gather([self.encode_image(batch) for batch in batches], first, len(ids))
 
     @torch.no_grad()
@@ -646,23 +676,67 @@ class Learner:
         return clip.gather_rows(torch.cat([nothing, *mine]), first, total)
 
 
-def load_world(c):
-    if c.data is None:
+def load_world(c, crew):
+    if not c.data:
         return data.toy()
-    return data.fomo_in_flux(c.data, heldout=c.heldout, pool=c.pool, prompts_too=c.prompts_too)
+    world = data.open_world(c.data, c.heldout, c.pool, c.captions, c.prompts_too, c.template,
+                            c.validation, c.download, c.cache)  # fmt: skip
+    for note in world.notes:
+        crew.say(note)
+    if not world.heldout:
+        crew.say("nothing is held out (--heldout), so ZS has nothing to stand on: KA alone is scored")
+    return world
 
 
-def load_stream(c, world, crew):
-    """-> the concepts in order. Those of held-out datasets are left out: nobody trains on them."""
-    if c.stream is None:
-        return data.order(data.concepts(world.adaptation), "random", c.seed)
-    stream = data.read_stream(c.stream)
-    held = {d.name for d in world.heldout}
-    kept = [concept for concept in stream if concept[0] not in held]
-    if len(kept) < len(stream):
-        crew.say(f"{len(stream) - len(kept)} of the stream's {len(stream)} concepts are of held-out"
-                 " datasets: left out")
-    return kept
+def load_stream(learner):
+    """-> the concepts in order: --stream's, less those that nobody trains on, or those in --order."""
+    c, world, crew = learner.c, learner.world, learner.crew
+    if c.stream is not None:
+        kept, notes = data.trainable(data.read_stream(c.stream), world)
+        for note in notes:
+            crew.say(note)
+        return kept
+    found = data.concepts(world.adaptation)
+    return data.order(found, c.order, c.seed, order_key(learner, found), c.reverse)
+
+
+def order_key(learner, found):
+    """What --order sorts the concepts by (sec. 3.3), None where it needs no key."""
+    c, world = learner.c, learner.world
+    prompt = {(d.name, name): prompt for d in world.adaptation
+              for name, prompt in zip(d.classes, d.prompts)}  # fmt: skip
+    if c.order == "frequency":
+        if world.pool is None:
+            raise ValueError("--order frequency counts names in the captions of a --pool: name one")
+        return data.occurrences(found, world.pool.captions)
+    if c.order == "time":
+        return data.times(found)
+    if c.order in ("performance", "similarity") and c.weights is None:
+        raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream writes"
+                         " the order to a file)")
+    if c.order in ("performance", "similarity"):
+        learner.model.to(learner.device).eval()
+    if c.order == "similarity":
+        return learner.text_features([prompt[concept] for concept in found]).cpu().numpy()
+    if c.order == "performance":
+        return [concept_loss(learner, concept, prompt[concept]) for concept in found]
+    return None
+
+
+def concept_loss(learner, concept, prompt, most=32):
+    """Mean contrastive loss of a concept's first samples under theta_0, among pool pictures."""
+    d = next(d for d in learner.world.adaptation if d.name == concept[0])
+    own = (d.train.labels == d.classes.index(concept[1])).nonzero()[0][:most]
+    image = learner.image_features(d.train, own)
+    text = learner.text_features([prompt])
+    others = learner.world.pool if learner.world.pool is not None else d.train
+    among = numpy.random.default_rng((learner.c.seed, 9)).permutation(len(others))[:256]
+    if learner.others is None:
+        learner.others = learner.image_features(others, among)
+    with torch.no_grad():
+        scale = learner.model.logit_scale.exp()
+        logits = scale * torch.cat([(image @ text.T), (learner.others @ text.T).T.expand(len(image), -1)], 1)
+        return float(F.cross_entropy(logits, torch.zeros(len(image), dtype=int, device=image.device)))
 
 
 def load_learner(c, crew, world):
@@ -684,9 +758,11 @@ def load_learner(c, crew, world):
     merges = None
     if not bytewise:
         merges = clip.fetch(c.bpe, c.cache) if c.bpe else clip.find_bpe(c.weights, c.cache)
+    tokenizer = clip.Tokenizer(merges)
+    clip.check_tokenizer(model, tokenizer, c.weights)
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError(f"{c.weights} holds numbers that are not finite: take other weights")
-    return Learner(model, clip.Tokenizer(merges), c, crew, world, merges)
+    return Learner(model, tokenizer, c, crew, world, merges)
 
 
 # ------------------------------------------------------------------- what is going to happen, first
@@ -751,10 +827,10 @@ def inputs(learner, stream, steps):
     found = {"stream": digest(stream), "steps a task": str(steps)}
     for d in world.adaptation + world.heldout:
         found[f"{d.name}: class names and prompts"] = digest([d.kind, d.classes, d.prompts])
-        found[f"{d.name}: training pictures and captions"] = data.fingerprint(d.train)
-        found[f"{d.name}: test pictures and captions"] = data.fingerprint(d.test)
+        found[f"{d.name}: training pictures and captions"] = d.train.fingerprint()
+        found[f"{d.name}: test pictures and captions"] = d.test.fingerprint()
     if world.pool is not None:
-        found["pool"] = data.fingerprint(world.pool)
+        found["pool"] = world.pool.fingerprint()
     if c.weights is not None:
         found["weights"] = fingerprint(learner.model.state_dict())
     if learner.merges:
@@ -796,7 +872,7 @@ def obtain_theta_0(learner, folder):
     if c.weights is None:
         key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr, c.batch_size,
                       c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
-                      learner.device.type, data.fingerprint(learner.world.pool),
+                      learner.device.type, learner.world.pool.content(),
                       torch.__version__])  # fmt: skip
         path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
         with alone(path, crew):
@@ -804,8 +880,8 @@ def obtain_theta_0(learner, folder):
                 load_theta_0(model, path)
             else:
                 if crew.leads:  # tells now, not after the training, if the disk is full
-                    save_theta_0(model, path.with_suffix(".probe"))
-                    path.with_suffix(".probe").unlink()
+                    save_theta_0(model, path.with_suffix(".probe.safetensors"))
+                    path.with_suffix(".probe.safetensors").unlink()
                 crew.say(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
                 pretrain(learner, folder)
                 if crew.leads:
@@ -830,9 +906,11 @@ def pretrain(learner, folder):
 
 
 def save_theta_0(model, path):
+    """As clip.save does, with a hash that tells when it is altered."""
     weights = model.state_dict()
-    config = json.dumps(dataclasses.asdict(model.config))
-    clip.write_tensors(weights, path, {"config": config, "sha256": fingerprint(weights)})
+    clip.save(model, path)
+    metadata = clip.read_tensors(path).metadata | {"sha256": fingerprint(weights)}
+    clip.write_tensors(weights, path, metadata)
 
 
 def load_theta_0(model, path):
@@ -977,10 +1055,10 @@ class ExpertFiles:
 
 
 def score_theta_0(stage, shown, folder):
-    stage.results["theta_0"] = score_all(stage, shown, folder, True, "scoring theta_0")
-    folder.log("evaluation", task=0, **stage.results["theta_0"])
-    if shown.crew.leads:
-        print_row("theta_0", "", stage.results["theta_0"])
+    row = score_all(stage, shown, folder, True, "scoring theta_0")
+    stage.results["theta_0"] = row
+    folder.log("evaluation", task=0, **row)
+    shown.crew.say(evaluate.run_row("theta_0", "", row))
     folder.save(stage)
 
 
@@ -989,45 +1067,51 @@ def score_task(stage, shown, folder, task):
     shown.model.load_state_dict(stage.timeline.deploy())
     everything = shown.c.score_all or task == stage.tasks - 1
     scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}")
-    row = {"task": task + 1, "steps": stage.steps, **scores}
+    row = {"task": task + 1, "steps": stage.steps, "concepts": stage.concepts[task], **scores}
+    whole = stage.results["theta_0"]
+    before = (stage.results["tasks"] or [whole])[-1]
     stage.results["tasks"].append(row)
     folder.log("evaluation", **row, seconds=folder.seconds())
-    if shown.crew.leads:
-        print_row(task + 1, stage.steps, scores, stage.results["theta_0"])
+    shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, whole))
 
 
 def score_all(stage, shown, folder, everything, name):
-    """-> {"ka", "zs", "gm", "datasets": {name: percent}, "samples"} of the weights in `shown`."""
-    world, scores, samples = shown.world, {}, 0
+    """-> a row of results.json, of the weights in `shown`: {"ka", "zs", "gm", "datasets": {name:
+    percent}, "samples"} and what evaluate.by_concept says."""
+    world, numbers, samples = shown.world, {}, 0
     shown.model.to(shown.device).eval()
     datasets = world.adaptation + world.heldout
     for d in Lines(datasets, name, len(datasets), 0, shown):
         labels = d.test.labels
         ids = range(len(labels)) if everything else evaluate.balanced_subset(labels, shown.c.seed)
-        scores[d.name] = score(shown, d, ids)
+        numbers[d.name] = score(shown, d, ids)
         samples += len(ids)
-        if folder:
-            folder.pause(stage)
+        folder.pause(stage)
     shown.model.cpu()
-    return {**summary(world, scores), "samples": samples}
+    per_class = {name: n.get("per_class") for name, n in numbers.items()}
+    when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
+    tasks = stage.task + (stage.step > 0)  # finished so far, this one included
+    return {**summary(world, {name: n["score"] for name, n in numbers.items()}), "samples": samples,
+            **evaluate.by_concept(per_class, when, stage.tasks, tasks)}  # fmt: skip
 
 
 def score(learner, dataset, ids):
-    """Percent on the test samples `ids`: top-1 accuracy or R@5."""
-    image = learner.image_features(dataset.test, ids)
+    """The numbers of the test samples `ids`, as evaluate.py has them."""
+    test = dataset.test
+    image = learner.image_features(test, ids)
     if dataset.kind == "classification":
         weights = evaluate.classifier(learner.text_features, dataset.prompts)
-        return evaluate.accuracy(image, weights, dataset.test.labels[ids])
-    captions = [[c] if isinstance(c, str) else c for c in (dataset.test.captions[i] for i in ids)]
+        return evaluate.classification(image, weights, test.labels[ids])
+    captions = [[c] if isinstance(c, str) else c for c in (test.captions[i] for i in ids)]
     owner = [i for i, several in enumerate(captions) for _ in several]
     text = learner.text_features([c for several in captions for c in several])
-    return sum(evaluate.recall_at_k(image, text, owner)) / 2
+    labels = test.labels[ids] if dataset.classes else None
+    return evaluate.retrieval(image, text, owner, labels, len(dataset.classes) or None)
 
 
 def summary(world, scores):
-    ka = evaluate.knowledge_accumulation({d.name: scores[d.name] for d in world.adaptation})
-    zs = evaluate.zero_shot_retention({d.name: scores[d.name] for d in world.heldout})
-    return {"ka": ka, "zs": zs, "gm": evaluate.geometric_mean(ka, zs), "datasets": scores}
+    adaptation, heldout = ([d.name for d in sets] for sets in (world.adaptation, world.heldout))
+    return evaluate.summary(scores, adaptation, heldout)
 
 
 def chance(world):
@@ -1035,6 +1119,12 @@ def chance(world):
     guess = {d.name: 100 / len(d.classes) if d.kind == "classification"
              else 100 * min(1, 5 / len(d.test)) for d in world.adaptation + world.heldout}  # fmt: skip
     return summary(world, guess)
+
+
+def first_tasks(world, chunks):
+    """Dataset -> for each of its classes the task that teaches it, from 1; None where none does."""
+    task = {concept: t + 1 for t, chunk in enumerate(chunks) for concept in chunk}
+    return {d.name: [task.get((d.name, name)) for name in d.classes] for d in world.adaptation}
 
 
 def title(stage):
@@ -1057,6 +1147,7 @@ class Folder:
         self.log_file = None  # locked as long as the run lives
         self.state = None
         self.run = None  # {"id", "inputs", "accepted_changes"}, beside the options in config.json
+        self.broken = set()  # sentences about pictures
         self.pending = []  # log rows whose numbers are still on the device: asking would stall it
         self.began = time.monotonic()
         self.before = 0.0  # seconds of the processes before this one
@@ -1223,6 +1314,15 @@ class Folder:
             self.log_file.write(json.dumps({"event": event, **row}) + "\n")
             self.log_file.flush()
 
+    def name_broken(self, faults):
+        """Pictures that could not be read, and were replaced: logged; too many end the run."""
+        self.broken.update(faults)
+        for fault in faults:
+            self.log("broken picture", fault=fault)
+        if len(self.broken) > self.c.max_broken:
+            raise ValueError(f"more than {self.c.max_broken} pictures cannot be read (--max-broken),"
+                             f" the last: {faults[-1]}")
+
     def log_step(self, stage, rate, loss, norm, logit_scale):
         event = "step" if stage.name == "stream" else "theta_0 step"
         row = {"event": event, "task": stage.task + 1, "step": stage.step, "lr": rate, "loss": loss,
@@ -1312,11 +1412,13 @@ class Folder:
                             self.path / ("bpe_simple_vocab_16e6.txt.gz" if gz else "merges.txt"))
         beside = []
         if self.c.method != "joint":
-            beside = joint_beside(self.path, results["theta_0_sha256"])
-        draw(named([(self.path, results), *beside]), self.path / "picture.png")
+            beside = evaluate.joint_beside(self.path, results["theta_0_sha256"])
+        evaluate.page(results, self.path / "picture.png", beside)
         write_json(self.path / "results.json", results)
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
             (self.path / name).unlink(missing_ok=True)
+        for line in evaluate.words(results):
+            self.crew.say(line)
         self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
                       f" ({results['seconds']:.0f} s)")
         self.done = True
@@ -1381,109 +1483,44 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
+def told_so_far(results):
+    """What a run has printed when it goes on: its head and the rows that are there."""
+    lines = [evaluate.run_head(results)]
+    whole = results["theta_0"]
+    if whole:
+        lines.append(evaluate.run_row("theta_0", "", whole))
+    for before, row in zip([whole, *results["tasks"]], results["tasks"]):
+        lines.append(evaluate.run_row(row["task"], row["steps"], row, before, whole))
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------- reports
-
-ROW = "{:>9} {:>7} {:>7} {:>7} {:>7}"
-
-
-def print_results(stage, crew):
-    if not crew.leads:
-        return
-    guess, results = stage.results["chance"], stage.results
-    print(f"guessing would score KA {guess['ka']:.1f}, ZS {guess['zs']:.1f}; all scores in percent")
-    print(ROW.format("task", "steps", "KA", "ZS", "GM"))
-    if results["theta_0"]:
-        print_row("theta_0", "", results["theta_0"])
-    for row in results["tasks"]:
-        print_row(row["task"], row["steps"], row, results["theta_0"])
-
-
-def print_row(task, steps, scores, whole=None):
-    """whole: scores on all test data."""
-    row = ROW.format(task, steps, *(f"{scores[k]:.1f}" for k in ("ka", "zs", "gm")))
-    if whole and scores["samples"] < whole["samples"]:
-        row += (f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples")
-    tqdm.write(row)
-
-
-def named(runs):
-    """(folder, results) pairs -> {unique, short name: results}. The first joint run is "joint"."""
-    names, lines = Counter(Path(folder).name for folder, _ in runs), {}
-    for folder, results in runs:
-        method, folder = results["config"]["method"], Path(folder)
-        name = folder.name if names[folder.name] == 1 and folder.name != "joint" else str(folder)
-        lines[method if method in ("joint", "zero-shot") and method not in lines else name] = results
-    return lines
-
-
-def draw(runs, path):
-    """runs: name -> results, from one theta_0."""
-    lines = {name: [(p["zs"], p["ka"]) for p in (r["theta_0"], *r["tasks"])]
-             for name, r in runs.items()}  # fmt: skip
-    evaluate.plot(lines, path)
-
-
-def read_results(folder):
-    try:
-        r = json.loads((folder / "results.json").read_text())
-        numbers = [p[k] for p in (r["theta_0"], r["final"], *r["tasks"]) for k in ("ka", "zs", "gm")]
-        numbers += [r["seconds"], r["trained_parameters"], *(p["steps"] for p in r["tasks"])]
-        if not all(0 <= n < 1e12 for n in numbers) or not isinstance(r["config"]["method"], str):
-            raise ValueError("numbers out of range")
-        return r | {"theta_0_sha256": str(r["theta_0_sha256"])}
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
-        fault = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{folder}/results.json is no run's results ({fault})") from None
-
-
-def joint_beside(folder, identity):
-    """The finished joint run beside this one that began from the same theta_0, if there is one."""
-    for path in sorted(folder.parent.glob("*/results.json")):
-        with contextlib.suppress(ValueError):  # somebody else's file must not stop this run
-            results = read_results(path.parent)
-            if results["config"]["method"] == "joint" and results["theta_0_sha256"] == identity:
-                return [(path.parent, results)]
-    return []
-
 
 # -------------------------------------------------------------------------------------- sub-commands
 
 
 def report_command(argv):
-    parser = argparse.ArgumentParser("fomo.py report", description="Table and picture of several"
-                                     " finished runs.")  # fmt: skip
+    parser = argparse.ArgumentParser("fomo.py report", description="Table and pictures of finished"
+                                     " runs; those that differ in their seed alone are one line.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; unfinished runs are left out")
-    parser.add_argument("-o", "--out", default="report.png", help="the picture (default report.png)")
+    parser.add_argument("-o", "--out", default="report.png",
+                        help="the pictures together; beside it each alone (default report.png)")  # fmt: skip
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--markdown", dest="style", action="store_const", const="markdown")
+    style.add_argument("--json", dest="style", action="store_const", const="json")
     args = parser.parse_args(argv)
-    out, runs = os.path.expanduser(args.out), []
-    for folder in (Path(name).expanduser() for name in args.runs):
-        if (folder / "results.json").exists():
-            runs.append((folder, read_results(folder)))
-        else:
-            print(f"{folder} has no results.json: left out", file=sys.stderr)
-    if not runs:
-        raise ValueError("none of these folders holds a finished run")
-    groups = {}
-    for folder, results in runs:
-        groups.setdefault(results["theta_0_sha256"], []).append(str(folder))
-    if len(groups) > 1:
-        raise ValueError("runs from different theta_0 do not compare, give those of one: "
-                         + "; or ".join(" ".join(group) for group in groups.values()))  # fmt: skip
+    out = os.path.expanduser(args.out)
+    runs, unfinished = evaluate.read_runs(map(os.path.expanduser, args.runs))
+    for folder in unfinished:
+        print(f"{folder} has no results.json: left out", file=sys.stderr)
     check_file(out)
-    head = ("run", "KA", "ZS", "GM", "parameters", "steps", "seconds")
-    print("{:24} {:>6} {:>6} {:>6} {:>10} {:>6} {:>8}".format(*head))
-    base = runs[0][1]["theta_0"]
-    print(f"{'theta_0':24} {base['ka']:6.1f} {base['zs']:6.1f} {base['gm']:6.1f}")
-    for name, r in named(runs).items():
-        steps = sum(row["steps"] for row in r["tasks"])
-        print(f"{name:24} {r['final']['ka']:6.1f} {r['final']['zs']:6.1f} {r['final']['gm']:6.1f} "
-              f"{r['trained_parameters']:10,} {steps:6} {r['seconds']:8.0f}")  # fmt: skip
-    draw(named(runs), out)
-    print(f"drawn in {out}")
+    table, files = evaluate.report(runs, out, args.style or "text", FREE + MACHINE + ("seed",))
+    print(table)
+    print(f"drawn in {', '.join(map(str, files))}", file=sys.stderr)
 
 
-EVALUATE = ("weights", "model", "activation", "bpe", "data", "heldout", "out", "seed", "device",
-            "precision", "threads", "workers", "cache")  # fmt: skip
+EVALUATE = ("weights", "model", "activation", "bpe", "data", "heldout", "template", "download",
+            "out", "device", "precision", "threads", "workers", "cache")  # fmt: skip
 
 
 def evaluate_command(argv):
@@ -1493,19 +1530,24 @@ def evaluate_command(argv):
     if c.weights is None:
         raise ValueError("evaluate scores --weights: name a checkpoint")
     out = c.out or "scores.json"
-    check_file(out, (c.weights, c.data or ""))
+    check_file(out, (c.weights, *c.data))
     c, crew = resolve(c)
-    world = load_world(c)
+    world = load_world(c, crew)
     learner = load_learner(c, crew, world)
-    scores = score_all(None, learner, None, True, "scoring")
-    guess = chance(world)
-    for d in world.adaptation + world.heldout:
-        role, metric = ("KA", "ZS")[d in world.heldout], "R@5" if d.kind == "retrieval" else "top-1"
-        score, by_chance = scores["datasets"][d.name], guess["datasets"][d.name]
-        crew.say(f"{d.name:24} {role} {metric:5} {score:6.1f}  (chance {by_chance:.1f})")
+    learner.model.to(learner.device).eval()
+    numbers = {}
+    datasets = world.adaptation + world.heldout
+    for d in Lines(datasets, "scoring", len(datasets), 0, learner):
+        numbers[d.name] = score(learner, d, range(len(d.test)))
+    scores = summary(world, {name: n["score"] for name, n in numbers.items()})
+    roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
+    crew.say(evaluate.score_table(numbers, roles))
+    means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     if crew.leads:
-        write_json(out, {"weights": c.weights, **scores, "chance": guess})
-    crew.say("KA {ka:.1f}  ZS {zs:.1f}  GM {gm:.1f}".format(**scores) + f" (all of it in {out})")
+        samples = sum(len(d.test) for d in datasets)
+        write_json(out, {"weights": c.weights, **scores, "samples": samples, "numbers": numbers,
+                         "chance": chance(world)})  # fmt: skip
+    crew.say(f"{'  '.join(means)} (all of it in {out})")
 
 
 def budget_command(argv):
