@@ -381,7 +381,7 @@ def pretrain(learner, world):
     """theta_0 where no checkpoint was given: trained on the pool, or read from the cache if that was done before."""
     c = dataclasses.replace(learner.c, lr=learner.c.pretrain_lr)
     made_of = [dataclasses.asdict(learner.model.config), c.pretrain_steps, c.lr, c.batch_size, c.warmup, c.floor,
-               c.weight_decay, c.clip_norm, c.precision, c.device, data.fingerprint(world.pool), torch.__version__]
+               c.weight_decay, c.clip_norm, c.precision, c.device, world.pool.content(), torch.__version__]
     path = Path(c.cache) / f"theta_0-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         try:
