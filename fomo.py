@@ -745,11 +745,7 @@ def load_learner(c, crew, world):
         torch.manual_seed(0)
         return Learner(clip.CLIP(clip.CONFIGS[c.model]), clip.Tokenizer(), c, crew, world)
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[c.activation]
-    try:
-        model = clip.load(c.weights, None, quick_gelu, cache=c.cache)
-    except ValueError as e:
-        hint = "; on the command line: --activation" if "quick_gelu=" in str(e) else ""
-        raise ValueError(f"{e}{hint}") from None
+    model = load_clip(c.weights, quick_gelu, c.cache)
     plain = dataclasses.replace(model.config, quick_gelu=False)
     if c.model and clip.CONFIGS[c.model] != plain:
         raise ValueError(f"{c.weights} is no {c.model}: without --model it is what the weights are")
@@ -763,6 +759,14 @@ def load_learner(c, crew, world):
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError(f"{c.weights} holds numbers that are not finite: take other weights")
     return Learner(model, tokenizer, c, crew, world, merges)
+
+
+def load_clip(path, quick_gelu, cache):
+    try:
+        return clip.load(path, None, quick_gelu, cache=cache)
+    except ValueError as e:
+        hint = "; on the command line: --activation" if "quick_gelu=" in str(e) else ""
+        raise ValueError(f"{e}{hint}") from None
 
 
 # ------------------------------------------------------------------- what is going to happen, first
@@ -1591,6 +1595,8 @@ def merge_command(argv):
     p.add_argument("base", help="theta_0; the result has its names, dtypes and metadata")
     p.add_argument("experts", nargs="+", metavar="expert")
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
+    p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
+                   help="where no file says it (default auto)")  # fmt: skip
     p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES, help="(default linear)")
     p.add_argument("--weights", type=float, nargs="+", help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")
     p.add_argument("--scale", type=float, help="all but linear, slerp: factor on the merged task vector (default 1)")
@@ -1608,6 +1614,8 @@ def merge_command(argv):
     p.add_argument("--seed", type=int, help="dare, random (default 0)")
     options = vars(p.parse_args(argv))
     base, experts, out, technique = (options.pop(k) for k in ("base", "experts", "out", "technique"))
+    activation = options.pop("activation")
+    out = os.path.expanduser(out)
     weights = options.pop("weights", None)
     if "lines" in options:
         try:
@@ -1617,13 +1625,16 @@ def merge_command(argv):
     if os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out or remove it")
     check_file(out)
-    files = [clip.read_tensors(path) for path in (base, *experts)]
+    paths = [clip.fetch(os.path.expanduser(path)) for path in (base, *experts)]
+    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[activation]
+    metadata = clip.agree(paths, quick_gelu)
+    files = [clip.read_tensors(path) for path in paths]
     if any(set(f) != set(files[0]) for f in files):  # different layouts, or different models, which merge() then names
         files = [clip.openai_names(f) for f in files]
     began, readings = time.time(), {"ties": 3 if "whole" in options else 1, "tall-mask": 2}.get(technique, 1)
     with Lines(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
         merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
-    clip.write_tensors(merged, out, files[0].metadata)
+    clip.write_tensors(merged, out, {"format": "pt"} | files[0].metadata | metadata)
     plural = "s" * (len(experts) > 1)
     print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out} ({time.time() - began:.1f} s)")
 
@@ -1645,9 +1656,87 @@ class Watched(clip.Tensors):
         return stored
 
 
+WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "download",
+         "weights", "model", "activation", "bpe", "out", "seed", "device", "precision", "threads",
+         "workers", "cache")  # fmt: skip
+
+
+def stream_command(argv):
+    description = "Writes all concepts of --data in an --order, in the published streams' format."
+    c = parse(argv, "fomo.py stream", description, (*WORLD, "order", "reverse"))
+    out = c.out or "stream.json"
+    check_file(out, c.data)
+    c, crew = resolve_for_reading(c)
+    learner = load_learner(c, crew, load_world(c, crew))
+    stream = load_stream(learner)
+    data.write_stream(stream, out)
+    names = {name for name, _ in stream}
+    print(f"{len(stream)} concepts of {len(names)} datasets, {c.order} order: {out}")
+
+
+def inspect_command(argv):
+    description = ("Reads every picture of --data once, names those that are broken, and draws sheets"
+                   " of pictures with their captions into the folder --out (default inspect).")
+    c = parse(argv, "fomo.py inspect", description, WORLD)
+    out = Path(c.out or "inspect")
+    check_folder(out, "--out")
+    c, crew = resolve_for_reading(c)
+    world = load_world(c, crew)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [["dataset", "role", "split", "samples", "concepts", "captions", "broken"]]
+    faults = {}
+    held = {d.name for d in world.heldout}
+    splits = [(d.name, "ZS" if d.name in held else "KA", which, split)
+              for d in world.adaptation + world.heldout
+              for which, split in (("train", d.train), ("test", d.test))]  # fmt: skip
+    splits += [("pool", "P", "train", world.pool)] if world.pool is not None else []
+    for name, role, which, split in splits:
+        if not len(split):
+            continue
+        found = data.broken_pictures(split, c.workers)
+        faults[f"{name} {which}"] = found
+        captions = sum(1 if isinstance(one, str) else len(one) for one in split.captions)
+        concepts = len(set(split.labels.tolist()))
+        rows.append([name, role, which, *(f"{n:,}" for n in (len(split), concepts, captions)),
+                     str(len(found))])  # fmt: skip
+        data.contact_sheet(split, c.seed).save(out / f"{name}-{which}.png")
+    for found in faults.values():
+        for fault in found:
+            print(fault)
+    print(evaluate.aligned(rows))
+    write_json(out / "broken.json", faults)
+    print(f"contact sheets and broken.json in {out}")
+
+
+def convert_command(argv):
+    p = argparse.ArgumentParser("fomo.py convert", description="A checkpoint in another layout.")
+    p.add_argument("weights", help="as of --weights: a file, a folder, hf:ORG/REPO, openai:ViT-B-32")
+    p.add_argument("out", help="file, or for hf a folder; must not exist")
+    p.add_argument("--layout", required=True, choices=["open_clip", "openai", "hf"])
+    p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
+                   help="of weights that do not say it (default auto)")  # fmt: skip
+    args = p.parse_args(argv)
+    out = os.path.expanduser(args.out)
+    if os.path.exists(out):
+        raise ValueError(f"{out} exists: give another name, or remove it")
+    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[args.activation]
+    model = load_clip(os.path.expanduser(args.weights), quick_gelu, None)
+    clip.save(model, out, args.layout)
+    print(f"{args.weights} in the layout of {args.layout}: {out}")
+
+
+def resolve_for_reading(c):
+    """As resolve(), for a command that trains nothing, and needs a model for some orders alone."""
+    c = dataclasses.replace(c, model=c.model or (None if c.weights else "tiny"))
+    c.pool = c.pool or c.data
+    c, crew = resolve(c)
+    return c, crew
+
+
 COMMANDS = {
     "report": report_command, "evaluate": evaluate_command, "budget": budget_command,
-    "merge": merge_command,
+    "merge": merge_command, "convert": convert_command, "stream": stream_command,
+    "inspect": inspect_command,
 }  # fmt: skip
 FULL = "; free some space where --out or --cache lies and start the same command again"
 
