@@ -21,17 +21,21 @@ import gzip
 import hashlib
 import html
 import http.client
+import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import reprlib
 import unicodedata
 import urllib.request
+import warnings
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,8 +50,9 @@ try:
 except ImportError:  # not POSIX: nobody is waited for
     fcntl = None
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pixels
-MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5: larger temperatures were unstable; whoever trains clamps to it
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's pixels, from 0 to 1
+STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5: larger ones were unstable; whoever trains clamps to it
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -95,6 +100,32 @@ CONFIGS = {
     "ViT-g-14": _config(1024, 224, 14, (1408, 40, 16, 6144), (1024, 24, 16)),
     "ViT-bigG-14": _config(1280, 224, 14, (1664, 48, 16, 8192), (1280, 32, 20)),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """What was done to the pictures that a model's weights have learnt from."""
+
+    mean: tuple = MEAN  # of the three channels, from 0 to 1
+    std: tuple = STD
+    resize: str = "shortest"  # side to size, then the centre is cut out; or "squash": both sides
+    interpolation: str = "bicubic"  # or "bilinear"; antialiased
+    size: int = 224  # pixels, square
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        if isinstance(self.size, list | tuple) and len({*self.size}) == 1:
+            object.__setattr__(self, "size", self.size[0])
+        channels = len(self.mean) == len(self.std) == 3 and min(self.std) > 0
+        if not channels or not math.isfinite(sum(self.mean + self.std)):
+            raise ValueError(f"mean {self.mean} and std {self.std} are not those of three channels")
+        if self.resize not in ("shortest", "squash"):
+            raise ValueError(f"resize {self.resize}, where shortest or squash can be done")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation {self.interpolation}, not bicubic or bilinear")
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"pictures of {self.size} pixels, not a square")
 
 
 class QuickGELU(nn.Module):
@@ -165,11 +196,16 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers into one space. Weights start as in sec. 2.4 of the paper and OpenAI's code; float32 or float64."""
+    """Two towers into one space. Weights start as in sec. 2.4 of the paper and OpenAI's code.
+
+    preprocess: what is done to pictures before encode_image. tokenizer: what makes its tokens
+    others than CLIP's, as open_clip or Hugging Face say it; {} for CLIP's own."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        self.preprocess = Preprocess(size=c.image_size)
+        self.tokenizer = {}
         self.visual = VisionTransformer(c)
         self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.text_mlp, c.quick_gelu)
         self.token_embedding = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.text_width), freeze=False)
@@ -297,10 +333,11 @@ def sum_gradients(parameters):
         p.grad = gradient.view_as(p)
 
 
-def normalise(images):
-    """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over OpenAI's pixels, on the images' device."""
-    channels = zip(images.unbind(1), MEAN, STD)  # by number, for tensors of them would be copied, and waited for
-    return torch.stack([(x.float() / 255 - mean) / std for x, mean, std in channels], dim=1)
+def normalise(images, mean=MEAN, std=STD):
+    """uint8 [B, 3, S, S] -> float32, on the images' device: zero mean and unit variance over the
+    pictures that the model learnt from (model.preprocess)."""
+    channels = zip(images.unbind(1), mean, std)  # by number: tensors of them would be copied
+    return torch.stack([(x.float() / 255 - m) / s for x, m, s in channels], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
@@ -350,35 +387,67 @@ def clean(text):
     return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
+def _merges(bpe):
+    """-> lines of two symbols each, and the vocabulary {symbol: id} where the file has one."""
+    with open(bpe, "rb") as f:
+        packed = f.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(bpe, "rb") as f:
+        text = f.read(2**26).decode()  # CLIP's have 3 million bytes; a hostile gzip, billions
+    if not text.startswith("{"):
+        lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
+        header = "#version" in lines[0] or len(lines[0].split()) != 2
+        return lines[header : header + 48_894], None  # OpenAI's file has more, which are not used
+    tree = json.loads(text)
+    model = tree["model"]
+    lower = "Lowercase" in json.dumps(tree.get("normalizer"))
+    if (model["type"], model["end_of_word_suffix"], lower) != ("BPE", "</w>", True):
+        raise ValueError("not the tokenizer of a CLIP")
+    added = {token["content"]: token["id"] for token in tree.get("added_tokens", ())}
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    return lines, model["vocab"] | added
+
+
 class Tokenizer:
-    """CLIP's byte-pair encoding. bpe: path of bpe_simple_vocab_16e6.txt.gz or of Hugging Face's merges.txt. Without it,
-    byte-level: the 256 bytes of UTF-8, then start (256) and end (257), which is what "tiny" reads.
+    """CLIP's byte-pair encoding. bpe: path of bpe_simple_vocab_16e6.txt.gz, or of Hugging Face's
+    merges.txt or tokenizer.json. Without it, byte-level: the 256 bytes of UTF-8, then start (256)
+    and end (257), which is what "tiny" reads.
 
     start and end are ids; everything in a text is text, so no caption can inject a control token."""
 
     def __init__(self, bpe=None):
-        self.merges, self.words, self.symbols = {}, {}, [bytes([b]) for b in range(256)]
+        self.merges = {}  # pair of ids -> id
+        self.words = {}  # those met before -> ids
+        self.symbols = [bytes([b]) for b in range(256)]
         if bpe is not None:
             self._read(bpe)
-        self.start, self.end, self.vocab_size = len(self.symbols), len(self.symbols) + 1, len(self.symbols) + 2
+        self.start = len(self.symbols)
+        self.end = self.start + 1
+        self.vocab_size = self.start + 2
 
     def _read(self, bpe):
-        raw, line = Path(bpe).read_bytes(), "(gzip)"
-        order = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())  # ids 0-255: 188 printable first
-        letters = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)]  # how the file spells bytes
-        self.letters, ids = {b: i for i, b in enumerate(order)}, {s: i for i, s in enumerate(letters)}
-        ids |= {f"{s}</w>": 256 + i for s, i in ids.items()}  # </w> ends a word, and decodes to a space
+        # ids 0-255 are the bytes: the 188 printable ones first, then the others, spelt from chr(256)
+        order = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())
+        letters = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)]
+        self.letters = {b: i for i, b in enumerate(order)}
+        ids = {letter: i for i, letter in enumerate(letters)}
+        ids |= {f"{s}</w>": 256 + i for s, i in ids.items()}  # </w> ends a word, decodes to a space
         self.symbols = [bytes([b]) for b in order] + [bytes([b, 32]) for b in order]
+        line = "(gzip, UTF-8 or JSON)"
         try:
-            lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().rstrip("\n").split("\n")
-            for line in lines[1:48_895]:  # after a header, 48,894 merges are used
+            lines, vocabulary = _merges(bpe)
+            for line in lines:
                 a, b = (ids[s] for s in line.split())
                 self.merges[a, b] = ids.setdefault(line.replace(" ", ""), len(self.symbols))
                 self.symbols.append(self.symbols[a] + self.symbols[b])
-        except (OSError, EOFError, ValueError, KeyError, zlib.error) as e:
-            raise ValueError(f"{bpe}: no merge of two earlier symbols: {line[:80]!r} ({type(e).__name__})") from e
+        except (OSError, EOFError, TypeError, ValueError, LookupError, RuntimeError, zlib.error) as e:
+            raise ValueError(f"{bpe}: no merge of two earlier symbols: {line[:80]!r} "
+                             f"({type(e).__name__}: {e})") from e  # fmt: skip
         if not self.merges or len(ids) != len(self.symbols):
-            raise ValueError(f"{bpe}: no merges, or some twice; CLIP's: bpe_simple_vocab_16e6.txt.gz or merges.txt")
+            raise ValueError(f"{bpe}: no merges, or some twice; CLIP's: "
+                             "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")  # fmt: skip
+        ids |= {"<|startoftext|>": len(ids), "<|endoftext|>": len(ids) + 1}
+        if vocabulary not in (None, ids):
+            raise ValueError(f"{bpe}: a vocabulary of {len(vocabulary)} that is not in CLIP's order")
 
     def _merge(self, word):
         """Join the pair learnt first, everywhere, until no known pair is left. Ids grow in the order of learning."""
@@ -431,6 +500,16 @@ class Tokenizer:
         return torch.from_numpy(tokens)
 
 
+def check_tokenizer(model, tokenizer, path):
+    """ValueError unless the weights in path have learnt from the tokens that tokenizer gives."""
+    if model.tokenizer:
+        raise ValueError(f"{path}: its texts were tokenised otherwise than CLIP's ({model.tokenizer}), "
+                         "and no tokenizer here does that")  # fmt: skip
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{path} has learnt {model.config.vocab_size} tokens, and the tokenizer has "
+                         f"{tokenizer.vocab_size}: --bpe takes the merges that belong to it")  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------- tensor files
 # safetensors: u64 little-endian header length, JSON {name: {dtype, shape, data_offsets}}, then the bytes of each tensor
 
@@ -462,8 +541,10 @@ class Tensors(Mapping):
     """name -> tensor, read when asked for, each time a private copy: nothing stays open or mapped, so that memory holds
     what the caller keeps (the pages of a memory map would count until the system takes them back)."""
 
-    def __init__(self, readers, metadata=None):
-        self.readers, self.metadata = dict(readers), metadata or {}
+    def __init__(self, readers, metadata=None, left_out=()):
+        self.readers = dict(readers)
+        self.metadata = metadata or {}
+        self.left_out = left_out  # names of tensors in the file that are none of these
 
     def __getitem__(self, name):
         return self.readers[name]()
@@ -474,6 +555,11 @@ class Tensors(Mapping):
     def __len__(self):
         return len(self.readers)
 
+    def shapes(self):
+        """The same names and metadata over tensors without data, which tell shape and dtype."""
+        return Tensors({name: functools.partial(torch.empty, r.shape, dtype=r.dtype, device="meta")
+                        for name, r in self.readers.items()}, self.metadata, self.left_out)  # fmt: skip
+
     def stored(self, name):
         """-> Stored, if this tensor lies in a file as it is; else None."""
         return self.readers[name] if isinstance(self.readers[name], Stored) else None
@@ -483,10 +569,18 @@ class Stored:
     """A tensor in a file, read when called. limit: bytes that are there. start: of its first, stride: in entries."""
 
     def __init__(self, path, dtype, shape, stride, start, limit):
-        if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, *stride, start)) or len(shape) != len(stride):
-            raise ValueError(f"shape {shape}, stride {stride}, first byte {start}")
-        self.path, self.dtype, self.shape, self.stride, self.start = path, dtype, tuple(shape), tuple(stride), start
-        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))  # entries, first to last
+        numbers = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *stride, start))
+        if not numbers or not len(shape) == len(stride) <= 16:
+            raise ValueError(f"shape {reprlib.repr(shape)}, stride {reprlib.repr(stride)}, first byte "
+                             f"{reprlib.repr(start)}")  # fmt: skip
+        self.path = path
+        self.dtype = dtype
+        self.shape = tuple(shape)
+        self.stride = tuple(stride)
+        self.start = start
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        # entries from the first to the last, or -1 if they are not there
+        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))
         self.span = span if span * dtype.itemsize <= limit else -1
 
     def __call__(self):
@@ -532,11 +626,16 @@ def _read_safetensors(path):
         if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
             raise ValueError(f"__metadata__ is {metadata}, no strings by name")
         for name, v in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
-            dtype, shape, (a, b) = DTYPES[v["dtype"]], v["shape"], v["data_offsets"]
-            if a != end or min(shape, default=0) < 0 or b - a != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill bytes {a} to {b}, next is {end}")
-            stride, end = [math.prod(shape[i + 1 :]) for i in range(len(shape))], b
+            dtype = DTYPES[v["dtype"]]
+            shape = v["shape"]
+            a, b = v["data_offsets"]
+            if a != end or min(shape, default=0) < 0 or len(shape) > 16:
+                raise ValueError(f"tensor {name}, {v['dtype']} {shape[:16]}, at {a}, next is {end}")
+            stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
             readers[name] = Stored(path, dtype, shape, stride, 8 + length + a, b - a)
+            if b - a != readers[name].nbytes:
+                raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill {b - a} bytes")
+            end = b
     if 8 + length + end != size:
         raise ValueError(f"{path}: torn file, {size} bytes where its header says {8 + length + end}")
     return Tensors(readers, metadata)
@@ -554,9 +653,31 @@ class _Bag(dict):
         self.update(state if isinstance(state, dict) else {})
 
 
-class _Unpickler(pickle.Unpickler):
-    """For torch.save's zips and TorchScript archives. Imports and runs nothing that they name: a pickle reaches _Bag
-    and the functions here, which note where a tensor lies. The code/ of an archive is never opened."""
+class _Row(tuple):
+    """A pickle's tuple, hashed and shown without what is in it: for (x, x) nested 60 deep either
+    would take 2^60 steps."""
+
+    __hash__ = object.__hash__
+    __repr__ = object.__repr__
+
+
+def _rows(load):
+    def load_row(unpickler):
+        load(unpickler)
+        unpickler.stack[-1] = _Row(unpickler.stack[-1])
+
+    return load_row
+
+
+class _Unpickler(pickle._Unpickler):
+    """For torch.save's zips and TorchScript archives. Imports and runs nothing that they name: a
+    pickle reaches _Bag and the functions here, which note where a tensor lies. The code/ of an
+    archive is never opened. In Python, since C's reserves whatever memory a pickle asks for."""
+
+    dispatch = pickle._Unpickler.dispatch | {
+        code: _rows(pickle._Unpickler.dispatch[code]) for code in b"t\x85\x86\x87"  # make tuples
+    }
+    del dispatch[pickle.BYTEARRAY8[0]]
 
     def find_class(self, module, name):
         if module == "torch" and name.endswith("Storage"):
@@ -567,25 +688,33 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"a tensor made by {name}")  # not to be left out silently
         return self.tensor if name == "_rebuild_tensor_v2" else _Bag
 
-    def persistent_load(self, pid):  # ("storage", dtype, name of the zip's member, device, elements)
-        return pid[1], self.archive.getinfo(f"{self.root}data/{pid[2]}")
+    def persistent_load(self, pid):
+        _, dtype, member, *_ = pid  # "storage", dtype, name in the zip, device, entries
+        return dtype, self.archive.getinfo(self.root + "data/" + member)
 
     def tensor(self, storage, offset, shape, stride, _, hooks, metadata=None):
-        (dtype, info), skip = storage, offset * storage[0].itemsize
+        dtype, info = storage
+        skip = offset * dtype.itemsize
         if info.compress_type != zipfile.ZIP_STORED or skip < 0 or metadata:
-            raise ValueError("compressed, before its storage, or a view by sign or conjugate: save a contiguous copy")
-        head = np.fromfile(self.archive.filename, np.uint8, 30 + len(name := info.orig_filename.encode()),
-                           offset=info.header_offset).tobytes()  # fmt: skip
+            raise ValueError("compressed, before its storage, or a view by sign or conjugate: save a "
+                             "contiguous copy")  # fmt: skip
+        name = info.orig_filename.encode()
+        head = np.fromfile(self.archive.filename, np.uint8, 30 + len(name), offset=info.header_offset)
+        head = head.tobytes()
         if head[:4] != b"PK\3\4" or head[26:28] != len(name).to_bytes(2, "little") or head[30:] != name:
             raise ValueError(f"no {info.filename} at byte {info.header_offset}")
-        start = info.header_offset + len(head) + int.from_bytes(head[28:30], "little") + skip  # after the extra field
-        return Stored(self.archive.filename, dtype, shape, stride, start, info.file_size - skip)
+        extra = int.from_bytes(head[28:30], "little")
+        start = info.header_offset + len(head) + extra + skip
+        limit = min(info.file_size - skip, os.path.getsize(self.archive.filename) - start)
+        return Stored(self.archive.filename, dtype, shape, stride, start, limit)
 
 
-def _flat(tree, prefix=""):
+def _flat(tree, prefix, seen):
+    """Each dict once: a pickle can name one in a thousand places."""
+    seen.add(id(tree))
     for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and id(value) not in seen:
+            yield from _flat(value, f"{prefix}{key}.", seen)
         elif isinstance(value, Stored):
             yield f"{prefix}{key}", value
 
@@ -594,10 +723,21 @@ def _read_torch(path):
     fault = "not a torch file of plain tensors; save its state_dict() again with torch.save, or as safetensors"
     with _reading(path, fault), zipfile.ZipFile(path) as archive:
         pickled = min((n for n in archive.namelist() if n.endswith("data.pkl")), key=len)
-        reader = _Unpickler(archive.open(pickled))
-        reader.archive, reader.root = archive, pickled.removesuffix("data.pkl")
-        tree = reader.load()
-        return Tensors(_flat(tree.get("state_dict", tree)))
+        info = archive.getinfo(pickled)
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > 2**24:
+            raise ValueError(f"its pickle is compressed, or has {info.file_size} bytes")
+        reader = _Unpickler(io.BytesIO(archive.read(info)))
+        reader.archive = archive
+        reader.root = pickled.removesuffix("data.pkl")
+        tree = dict(_flat(reader.load(), "", set()))
+        total = sum(x.nbytes for x in tree.values())
+        if total > 16 * os.path.getsize(path):
+            raise ValueError(f"views that repeat their storages, to {total} bytes: save copies")
+    for key in ("state_dict.", "model_state_dict.", "model."):
+        inner = {name.removeprefix(key): x for name, x in tree.items() if name.startswith(key)}
+        if inner:
+            return Tensors(inner, left_out=[name for name in tree if not name.startswith(key)])
+    return Tensors(tree)
 
 
 def _read_json(path):
@@ -670,35 +810,79 @@ def write_tensors(tensors, path, metadata=None):
             f.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-# -------------------------------------------------------------------------------------------------------- layouts
+# ---------------------------------------------------------------------------------------- layouts
 
-HF = (  # ours (OpenAI's, open_clip's) -> Hugging Face's, where q, k, v are split and both projections transposed
-    ("visual.transformer.resblocks", "vision_model.encoder.layers"), ("visual.ln_pre", "vision_model.pre_layrnorm"),
-    ("transformer.resblocks", "text_model.encoder.layers"), ("visual.ln_post", "vision_model.post_layernorm"),
-    ("visual.conv1", "vision_model.embeddings.patch_embedding"), ("ln_final", "text_model.final_layer_norm"),
-    ("visual.class_embedding", "vision_model.embeddings.class_embedding"), ("ln_1", "layer_norm1"),
-    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"), ("ln_2", "layer_norm2"),
-    ("positional_embedding", "text_model.embeddings.position_embedding.weight"), ("mlp.c_fc", "mlp.fc1"),
-    ("token_embedding", "text_model.embeddings.token_embedding"), ("mlp.c_proj", "mlp.fc2"),
-    ("visual.proj", "visual_projection.weight"), ("text_projection", "text_projection.weight"),
+HF = (  # ours (OpenAI's, open_clip's) -> Hugging Face's, where q, k, v are split, projections turned
+    ("visual.transformer.resblocks", "vision_model.encoder.layers"),
+    ("transformer.resblocks", "text_model.encoder.layers"),
+    ("visual.ln_pre", "vision_model.pre_layrnorm"),
+    ("visual.ln_post", "vision_model.post_layernorm"),
+    ("visual.conv1", "vision_model.embeddings.patch_embedding"),
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("token_embedding", "text_model.embeddings.token_embedding"),
+    ("ln_final", "text_model.final_layer_norm"),
+    ("visual.proj", "visual_projection.weight"),
+    ("text_projection", "text_projection.weight"),
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
     ("attn.out_proj", "self_attn.out_proj"),
 )
 TURNED = ("visual.proj", "text_projection")
-SCALARS = ("input_resolution", "context_length", "vocab_size")  # among the weights of OpenAI's archives
+SCALARS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives hold these
+CORE = {"visual.conv1.weight", "visual.positional_embedding", "positional_embedding",
+        "token_embedding.weight", "text_projection"}  # fmt: skip
+FIRST = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_modules|_parameters|_buffers)\.")
+COPY = re.compile(r"ema|teacher|momentum|average|shadow", re.IGNORECASE)
+TOWERS = re.compile(r"(visual|vision_model|visual_projection|transformer|text_model|text_projection"
+                    r"|token_embedding|positional_embedding|ln_final|logit_scale)\b")  # fmt: skip
+
+
+def _prefix(names):
+    """What stands before all names of a CLIP: "", module., model.clip., ...; None if there is no
+    CLIP. Of several, the one that is no average of another."""
+    found = {name.removesuffix(first) for first in FIRST for name in names if name.endswith(first)}
+    found = {prefix for prefix in found if not prefix or prefix.endswith(".")}
+    if len(found) > 1:
+        found = {prefix for prefix in found if not COPY.search(prefix)} or found
+    if len(found) > 1:
+        raise ValueError(f"it holds {len(found)} CLIPs, at {', '.join(map(repr, sorted(found)))}: "
+                         "save the one that is meant by itself")  # fmt: skip
+    return found.pop() if found else None
 
 
 def openai_names(tensors):
-    """A mapping of any layout, seen under OpenAI's names and as lazy as it was. Prefixes (module., _orig_mod.,
-    open_clip's text.) and what is no weight (position_ids, OpenAI's scalars) go, Hugging Face's tensors are joined and
-    turned, and unknown names stay, so that whoever loads can name them."""
-    hf, sources = any(n.endswith("q_proj.bias") for n in tensors), {}
+    """A mapping of any layout, seen under OpenAI's names and as lazy as it was.
+
+    Prefixes and what is no weight (position_ids, OpenAI's scalars) go, Hugging Face's tensors are
+    joined and turned. What lies outside the two towers (a head, an optimizer, an average) is left
+    out, and a warning names it; an unknown name inside them stays, so that load refuses it. Tensors
+    that hold no CLIP keep their names. ValueError if there are several CLIPs."""
+    plain = {name: WRAPPERS.sub("", name) for name in tensors}
+    prefix = _prefix(plain.values())
+    if prefix is None:
+        return tensors
+    hf = any(name.endswith("q_proj.bias") for name in tensors)
+    sources = {}
+    left_out = list(getattr(tensors, "left_out", ()))
     for name in sorted(tensors, key=lambda n: n.replace("q_proj", "a_proj")):  # q, k, v
-        ours = re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")).removeprefix("text.")
+        ours = plain[name].removeprefix(prefix).removeprefix("text.")
         if hf:
             ours = functools.reduce(lambda n, pair: n.replace(*pair[::-1]), HF, ours)
             ours = re.sub(r"self_attn\.[qkv]_proj\.", "attn.in_proj_", ours)
-        if ours not in SCALARS and not ours.endswith("position_ids"):
+        inside = plain[name].startswith(prefix) and TOWERS.match(ours)
+        if inside and not ours.endswith(("attn_mask", "position_ids")):
             sources.setdefault(ours, []).append(name)
+        elif ours not in SCALARS and not ours.endswith("position_ids"):
+            left_out.append(plain[name].removeprefix(prefix))
+    if left_out:
+        groups = Counter(name.partition(".")[0] for name in left_out)
+        words = ", ".join(f"{name} ({n})" for name, n in groups.most_common(8))
+        warnings.warn(f"no part of the CLIP, and left out: the tensors of {words}", stacklevel=1)
 
     def read(ours):
         parts = [tensors[name] for name in sources[ours]]
@@ -706,101 +890,270 @@ def openai_names(tensors):
         tensor = tensor.T.contiguous() if hf and ours in TURNED else tensor
         return tensor.reshape(()) if ours == "logit_scale" else tensor  # [1] in some files
 
-    return Tensors({ours: functools.partial(read, ours) for ours in sources}, getattr(tensors, "metadata", None))
+    readers = {ours: functools.partial(read, ours) for ours in sources}
+    return Tensors(readers, getattr(tensors, "metadata", None))
 
 
-def _described(path):
-    """What shapes cannot say, from open_clip_config.json or Hugging Face's config.json in or beside path: vision width
-    and heads, text width and heads, quick_gelu; None without such a file."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    for file in (Path(folder, "open_clip_config.json"), Path(folder, "config.json")):
-        if file.is_file():
-            with _reading(file, "not a config of CLIP's"):
-                if said := _says(file, _read_json(file)):
-                    return said
-    return None
+# ---------------------------------------------------------------------------------------- configs
+# What a checkpoint says of itself travels as a dict: fields of CLIPConfig, "preprocess" (such an
+# object), "tokenizer" (what makes its tokens another than CLIP's; {} for CLIP's own)
+
+OPEN_CLIP_VISION = {
+    "image_size": "image_size", "patch_size": "patch_size", "vision_width": "width",
+    "vision_layers": "layers",
+}  # fmt: skip
+OPEN_CLIP_TEXT = {
+    "context_length": "context_length", "vocab_size": "vocab_size", "text_width": "width",
+    "text_layers": "layers", "text_heads": "heads",
+}  # fmt: skip
+HF_VISION = {
+    "image_size": "image_size", "patch_size": "patch_size", "vision_width": "hidden_size",
+    "vision_layers": "num_hidden_layers", "vision_heads": "num_attention_heads",
+    "vision_mlp": "intermediate_size",
+}  # fmt: skip
+HF_TEXT = {
+    "context_length": "max_position_embeddings", "vocab_size": "vocab_size",
+    "text_width": "hidden_size", "text_layers": "num_hidden_layers",
+    "text_heads": "num_attention_heads", "text_mlp": "intermediate_size",
+}  # fmt: skip
+HF_PIXELS = {  # a CLIPImageProcessor's defaults
+    "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
+    "crop_size": 224, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True,
+}  # fmt: skip
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ["linear"], "pos_embed_type": ["learnable"],
+         "eos_id": [2], "tokenizer_kwargs": [{"clean": "lower"}]}  # of open_clip; fmt: skip
 
 
-def _says(file, c):
-    c = c.get("model_cfg", c)
-    if "vision_cfg" in c:
-        v, t = {"width": 768, "head_width": 64} | c["vision_cfg"], {"width": 512, "heads": 8} | c["text_cfg"]
-        plain = {"width", "layers", "heads", "head_width", "mlp_ratio", "image_size", "patch_size", "vocab_size",
-                 "context_length"}
-        if odd := [k for k, value in (v | t).items() if value and k not in plain and "tokenizer" not in k]:
-            raise ValueError(f"{file}: {', '.join(odd)} make it another architecture than plain CLIP")
-        return v["width"], v["width"] // v["head_width"], t["width"], t["heads"], bool(c.get("quick_gelu"))
-    if "vision_config" in c:  # what is missing has transformers' default; *_config_dict, of its first release, wins
-        base = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-        v, t = (base | default | (c.get(f"{tower}_config") or {}) | (c.get(f"{tower}_config_dict") or {})
-                for tower, default in (("vision", {"hidden_size": 768, "num_attention_heads": 12}),
-                                       ("text", {"hidden_size": 512, "num_attention_heads": 8})))
-        acts = {(x["hidden_act"], x["layer_norm_eps"]) for x in (v, t)}
-        if acts not in ({("gelu", 1e-5)}, {("quick_gelu", 1e-5)}):
-            raise ValueError(f"{file}: activation and LayerNorm eps {acts}, not gelu or quick_gelu, and 1e-5")
-        return *(x[k] for x in (v, t) for k in ("hidden_size", "num_attention_heads")), "quick" in acts.pop()[0]
-    return None
+def _says_ours(metadata):
+    said = dataclasses.asdict(CLIPConfig(**json.loads(metadata["config"])))
+    pixels = {"size": said["image_size"]} | json.loads(metadata.get("preprocess", "{}"))
+    tokenizer = json.loads(metadata.get("tokenizer", "{}"))
+    return said | {"preprocess": Preprocess(**pixels), "tokenizer": tokenizer}
 
 
-def _ours(path, raw):
-    """The config that save() put into a file's metadata, or None."""
-    if "config" not in raw.metadata:
-        return None
-    with _reading(path, "the config in its metadata is none of a CLIP; pass config="):
-        return CLIPConfig(**json.loads(raw.metadata["config"]))
+def _says_open_clip(c):
+    model = c.get("model_cfg", c)
+    if "vision_cfg" not in model:
+        return {}
+    v = {"width": 768, "head_width": 64} | model["vision_cfg"]
+    t = {"width": 512, "heads": 8} | model["text_cfg"]
+    plain = {*OPEN_CLIP_VISION.values(), *OPEN_CLIP_TEXT.values(), "head_width", "mlp_ratio"}
+    strange = {k: x for k, x in (v | t).items() if x and k not in plain and x not in USUAL.get(k, ())}
+    tokenizer = {k: strange.pop(k) for k in [*strange] if "tokenizer" in k}
+    if strange:
+        raise ValueError(f"{strange} make it another architecture than plain CLIP")
+    if str(tokenizer.get("hf_tokenizer_name")).startswith("openai/clip-vit"):
+        del tokenizer["hf_tokenizer_name"]
+    said = {ours: v[k] for ours, k in OPEN_CLIP_VISION.items() if k in v}
+    said |= {ours: t[k] for ours, k in OPEN_CLIP_TEXT.items() if k in t}
+    said |= {"vision_heads": v["width"] // v["head_width"], "tokenizer": tokenizer}
+    said["quick_gelu"] = bool(model.get("quick_gelu"))
+    pixels = {k: x for k, x in (c.get("preprocess_cfg") or {}).items() if x is not None}
+    if pixels:
+        if pixels.pop("mode", "RGB") != "RGB":
+            raise ValueError("mode of its pictures is not RGB")
+        pixels["resize"] = pixels.pop("resize_mode", "shortest")
+        pixels.pop("fill_color", None)  # for a resize that leaves a margin
+        said["preprocess"] = Preprocess(**{"size": v.get("image_size", 224)} | pixels)
+    return said
 
 
-def _architecture(path, raw, state, quick_gelu):
-    """Sizes from the shapes; heads and activation from the config inside the file, by OpenAI's rules for OpenAI's
-    archives (64 wide, QuickGELU), from the config beside it, else heads by width from CONFIGS, and the activation from
-    the caller."""
-    if config := _ours(path, raw):
-        return config
-    (width, *_, patch), positions = state["visual.conv1.weight"].shape, len(state["visual.positional_embedding"])
-    (vocab, text_width), embed = state["token_embedding.weight"].shape, state["text_projection"].shape[1]
+def _says_hf(c):
+    """What is missing has transformers' default; *_config_dict, of its first release, wins."""
+    if "vision_config" not in c:
+        return {}
+    said = {"embed_dim": c["projection_dim"]} if "projection_dim" in c else {}
+    kinds = {c.get("model_type", "clip")}
+    acts = set()
+    for tower, fields, width, heads in (("vision", HF_VISION, 768, 12), ("text", HF_TEXT, 512, 8)):
+        x = {"hidden_size": width, "num_attention_heads": heads, "hidden_act": "quick_gelu"}
+        x |= (c.get(f"{tower}_config") or {}) | (c.get(f"{tower}_config_dict") or {})
+        said |= {ours: x[k] for ours, k in fields.items() if k in x}
+        kinds.add(x.get("model_type", "clip").removesuffix(f"_{tower}_model"))
+        acts.add((x["hidden_act"], x.get("layer_norm_eps", 1e-5)))
+    if kinds != {"clip"}:
+        raise ValueError(f"it is of model_type {', '.join(kinds - {'clip'})}, not clip")
+    if acts not in ({("gelu", 1e-5)}, {("quick_gelu", 1e-5)}):
+        raise ValueError(f"activation and LayerNorm eps {acts}, not gelu or quick_gelu, and 1e-5")
+    said["quick_gelu"] = acts == {("quick_gelu", 1e-5)}
+    end = x.get("eos_token_id", 49407)
+    end = end[0] if isinstance(end, list) and len(end) == 1 else end
+    vocabulary = x.get("vocab_size", 49408)
+    usual = end in (2, vocabulary - 1)  # 2: transformers then takes the largest id, as CLIP does
+    said["tokenizer"] = {} if usual else {"eos_token_id": end}
+    if not usual and end < vocabulary:
+        raise ValueError(f"eos_token_id {end} of {vocabulary} ids; a CLIP's text ends at the last")
+    return said
+
+
+def _says_hf_pixels(c):
+    kind = str(c.get("image_processor_type") or c.get("feature_extractor_type") or "CLIP")
+    c = {k: x for k, x in c.items() if x is not None}
+    if kind.startswith("CLIP"):
+        c = HF_PIXELS | c
+    size = c["size"]
+    if isinstance(size, int):  # the short side for a CLIPImageProcessor, both sides for others
+        size = {"shortest_edge": size} if kind.startswith("CLIP") else {"height": size, "width": size}
+    crop = c["crop_size"] if c.get("do_center_crop") else {}
+    edges = {*size.values(), *(crop.values() if isinstance(crop, dict) else [crop])}
+    squash = size.keys() == {"height", "width"}
+    wrong = [k for k in ("do_resize", "do_rescale", "do_normalize") if not c.get(k, True)]
+    wrong += [k for k in c if k.startswith("do_") and k not in HF_PIXELS and c[k]]
+    wrong += ["rescale_factor"] * (abs(c.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3)
+    wrong += ["size", "crop_size"] * (len(edges) > 1 or not squash and size.keys() != {"shortest_edge"})
+    wrong += ["do_center_crop"] * (not squash and not c.get("do_center_crop"))
+    if wrong:
+        raise ValueError(f"{', '.join(f'{k} {c.get(k)}' for k in wrong)} cannot be done here")
+    how = c["resample"]
+    return {"preprocess": Preprocess(c["image_mean"], c["image_std"], "squash" if squash else "shortest",
+                                     RESAMPLE.get(how, f"resample {how}"), edges.pop())}  # fmt: skip
+
+
+BESIDE = (  # file, what it tells, its reader
+    ("open_clip_config.json", "quick_gelu", _says_open_clip),
+    ("config.json", "quick_gelu", lambda c: _says_open_clip(c) or _says_hf(c)),
+    ("preprocessor_config.json", "preprocess", _says_hf_pixels),
+    ("processor_config.json", "preprocess",  # of transformers 5
+     lambda c: _says_hf_pixels(c["image_processor"]) if "image_processor" in c else {}),
+)  # fmt: skip
+
+
+def _said(path, raw, width, text_width):
+    """What the file itself says, or the archive by OpenAI's rules, or the configs in or beside
+    path, those of the file's own layout first."""
+    if "config" in raw.metadata:
+        with _reading(path, "the config in its metadata is none of a CLIP; pass config="):
+            return _says_ours(raw.metadata)
     if "input_resolution" in raw:
-        said = width, width // 64, text_width, text_width // 64, True
-    elif (said := _described(path)) is None:
-        vision, text = ({getattr(c, f"{t}_width"): getattr(c, f"{t}_heads") for c in CONFIGS.values()}
-                        for t in ("vision", "text"))
-        said = width, vision.get(width), text_width, text.get(text_width), quick_gelu
-    if (said[0], said[2]) != (width, text_width) or not said[1] or not said[3]:
-        raise ValueError(f"{path}: neither a config beside it nor clip.CONFIGS says how many heads widths {width} and "
-                         f"{text_width} have (found: {said[:4]}); pass config=")
-    if said[4] is None:
-        raise ValueError(f"{path} does not say its activation, and a wrong one ruins the features silently; pass "
-                         "quick_gelu=True (OpenAI, MetaCLIP, DFN, LAION-400M B/32) or False (LAION-2B, DataComp)")
-    layers = [sum(n.startswith(t) and n.endswith("ln_1.bias") for n in state) for t in ("visual.", "transformer.")]
-    mlps = [len(state[f"{t}transformer.resblocks.0.mlp.c_fc.bias"]) for t in ("visual.", "")]
-    vision, text = (width, layers[0], said[1], mlps[0]), (text_width, layers[1], said[3], mlps[1])
-    image, context = math.isqrt(positions - 1) * patch, len(state["positional_embedding"])
-    return CLIPConfig(embed, image, patch, *vision, context, vocab, *text, said[4])
+        return {"quick_gelu": True, "vision_heads": width // 64, "text_heads": text_width // 64,
+                "preprocess": Preprocess(size=int(raw["input_resolution"])), "tokenizer": {}}  # fmt: skip
+    said = {}
+    folder = Path(path if os.path.isdir(path) else os.path.dirname(path))
+    hf = any(name.endswith("q_proj.bias") for name in raw)
+    for name, told, reader in BESIDE[1:] + BESIDE[:1] if hf else BESIDE:
+        file = folder / name
+        if told not in said and file.is_file():
+            with _reading(file, "not a config of a CLIP that can be used here"):
+                said = reader(_read_json(file)) | said
+    return said
 
 
-def _activation(path, raw):
-    """What the file or a config beside it says of quick_gelu, or None."""
-    with contextlib.suppress(ValueError):
-        if config := _ours(path, raw):
-            return config.quick_gelu
-        if "input_resolution" not in raw:
-            return (_described(path) or [None])[-1]
-    return "input_resolution" in raw or None
+def _describe(path, raw, shapes, resized):
+    width, _, patch, _ = shapes["visual.conv1.weight"].shape
+    positions = len(shapes["visual.positional_embedding"])
+    context, text_width = shapes["positional_embedding"].shape
+    sizes = {
+        "embed_dim": shapes["text_projection"].shape[1],
+        "image_size": math.isqrt(positions - 1) * patch,
+        "patch_size": patch,
+        "vision_width": width,
+        "context_length": context,
+        "vocab_size": len(shapes["token_embedding.weight"]),
+        "text_width": text_width,
+    }
+    for tower, start in (("vision", "visual."), ("text", "")):
+        blocks = f"{start}transformer.resblocks."
+        ends = [name for name in shapes if name.startswith(blocks) and name.endswith("ln_1.bias")]
+        sizes[f"{tower}_layers"] = len(ends)
+        sizes[f"{tower}_mlp"] = len(shapes[f"{blocks}0.mlp.c_fc.bias"])
+    said = _said(path, raw, width, text_width)
+    if resized:
+        said.pop("image_size", None)
+    elif said.get("image_size", 0) // patch == sizes["image_size"] // patch:
+        sizes["image_size"] = said["image_size"]  # pixels that fill no patch leave no trace
+    wrong = [f"{k} {said[k]}, not {size}" for k, size in sizes.items() if said.get(k, size) != size]
+    pixels = said.get("preprocess")
+    if not resized and pixels and pixels.size != sizes["image_size"]:
+        wrong.append(f"image_size {pixels.size} for its pictures, not {sizes['image_size']}")
+    if wrong:
+        hint = "; image_size= resizes its positions" if wrong[0].startswith("image_size") else ""
+        raise ValueError(f"{path}: its tensors, of widths {width} and {text_width}, are others than "
+                         f"is said of them: {', '.join(wrong)}{hint}")  # fmt: skip
+    return sizes | said
+
+
+def describe(path_or_spec, cache=None):
+    """What a checkpoint and the configs beside it say, without reading a weight: a dict of fields
+    of CLIPConfig, "preprocess" and "tokenizer". What nothing says is not in it; {} if the tensors
+    make no CLIP. ValueError if what is said does not fit the tensors or cannot be done here."""
+    path = fetch(path_or_spec, cache)
+    with _reading(path, "its tensors make no CLIP"):
+        raw = read_tensors(path)
+        shapes = openai_names(raw.shapes())
+        return _describe(path, raw, shapes, False) if shapes.keys() >= CORE else {}
+
+
+def agree(paths, quick_gelu=None):
+    """-> metadata by which load knows a file that is made from all these; {} if none of them says
+    the heads or the activation. quick_gelu overrules them. ValueError if two of them differ."""
+    common = {}
+    source = {}
+    for path in paths:
+        said = describe(path)
+        if quick_gelu is not None:
+            said["quick_gelu"] = quick_gelu
+        for key, value in said.items():
+            if common.setdefault(key, value) != value:
+                raise ValueError(f"{source[key]} and {path} differ in {key}: {common[key]} and "
+                                 f"{value}; what is made of both would be neither")  # fmt: skip
+            source.setdefault(key, path)
+    try:
+        config = _complete(path, common)
+    except (KeyError, ValueError):
+        return {}
+    return _metadata(config, common.get("preprocess"), common.get("tokenizer"))
+
+
+def _metadata(config, preprocess, tokenizer):
+    metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(config))}
+    if preprocess is not None:
+        metadata["preprocess"] = json.dumps(dataclasses.asdict(preprocess))
+    if tokenizer is not None:
+        metadata["tokenizer"] = json.dumps(tokenizer)
+    return metadata
+
+
+def _complete(path, said):
+    """The config, with heads by width from CONFIGS where nothing says them."""
+    fields = {f.name: said[f.name] for f in dataclasses.fields(CLIPConfig) if f.name in said}
+    for tower in ("vision", "text"):
+        width = said[f"{tower}_width"]
+        heads = [getattr(c, f"{tower}_heads") for c in CONFIGS.values()
+                 if getattr(c, f"{tower}_width") == width]  # fmt: skip
+        if heads:
+            fields.setdefault(f"{tower}_heads", heads[0])
+    if not {"vision_heads", "text_heads"} <= fields.keys():
+        v, t = said["vision_width"], said["text_width"]
+        raise ValueError(
+            f"{path}: nothing says how many heads widths {v} and {t} have; write it into "
+            f'open_clip_config.json beside it: {{"quick_gelu": ..., "vision_cfg": {{"width": {v}, '
+            f'"head_width": ...}}, "text_cfg": {{"width": {t}, "heads": ...}}}}')  # fmt: skip
+    if "quick_gelu" not in fields:
+        raise ValueError(
+            f"{path} does not say its activation, and a wrong one ruins the features silently; pass "
+            "quick_gelu=True (OpenAI, MetaCLIP, DFN, LAION-400M B/32) or False (LAION-2B, DataComp)")  # fmt: skip
+    return CLIPConfig(**fields)
 
 
 def _resize(positions, grid):
     """[1 + old^2, W] -> [1 + grid^2, W]: bicubic, the class token's stays."""
     old = math.isqrt(len(positions) - 1)
     square = positions[1:].T.reshape(1, -1, old, old)  # [1, W, old, old]
-    square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    size = (grid, grid)
+    square = F.interpolate(square, size, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:1], square[0].flatten(1).T])
 
 
 def load(path_or_spec, config=None, quick_gelu=None, image_size=None, cache=None):
-    """A checkpoint in any layout -> CLIP in float32, on CPU, in eval mode, at the cost of one model in memory.
+    """A checkpoint in any layout -> CLIP in float32, on CPU, in eval mode, at the cost of one model
+    in memory. Its .preprocess and .tokenizer are what the checkpoint says.
 
-    path_or_spec: what read_tensors or fetch take. config: instead of the inferred one. quick_gelu: overrules the file.
-    image_size: pixels, resizes the position embeddings. ValueError if keys or shapes do not fit, or nothing says the
-    heads or the activation."""
+    path_or_spec: what read_tensors or fetch take. config: instead of the inferred one. quick_gelu:
+    overrules the file. image_size: pixels, resizes the position embeddings. ValueError if keys or
+    shapes do not fit, what is said cannot be done here, or nothing says the heads or the
+    activation."""
     path = fetch(path_or_spec, cache)
     with _reading(path, "its tensors make no CLIP"):
         return _load(path, config, quick_gelu, image_size)
@@ -808,85 +1161,131 @@ def load(path_or_spec, config=None, quick_gelu=None, image_size=None, cache=None
 
 def _load(path, config, quick_gelu, image_size):
     raw = read_tensors(path)
-    named, grid = openai_names(raw), "visual.positional_embedding"
-    if not {"visual.conv1.weight", grid, "text_projection", "token_embedding.weight"} <= set(named):
-        raise ValueError(f"{path}: not a CLIP of two transformers; has {', '.join([*named][:5])} ({len(named)} in all)")
-    state = {name: named[name].float() for name in named}
-    if config and quick_gelu is None and _activation(path, raw) not in (None, config.quick_gelu):
-        raise ValueError(f"{path} says quick_gelu={not config.quick_gelu}, the config says {config.quick_gelu}; pass "
-                         "quick_gelu= as well, which overrules both")
-    config = config or _architecture(path, raw, state, quick_gelu)
-    config = config if quick_gelu is None else dataclasses.replace(config, quick_gelu=quick_gelu)
+    shapes = openai_names(raw.shapes())
+    if not shapes.keys() >= CORE:
+        raise ValueError(f"{path}: not a CLIP of two transformers; it has {', '.join([*raw][:8])} "
+                         f"({len(raw)} in all)")  # fmt: skip
+    said = _describe(path, raw, shapes, image_size is not None)
+    if config and quick_gelu is None and said.get("quick_gelu") not in (None, config.quick_gelu):
+        raise ValueError(f"{path} says quick_gelu={said['quick_gelu']}, the config says "
+                         f"{config.quick_gelu}; pass quick_gelu= as well, which overrules both")  # fmt: skip
+    if quick_gelu is not None:
+        said["quick_gelu"] = quick_gelu
+    config = config or _complete(path, said)
+    config = dataclasses.replace(config, quick_gelu=said.get("quick_gelu", config.quick_gelu))
+    grid = "visual.positional_embedding"
     if image_size is not None:
         if type(image_size) is not int or image_size < config.patch_size:
-            raise ValueError(f"{path}: image_size is pixels, from a patch's {config.patch_size}, not {image_size!r}")
+            raise ValueError(f"{path}: image_size is pixels, from a patch's {config.patch_size}, "
+                             f"not {image_size!r}")  # fmt: skip
         config = dataclasses.replace(config, image_size=image_size)
-        state[grid] = _resize(state[grid], image_size // config.patch_size)
-    with torch.device("meta"):  # takes no memory: the tensors read above become the weights
+    for layers in ("vision_layers", "text_layers"):  # before they are built, however many
+        if getattr(config, layers) != said[layers]:
+            raise ValueError(f"{path} does not fit the config: {layers} {said[layers]}, not "
+                             f"{getattr(config, layers)}")  # fmt: skip
+    with torch.device("meta"):  # takes no memory: the tensors of the file become the weights
         model = CLIP(config)
-    expected = {k: v.shape for k, v in model.state_dict().items()}
-    wrong = [f"{k} missing" for k in expected if k not in state]
-    wrong += [f"{k} unexpected" for k in state if k not in expected]
-    wrong = wrong or [f"{k} {[*state[k].shape]}, not {[*v]}" for k, v in expected.items() if v != state[k].shape]
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [f"{k} missing" for k in expected if k not in shapes]
+    wrong += [f"{k} unexpected" for k in shapes if k not in expected]
+    wrong = wrong or [f"{k} {[*shapes[k].shape]}, not {[*shape]}" for k, shape in expected.items()
+                      if shape != shapes[k].shape and (k != grid or image_size is None)]  # fmt: skip
     if wrong:
-        raise ValueError(f"{path} does not fit the config: {', '.join(wrong[:8])} ({len(wrong)} in all)")
+        raise ValueError(f"{path} does not fit the config: {', '.join(wrong[:8])} "
+                         f"({len(wrong)} in all)")  # fmt: skip
+    named = openai_names(raw)
+    state = {name: named[name].float() for name in expected}
+    if image_size is not None:
+        state[grid] = _resize(state[grid], image_size // config.patch_size)
     model.load_state_dict(state, assign=True)
+    model.preprocess = dataclasses.replace(said.get("preprocess", model.preprocess), size=config.image_size)
+    model.tokenizer = said.get("tokenizer", {})
     return model.eval()
 
 
 def save(model, path, layout="open_clip"):
-    """Write the model. open_clip: a .safetensors file, or a folder for open_clip's local-dir:. hf: a folder for
-    transformers. openai: a .pt file for OpenAI's clip.load, or safetensors with the same names. The config, with
-    quick_gelu, is in every file's metadata but .pt's, which therefore holds only what OpenAI's rules imply."""
-    c, state, path = model.config, model.state_dict(), os.fspath(path)
-    if layout not in ("open_clip", "openai", "hf") or layout == "hf" and path.endswith((".safetensors", ".pt")):
-        raise ValueError(f"{path}, layout {layout}: it is open_clip, openai, or hf, and for hf path is a folder")
+    """Write the model. open_clip: a .safetensors file, or a folder for open_clip's local-dir:. hf:
+    a folder for transformers. openai: a .pt file for OpenAI's clip.load, or safetensors with the
+    same names. Config, preprocessing and tokenizer are in every file's metadata but .pt's, which
+    therefore holds only what OpenAI's rules imply."""
+    c = model.config
+    state = model.state_dict()
+    path = os.fspath(path)
+    file = path.endswith((".safetensors", ".pt"))
+    if layout not in ("open_clip", "openai", "hf") or layout == "hf" and file:
+        raise ValueError(f"{path}, layout {layout}: it is open_clip, openai, or hf, and for hf path "
+                         "is a folder")  # fmt: skip
     if layout == "openai":
-        state |= dict(zip(SCALARS, map(torch.tensor, (c.image_size, c.context_length, c.vocab_size))))
-        if path.endswith(".pt"):
-            if not c.quick_gelu or (c.vision_heads * 64, c.text_heads * 64) != (c.vision_width, c.text_width):
-                raise ValueError(f"{path}: OpenAI's code knows QuickGELU and heads 64 wide only; save as .safetensors")
-            with _aside(path) as f:
-                return torch.save(state, f)
+        values = (c.image_size, c.context_length, c.vocab_size)
+        state |= {name: torch.tensor(value) for name, value in zip(SCALARS, values)}
+    if layout == "openai" and path.endswith(".pt"):
+        heads = (c.vision_heads * 64, c.text_heads * 64)
+        usual = c.quick_gelu and heads == (c.vision_width, c.text_width) and not model.tokenizer
+        if not usual or model.preprocess != Preprocess(size=c.image_size):
+            raise ValueError(f"{path}: OpenAI's code knows QuickGELU, heads 64 wide, its own tokens "
+                             "and its own preprocessing only; save as .safetensors")  # fmt: skip
+        with _aside(path) as f:
+            return torch.save(state, f)
     if layout == "hf":
-        turned, state = {k: w.T if k in TURNED else w for k, w in state.items()}, {}
-        for ours, w in turned.items():
-            theirs = functools.reduce(lambda n, pair: n.replace(*pair), HF, ours)
-            if "in_proj" in ours:
-                state |= zip((theirs.replace("attn.in_proj_", f"self_attn.{x}_proj.") for x in "qkv"), w.chunk(3))
-            else:
-                state[theirs] = w
-    metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(c))}
+        state = _hf_state(state)
+    metadata = _metadata(c, model.preprocess, model.tokenizer)
     if path.endswith(".safetensors"):
         return write_tensors(state, path, metadata)
     os.makedirs(path, exist_ok=True)
-    weights, file, config = WEIGHTS[0], "open_clip_config.json", _open_clip_config(c)
-    if layout == "hf":
-        weights, file, config = "model.safetensors", "config.json", _hf_config(c)
+    weights = "model.safetensors" if layout == "hf" else WEIGHTS[0]
     write_tensors(state, os.path.join(path, weights), metadata)
-    with _aside(os.path.join(path, file)) as f:
-        f.write(json.dumps(config, indent=2).encode())
+    configs = {"open_clip_config.json": _open_clip_config(c, model.preprocess, model.tokenizer)}
+    if layout == "hf":
+        configs = {"config.json": _hf_config(c), "preprocessor_config.json": _hf_pixels(model.preprocess)}
+    for name, config in configs.items():
+        with _aside(os.path.join(path, name)) as f:
+            f.write(json.dumps(config, indent=2).encode())
 
 
-def _open_clip_config(c):
-    v = {"image_size": c.image_size, "patch_size": c.patch_size, "width": c.vision_width, "layers": c.vision_layers,
-         "head_width": c.vision_width // c.vision_heads, "mlp_ratio": (c.vision_mlp + 0.01) / c.vision_width}
-    t = {"context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width, "layers": c.text_layers,
-         "heads": c.text_heads, "mlp_ratio": (c.text_mlp + 0.01) / c.text_width}  # open_clip rounds width * ratio down
-    model = {"embed_dim": c.embed_dim, "quick_gelu": c.quick_gelu, "vision_cfg": v, "text_cfg": t}
-    return {"model_cfg": model, "preprocess_cfg": {"mean": MEAN, "std": STD}}
+def _hf_state(state):
+    theirs = {}
+    for ours, tensor in state.items():
+        name = functools.reduce(lambda n, pair: n.replace(*pair), HF, ours)
+        if "in_proj" in ours:
+            for x, part in zip("qkv", tensor.chunk(3)):
+                theirs[name.replace("attn.in_proj_", f"self_attn.{x}_proj.")] = part
+        else:
+            theirs[name] = tensor.T if ours in TURNED else tensor
+    return theirs
+
+
+def _open_clip_config(c, preprocess=None, tokenizer=None):
+    v = {theirs: getattr(c, ours) for ours, theirs in OPEN_CLIP_VISION.items()}
+    t = {theirs: getattr(c, ours) for ours, theirs in OPEN_CLIP_TEXT.items()}
+    v["head_width"] = c.vision_width // c.vision_heads
+    v["mlp_ratio"] = (c.vision_mlp + 0.01) / c.vision_width  # open_clip rounds width * ratio down
+    t["mlp_ratio"] = (c.text_mlp + 0.01) / c.text_width
+    t |= {name: value for name, value in (tokenizer or {}).items() if "tokenizer" in name}
+    sizes = {"embed_dim": c.embed_dim, "quick_gelu": c.quick_gelu, "vision_cfg": v, "text_cfg": t}
+    pixels = dataclasses.asdict(preprocess or Preprocess(size=c.image_size))
+    pixels["resize_mode"] = pixels.pop("resize")
+    return {"model_cfg": sizes, "preprocess_cfg": pixels}
 
 
 def _hf_config(c):
-    fields = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-              "mlp": "intermediate_size"}
     both = {"projection_dim": c.embed_dim, "hidden_act": "quick_gelu" if c.quick_gelu else "gelu"}
-    v, t = (both | {theirs: getattr(c, f"{x}_{ours}") for ours, theirs in fields.items()} for x in ("vision", "text"))
-    v |= {"image_size": c.image_size, "patch_size": c.patch_size}
-    t |= {"max_position_embeddings": c.context_length, "vocab_size": c.vocab_size, "bos_token_id": c.vocab_size - 2,
-          "eos_token_id": c.vocab_size - 1}
-    return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": c.embed_dim, "vision_config": v,
-            "text_config": t}
+    v = both | {theirs: getattr(c, ours) for ours, theirs in HF_VISION.items()}
+    t = both | {theirs: getattr(c, ours) for ours, theirs in HF_TEXT.items()}
+    t |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1}
+    return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": c.embed_dim,
+            "vision_config": v, "text_config": t}  # fmt: skip
+
+
+def _hf_pixels(p):
+    square = {"height": p.size, "width": p.size}
+    return HF_PIXELS | {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": square if p.resize == "squash" else {"shortest_edge": p.size},
+        "crop_size": square,
+        "resample": next(n for n, name in RESAMPLE.items() if name == p.interpolation),
+        "image_mean": p.mean,
+        "image_std": p.std,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ downloads
@@ -902,13 +1301,39 @@ OPENAI = {  # published files and their sha256
 }
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, *answer):
+        new = super().redirect_request(request, *answer)
+        if not _safe(new.full_url) or (request.type, new.type) == ("https", "http"):
+            raise OSError(f"it redirects to {new.full_url}, which is not encrypted")
+        if (new.type, new.host) == (request.type, request.host):  # the token goes nowhere else
+            new.unredirected_hdrs |= request.unredirected_hdrs
+        return new
+
+
+def _safe(url):
+    parts = urllib.parse.urlsplit(url)
+    local = parts.hostname in ("127.0.0.1", "::1", "localhost")
+    return parts.scheme == "https" or parts.scheme == "http" and local
+
+
+def _hub():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
 def _open(url, **headers):
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers={"User-Agent": "fomo"} | headers), timeout=30)
+        if not _safe(url):
+            raise ValueError("expected https://, or http:// on this machine")
+        request = urllib.request.Request(url, headers={"User-Agent": "fomo"} | headers)
+        if url.startswith(f"{_hub()}/") and "HF_TOKEN" in os.environ:
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+        return urllib.request.build_opener(_Redirects).open(request, timeout=30)
     except urllib.error.HTTPError as e:
         raise OSError(f"{url}: the server answers {e.code} {e.reason}") from e
     except (OSError, ValueError, http.client.HTTPException) as e:
-        raise OSError(f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local file's path") from e
+        raise OSError(f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local "
+                      "file's path") from e  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -926,22 +1351,37 @@ def _alone(folder):
         os.close(handle)
 
 
+def _sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _is_there(path, sha256):
+    if not os.path.exists(path):
+        return False
+    if sha256 in (None, _sha256(path)):
+        return True
+    warnings.warn(f"{path} is damaged, its sha256 is not {sha256}: downloaded again", stacklevel=1)
+    os.unlink(path)
+    return False
+
+
 def _download(url, path, sha256):
-    """url -> path, which is there only when whole and verified. The part that an interrupted run left is continued if
-    sha256 is known, for then pieces of two different files cannot pass as one."""
-    if os.path.exists(path):
+    """url -> path, which is there only when whole and verified. The part that an interrupted run
+    left is continued if sha256 is known, for then pieces of two files cannot pass as one."""
+    if _is_there(path, sha256):
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = Path(f"{path}.part")
     with _alone(os.path.dirname(path)):
-        if os.path.exists(path):
+        if _is_there(path, sha256):
             return path
         _fill(part, url, sha256)
-        with open(part, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
+        found = _sha256(part)
         if sha256 not in (None, found):
             part.unlink()
-            raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; the download was thrown away")
+            raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; the download "
+                             "was thrown away")  # fmt: skip
         os.replace(part, path)
     return path
 
@@ -970,21 +1410,36 @@ def _fill(part, url, sha256):
         raise OSError(f"{url} broke off after {have} of {total or 'unknown'} bytes; run again{goes_on}") from broken
 
 
+ALONG = {"config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
+         "merges.txt", "tokenizer.json"}  # fmt: skip
+
+
 def _fetch_hf(repo, wanted, cache):
-    """The folder, or the wanted file. Configs, merges and shards come along; what stands for them all comes last."""
-    folder, names = os.path.join(cache, "hf", repo.replace("/", "--")), [wanted] if wanted else WEIGHTS
+    """The folder, or the wanted file. Configs, merges and shards come along; what stands for them
+    all comes last. sha256.json keeps what the hub says of each, to verify them when offline."""
+    folder = os.path.join(cache, "hf", repo.replace("/", "--"))
+    note = os.path.join(folder, "sha256.json")
+    known = _read_json(note) if os.path.exists(note) else {}
+    names = [wanted] if wanted else WEIGHTS
     if not any(os.path.exists(os.path.join(folder, name)) for name in names):
-        server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        listing = f"{server}/api/models/{repo}?blobs=true"
+        listing = f"{_hub()}/api/models/{repo}?blobs=true"
         with _open(listing) as answer, _reading(listing, "the answer is no list of a repository's files"):
             files = {s["rfilename"]: (s.get("lfs") or {}).get("sha256") for s in json.load(answer)["siblings"]}
         main = [name for name in names if name in files][:1]
         if not main:
             raise ValueError(f"hf:{repo} has no {wanted or 'CLIP weights'}; it has {', '.join([*files][:20])}")
         shard = re.escape(main[0].split(".")[0]) + r"-\d+-of-\d+\.\w+"
-        along = {"config.json", "open_clip_config.json", "merges.txt"}
-        for name in [n for n in files if n in along or re.fullmatch(shard, n)] + main:
-            _download(f"{server}/{repo}/resolve/main/{name}", os.path.join(folder, name), files[name])
+        shards = [name for name in files if re.fullmatch(shard, name)]
+        unverified = [name for name in main + shards if files[name] is None and ".index." not in name]
+        if unverified:
+            warnings.warn(f"hf:{repo}: the hub tells no sha256 of {', '.join(unverified)}, which cannot "
+                          "be verified", stacklevel=1)  # fmt: skip
+        known |= {name: files[name] for name in [*(n for n in files if n in ALONG), *shards, *main]}
+        os.makedirs(folder, exist_ok=True)
+        with _aside(note) as f:
+            f.write(json.dumps(known).encode())
+    for name, sha256 in known.items():
+        _download(f"{_hub()}/{repo}/resolve/main/{name}", os.path.join(folder, name), sha256)
     return os.path.join(folder, wanted)
 
 
@@ -1002,7 +1457,7 @@ def fetch(spec, cache=None):
         server = f"{os.environ['CLIP_MIRROR']}/{sha256}" if "CLIP_MIRROR" in os.environ else server
         return _download(f"{server}/{file}", os.path.join(cache, "openai", file), sha256)
     if scheme in ("https", "http"):
-        match = re.fullmatch(r"((?:https://|http://127\.0\.0\.1[:/])[^#]+)(?:#sha256=([0-9a-f]{64}))?", spec)
+        match = re.fullmatch(r"([^#]+)(?:#sha256=([0-9a-f]{64}))?", spec)
         if not match:
             raise ValueError(f"{spec}: expected https://...#sha256= and 64 hexadecimal digits")
         key = hashlib.sha256(spec.encode()).hexdigest()[:16]
@@ -1015,13 +1470,20 @@ def fetch(spec, cache=None):
 
 
 def find_bpe(path_or_spec, cache=None):
-    """-> path of the merges for these weights: beside them, or OpenAI's, fetched as the weights were."""
+    """-> path of the merges for these weights: beside them, else those of an installed open_clip or
+    of transformers' cache, else for weights that were downloaded OpenAI's, downloaded too."""
     path = Path(fetch(path_or_spec, cache))
-    for name in ("bpe_simple_vocab_16e6.txt.gz", "merges.txt"):
-        file = (path if path.is_dir() else path.parent) / name
-        if file.is_file():
-            return str(file)
+    folders = [path if path.is_dir() else path.parent]
+    package = importlib.util.find_spec("open_clip")
+    folders += map(Path, package.submodule_search_locations) if package else []
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    folders += sorted(hub.glob("models--openai--clip-vit-*/snapshots/*"))
+    for folder in folders:
+        for name in ("bpe_simple_vocab_16e6.txt.gz", "merges.txt", "tokenizer.json"):
+            if (folder / name).is_file():
+                return str(folder / name)
     if os.path.exists(path_or_spec):
-        raise FileNotFoundError(f"{path}: neither bpe_simple_vocab_16e6.txt.gz nor merges.txt lies beside it; put one "
-                                "there, or take clip.fetch('openai:bpe')")
+        raise FileNotFoundError(
+            f"{path}: no bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json lies beside it, and "
+            "no open_clip is installed: pass such a file as --bpe, or --bpe openai:bpe, a download")  # fmt: skip
     return fetch("openai:bpe", cache)

@@ -28,7 +28,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -58,11 +57,9 @@ except ImportError:  # not POSIX: nobody is locked out
 TIMELINES = {"merge": merge.TIMELINES["ema-merge"], **merge.TIMELINES}
 RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "joint", "zero-shot"]
 
-USES = {
-    "lora": ("rank", "scale"), "dora": ("rank", "scale"), "vera": ("rank", "scale"),
-    "galore": ("rank", "gap", "scale"), "ewc": ("ewc_lambda", "ewc_gamma", "fisher_samples"),
-    "si": ("si_c", "si_xi"),
-}  # fmt: skip
+ORDERS = list(data.ORDERS)  # these three since Config has a field called data
+CAPTIONS = list(data.CAPTIONS)
+TEMPLATE = data.TEMPLATE
 
 # What the paper uses (sec. 3 and 4), and what makes the same picture of the tiny model in minutes.
 PAPER = {
@@ -77,6 +74,14 @@ def option(group, default, text, choices=None, least=None, above=None):
     """A field of Config. least, above: the smallest value, or the one that all are larger than."""
     metadata = {"group": group, "help": text, "choices": choices, "least": least, "above": above}
     return field(default=default, metadata=metadata)
+
+
+def of_method(name):
+    """The option of some methods that methods.py calls so."""
+    _, least, text = methods.OPTIONS[name]
+    uses = {m: getattr(kind, name) for m, kind in methods.METHODS.items() if name in methods.used(m)}
+    defaults = ", ".join(f"{m} {value}" for m, value in uses.items())
+    return option("method", None, f"{text} (default {defaults})", least=least)
 
 
 @dataclass
@@ -110,15 +115,25 @@ class Config:
     pretrain_steps: int = option("theta_0", 1800, "of training it on the pool", least=1)
     pretrain_lr: float = option("theta_0", 1.5e-3, "peak learning rate of that", above=0)
 
-    data: str = option("data", None, "folder in FoMo-in-Flux's layout; without, the drawn world")
-    stream: str = option("data", None, "JSON list of DATASET+++class; without, all concepts in random"
-                         " order (sec. 3.3)")
-    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default the"
-                                      " paper's 22")
-    pool: tuple[str, ...] = option("data", (), "datasets whose training split stands for the"
-                                   " pretraining data P")
+    data: tuple[str, ...] = option("data", (), "a folder in FoMo-in-Flux's layout, class folders, a"
+                                   " .csv or .tsv, torchvision:NAME,...; without, the drawn world")
+    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default those of"
+                                      " the paper's 22 that are there")
+    pool: tuple[str, ...] = option("data", (), "the pretraining data P: datasets whose training split"
+                                   " stands for it, or WebDataset shards ('{000..331}.tar', a glob)")
+    stream: str = option("data", None, "JSON list of DATASET+++class, in place of --order")
+    order: str = option("data", "random", "of the concepts (sec. 3.3)", ORDERS)
+    reverse: bool = option("data", False, "that order backwards")
+    captions: str = option("data", "fomo", "which kind to train on first, where FoMo-in-Flux has"
+                           " several", CAPTIONS)
     prompts_too: bool = option("data", False, "a training picture's class prompt is one of its"
                                " captions, where these name none")
+    template: str = option("data", TEMPLATE, "of the prompts of classes that have none")
+    validation: float = option("data", 0.0, "score on this share of each training split, which is"
+                               " then not trained on", least=0)
+    download: bool = option("data", False, "what torchvision: names and is not there")
+    max_broken: int = option("data", 100, "pictures that cannot be read: so many are replaced by"
+                             " others and named in log.jsonl; one more ends the run", least=0)
     mixture: str = option("data", "0.33/0.34/0.33", "P/D/B, shares of pool, update and buffer in a"
                           " batch (sec. 3.1)")
     replay: int = option("data", None, "samples of the pool at hand for P, 0 for all; the paper"
@@ -134,15 +149,14 @@ class Config:
     weight_decay: float = option("schedule", 0.2, "of AdamW, betas .9 and .999", least=0)
     clip_norm: float = option("schedule", 1.0, "gradient norm", above=0)
 
-    rank: int = option("method", None, "of lora, dora, vera (default 4) and galore (16)")
-    scale: float = option("method", None, "s of lora, dora and vera (default 1) and galore (2)")
-    gap: int = option("method", None, "galore: steps between projections (default 200)")
-    ewc_lambda: float = option("method", None, "weight of EWC's penalty (default 1)")
-    ewc_gamma: float = option("method", None, "what a task leaves of the Fisher before it (default 1)")
-    fisher_samples: int = option("method", None, "ewc: at most so many of a task enter its Fisher"
-                                 " (default 50,000)")
-    si_c: float = option("method", None, "weight of SI's penalty (default .5)")
-    si_xi: float = option("method", None, "SI's damping (default 1)")
+    rank: int = of_method("rank")
+    scale: float = of_method("scale")
+    gap: int = of_method("gap")
+    ewc_lambda: float = of_method("ewc_lambda")
+    ewc_gamma: float = of_method("ewc_gamma")
+    fisher_samples: int = of_method("fisher_samples")
+    si_c: float = of_method("si_c")
+    si_xi: float = of_method("si_xi")
 
     merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs the"
                                  " old weights")
@@ -172,7 +186,7 @@ class Config:
                                " 50 times what a saving takes", above=0)
 
 
-PATHS = ("data", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
+PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
 FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes")  # change no result
 MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
@@ -199,6 +213,8 @@ class Stage:
     step: int = 0  # steps that the task has done; steps + 1: it is merged too, and not yet scored
     optimizer: torch.optim.Optimizer = None
     scaler: torch.amp.GradScaler = None
+    when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
+    concepts: list = None  # how many each task teaches
     saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
 
 
@@ -217,7 +233,7 @@ def train(stage, folder):
         batches = learner.batches(stage.mixture, task, stage.steps, stage.step)
         for batch in Lines(batches, title(stage), stage.steps, stage.step, learner):
             rate = set_rate(optimizer, stage.rate(step=stage.step, steps=stage.steps, task=task))
-            loss = learner.backward(batch, factor=scaler.get_scale())
+            loss = learner.backward(batch, scaler)
             add_penalty(method, model, scaler)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(method.trained.values(), c.clip_norm)
@@ -244,11 +260,11 @@ def run(config):
     """The main job. Returns the results, as in results.json; None with --plan."""
     c, crew = resolve(config)
     with Signals() as signals, Folder(c, crew, signals) as folder:
-        world = load_world(c)
-        stream = load_stream(c, world, crew)
+        world = load_world(c, crew)
+        learner = load_learner(c, crew, world)
+        stream = load_stream(learner)
         chunks = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
         mixture = data.Mixture(world, chunks, c.batch_size, ratios(c), c.replay, c.seed)
-        learner = load_learner(c, crew, world)
         tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
         announce(learner, mixture, tasks, steps, costs)
         if c.plan:
@@ -271,8 +287,11 @@ def run(config):
         stage = Stage("stream", learner, method, timeline, mixture, tasks, steps, rates(c),
                       (0.9, 0.999), None, results)  # fmt: skip
         stage.score = partial(score_task, stage, shown, folder)
+        stage.when = first_tasks(world, chunks)
+        stage.concepts = [len(chunk) for chunk in chunks]
         folder.restore(stage)
-        print_results(stage, crew)
+        learner.broken = shown.broken = folder.name_broken
+        crew.say(told_so_far(stage.results))
         if stage.results["theta_0"] is None:
             score_theta_0(stage, shown, folder)
         train(stage, folder)
@@ -285,7 +304,8 @@ def run(config):
 def parse(argv, program="fomo.py", description=__doc__, names=None):
     """Config from arguments: one option a field, its type the field's. names: only these fields."""
     parser = argparse.ArgumentParser(
-        program, allow_abbrev=False, description=description, argument_default=argparse.SUPPRESS,
+        program, usage=f"{program} [options]", allow_abbrev=False, description=description,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     groups = {}
     for f in fields(Config):
@@ -298,16 +318,21 @@ def parse(argv, program="fomo.py", description=__doc__, names=None):
     for name in PATHS:
         if isinstance(given.get(name), str):
             given[name] = os.path.expanduser(given[name])
+        elif name in given:
+            given[name] = tuple(map(os.path.expanduser, given[name]))
     config = Config(**given)
     refuse_unused(config, given)
     return config
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def add_option(group, f):
-    flag = "--" + f.name.replace("_", "-")
     text = f.metadata["help"]
     if f.type is bool:
-        group.add_argument(flag, action="store_true", help=text)
+        group.add_argument(flag(f.name), action="store_true", help=text)
         return
     if f.name in PAPER:
         paper = "" if PAPER[f.name] is None else f"{PAPER[f.name]}; "
@@ -317,7 +342,7 @@ def add_option(group, f):
     choices = f.metadata["choices"]
     many = f.type == tuple[str, ...]
     group.add_argument(
-        flag, type=str if many else f.type, nargs="*" if many else None, choices=choices,
+        flag(f.name), type=str if many else f.type, nargs="*" if many else None, choices=choices,
         help=text.replace("%", "%%"), metavar=None if choices else f.name.upper())  # fmt: skip
 
 
@@ -334,7 +359,10 @@ def refuse_unused(c, given):
         "bpe": not c.weights and "it belongs to --weights",
         "heldout": not c.data and "it names datasets of --data; the drawn world has its own",
         "pool": not c.data and "it names datasets of --data; the drawn world has its own",
-        "prompts_too": not c.data and "it belongs to --data",
+        **dict.fromkeys(("captions", "prompts_too", "template", "validation", "download"),
+                        not c.data and "it belongs to --data"),
+        "order": c.stream and "--stream says the order",
+        "reverse": c.stream and "--stream says the order",
         "cooldown": c.schedule != "rsqrt" and "it belongs to --schedule rsqrt",
         "merge_weight": not ("ema" in merged and c.merge_technique in merge.AVERAGES)
                         and "no running average of weights is kept",
@@ -344,23 +372,23 @@ def refuse_unused(c, given):
         "merge_technique": not merged and technique,
         "merge_options": not merged and technique,
     }  # fmt: skip
-    for name in methods.LEAST:
-        if name != "seed" and name not in USES.get(c.method, ()):
+    trains = c.method if c.method in methods.METHODS else "finetune"
+    for name in methods.OPTIONS:
+        if name != "seed" and name not in methods.used(trains):
             reasons[name] = f"--method {c.method} has no such option"
     if c.method == "zero-shot":
-        trains = ("schedule", "method", "merging")
         for f in fields(Config):
-            if f.metadata["group"] in trains or f.name in ("tasks", "budget", "steps", "micro_batch"):
+            if f.metadata["group"] in ("schedule", "method", "merging"):
                 reasons[f.name] = "--method zero-shot trains nothing"
     for name in given:
         if reasons.get(name):
-            raise ValueError(f"--{name.replace('_', '-')} does nothing here: {reasons[name]}")
+            raise ValueError(f"{flag(name)} does nothing here: {reasons[name]}")
 
 
 def resolve(config):
     """-> (Config with nothing left open, Crew). ValueError where options do not go together."""
     c = dataclasses.replace(config)
-    if c.model is None and c.weights is None and c.data is None:
+    if c.model is None and c.weights is None and not c.data:
         c.model = "tiny"
     if c.model is None and c.weights is None:
         raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny to"
@@ -368,7 +396,7 @@ def resolve(config):
     if c.weights is None and c.model != "tiny":
         raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or --model"
                          " tiny")
-    if c.weights is None and c.data is not None and not c.pool:
+    if c.weights is None and c.data and not c.pool:
         raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
                          " that are it")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
@@ -391,15 +419,15 @@ def resolve(config):
 
 def check_range(f, value):
     """ValueError unless the field's value lies where its option says."""
-    flag, least, above = "--" + f.name.replace("_", "-"), f.metadata["least"], f.metadata["above"]
+    least, above = f.metadata["least"], f.metadata["above"]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not abs(value) < (2**31 if f.type is int else math.inf):
-        raise ValueError(f"{flag} must be finite and below 2^31, got {value}")
+        raise ValueError(f"{flag(f.name)} must be finite and below 2^31, got {value}")
     if least is not None and value < least:
-        raise ValueError(f"{flag} must be at least {least}, got {value}")
+        raise ValueError(f"{flag(f.name)} must be at least {least}, got {value}")
     if above is not None and not value > above:
-        raise ValueError(f"{flag} must be above {above}, got {value}")
+        raise ValueError(f"{flag(f.name)} must be above {above}, got {value}")
 
 
 def timeline_place(c):
@@ -431,7 +459,7 @@ def merge_options(c):
 
 def make_method(c):
     """What trains: merges and joint runs finetune."""
-    options = {name: getattr(c, name) for name in methods.LEAST}
+    options = {name: getattr(c, name) for name in methods.OPTIONS}
     return methods.METHODS.get(c.method, methods.Method)(**options)
 
 
@@ -454,10 +482,10 @@ class Crew:
     the run's device, precision, threads and workers, which depend on how many there are."""
 
     def __init__(self, c):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.leads = self.rank == 0  # writes and prints
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
         if c.device == "auto":
             c.device = "cuda" if torch.cuda.is_available() else "cpu"
         device = c.device
@@ -567,14 +595,19 @@ class Learner:
         self.world = world
         self.merges = merges  # path of the tokenizer's file
         self.device = crew.device
+        pixels = model.preprocess
+        self.mean, self.std = pixels.mean, pixels.std
+        self.geometry = {"resize": pixels.resize, "interpolation": pixels.interpolation}
         self.size = model.config.image_size
+        self.others = None  # features of pool pictures, for --order performance
+        self.broken = None  # takes sentences about pictures that cannot be read; None: an error
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
         self.autocast = partial(torch.autocast, self.device.type, dtype=low, enabled=low is not None)
 
     def encode_image(self, images):
         """uint8 [b, 3, S, S] -> [b, D], normalised, in float32 whatever the tower runs in."""
         with self.autocast():
-            pixels = clip.normalise(images.to(self.device, non_blocking=True))
+            pixels = clip.normalise(images.to(self.device, non_blocking=True), self.mean, self.std)
             features = self.model.encode_image(pixels)
         return F.normalize(features.float(), dim=-1)
 
@@ -592,9 +625,11 @@ class Learner:
         place = {text: i for i, text in enumerate(texts)}
         return features[[place[text] for text in captions]]
 
-    def backward(self, batch, factor=1.0):
-        """Leaves the gradient of the global batch's loss in .grad. Returns the loss, detached."""
+    def backward(self, batch, scaler):
+        """Leaves the gradient of the global batch's loss, times the scaler's factor for float16, in
+        .grad. Returns the loss, detached."""
         images, captions = batch
+        factor = scaler.scale(torch.ones((), device=self.device))
         first, _ = self.crew.share(self.c.batch_size)
         rows = (first, self.c.batch_size) if self.crew.count > 1 else None
         loss = clip.backward(self.encode_image, self.encode_text, images, captions,
@@ -605,25 +640,28 @@ class Learner:
 
     def gradient(self, model, batch):
         """What a method measures after a task: the loss of a batch, detached, its gradient in .grad.
-        Scaled on the way, for float16's sake."""
-        factor = 2.0**14 if self.c.precision == "fp16" else 1.0
-        loss = self.backward(batch, factor)
+        In float16 it may overflow, and small entries vanish, unless it is scaled on the way."""
+        enabled = self.c.precision == "fp16"
+        scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=enabled)
+        loss = self.backward(batch, scaler)
         for p in model.parameters():
-            if p.grad is not None and factor > 1:
-                p.grad /= factor
+            if p.grad is not None:
+                p.grad /= scaler.get_scale()
         return loss
 
     def batches(self, mixture, task, steps, start=0):
         """This process's part of the batches of a task: (images, captions)."""
         part = (self.crew.rank, self.crew.count)
-        return data.loader(self.world, mixture, task, steps, self.size, self.c.workers, start, part)
+        return data.loader(self.world, mixture, task, steps, self.size, self.c.workers, start, part,
+                           **self.geometry, broken=self.broken)  # fmt: skip
 
     @torch.no_grad()
     def image_features(self, split, ids):
         """The pictures `ids` -> [N, D]. The processes share them out."""
         first, end = self.crew.share(len(ids))
         workers = self.c.workers if end - first > 2048 else 0
-        batches = data.test_loader(split, ids[first:end], self.size, workers=workers)
+        batches = data.test_loader(split, ids[first:end], self.size, workers=workers,
+                                   **self.geometry, broken=self.broken)  # fmt: skip
         return self._gather([self.encode_image(batch) for batch in batches], first, len(ids))
 
     @torch.no_grad()
@@ -638,23 +676,67 @@ class Learner:
         return clip.gather_rows(torch.cat([nothing, *mine]), first, total)
 
 
-def load_world(c):
-    if c.data is None:
+def load_world(c, crew):
+    if not c.data:
         return data.toy()
-    return data.fomo_in_flux(c.data, heldout=c.heldout, pool=c.pool, prompts_too=c.prompts_too)
+    world = data.open_world(c.data, c.heldout, c.pool, c.captions, c.prompts_too, c.template,
+                            c.validation, c.download, c.cache)  # fmt: skip
+    for note in world.notes:
+        crew.say(note)
+    if not world.heldout:
+        crew.say("nothing is held out (--heldout), so ZS has nothing to stand on: KA alone is scored")
+    return world
 
 
-def load_stream(c, world, crew):
-    """-> the concepts in order. Those of held-out datasets are left out: nobody trains on them."""
-    if c.stream is None:
-        return data.order(data.concepts(world.adaptation), "random", c.seed)
-    stream = data.read_stream(c.stream)
-    held = {d.name for d in world.heldout}
-    kept = [concept for concept in stream if concept[0] not in held]
-    if len(kept) < len(stream):
-        crew.say(f"{len(stream) - len(kept)} of the stream's {len(stream)} concepts are of held-out"
-                 " datasets: left out")
-    return kept
+def load_stream(learner):
+    """-> the concepts in order: --stream's, less those that nobody trains on, or those in --order."""
+    c, world, crew = learner.c, learner.world, learner.crew
+    if c.stream is not None:
+        kept, notes = data.trainable(data.read_stream(c.stream), world)
+        for note in notes:
+            crew.say(note)
+        return kept
+    found = data.concepts(world.adaptation)
+    return data.order(found, c.order, c.seed, order_key(learner, found), c.reverse)
+
+
+def order_key(learner, found):
+    """What --order sorts the concepts by (sec. 3.3), None where it needs no key."""
+    c, world = learner.c, learner.world
+    prompt = {(d.name, name): prompt for d in world.adaptation
+              for name, prompt in zip(d.classes, d.prompts)}  # fmt: skip
+    if c.order == "frequency":
+        if world.pool is None:
+            raise ValueError("--order frequency counts names in the captions of a --pool: name one")
+        return data.occurrences(found, world.pool.captions)
+    if c.order == "time":
+        return data.times(found)
+    if c.order in ("performance", "similarity") and c.weights is None:
+        raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream writes"
+                         " the order to a file)")
+    if c.order in ("performance", "similarity"):
+        learner.model.to(learner.device).eval()
+    if c.order == "similarity":
+        return learner.text_features([prompt[concept] for concept in found]).cpu().numpy()
+    if c.order == "performance":
+        return [concept_loss(learner, concept, prompt[concept]) for concept in found]
+    return None
+
+
+def concept_loss(learner, concept, prompt, most=32):
+    """Mean contrastive loss of a concept's first samples under theta_0, among pool pictures."""
+    d = next(d for d in learner.world.adaptation if d.name == concept[0])
+    own = (d.train.labels == d.classes.index(concept[1])).nonzero()[0][:most]
+    image = learner.image_features(d.train, own)
+    text = learner.text_features([prompt])
+    others = learner.world.pool if learner.world.pool is not None else d.train
+    among = numpy.random.default_rng((learner.c.seed, 9)).permutation(len(others))[:256]
+    if learner.others is None:
+        learner.others = learner.image_features(others, among)
+    with torch.no_grad():
+        scale = learner.model.logit_scale.exp()
+        logits = scale * torch.cat([(image @ text.T), (learner.others @ text.T).T.expand(len(image), -1)], 1)
+        return float(F.cross_entropy(logits, torch.zeros(len(image), dtype=int, device=image.device)))
 
 
 def load_learner(c, crew, world):
@@ -663,11 +745,7 @@ def load_learner(c, crew, world):
         torch.manual_seed(0)
         return Learner(clip.CLIP(clip.CONFIGS[c.model]), clip.Tokenizer(), c, crew, world)
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[c.activation]
-    try:
-        model = clip.load(c.weights, None, quick_gelu, cache=c.cache)
-    except ValueError as e:
-        hint = "; on the command line: --activation" if "quick_gelu=" in str(e) else ""
-        raise ValueError(f"{e}{hint}") from None
+    model = load_clip(c.weights, quick_gelu, c.cache)
     plain = dataclasses.replace(model.config, quick_gelu=False)
     if c.model and clip.CONFIGS[c.model] != plain:
         raise ValueError(f"{c.weights} is no {c.model}: without --model it is what the weights are")
@@ -676,9 +754,19 @@ def load_learner(c, crew, world):
     merges = None
     if not bytewise:
         merges = clip.fetch(c.bpe, c.cache) if c.bpe else clip.find_bpe(c.weights, c.cache)
+    tokenizer = clip.Tokenizer(merges)
+    clip.check_tokenizer(model, tokenizer, c.weights)
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError(f"{c.weights} holds numbers that are not finite: take other weights")
-    return Learner(model, clip.Tokenizer(merges), c, crew, world, merges)
+    return Learner(model, tokenizer, c, crew, world, merges)
+
+
+def load_clip(path, quick_gelu, cache):
+    try:
+        return clip.load(path, None, quick_gelu, cache=cache)
+    except ValueError as e:
+        hint = "; on the command line: --activation" if "quick_gelu=" in str(e) else ""
+        raise ValueError(f"{e}{hint}") from None
 
 
 # ------------------------------------------------------------------- what is going to happen, first
@@ -691,7 +779,7 @@ def plan(c, model_config, samples):
     rank = c.rank or 0  # 0 is the paper's
     gap = c.gap or budget.GAP
     maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
-    at_most = max(1, (c.fisher_samples or methods.Method.fisher_samples) // c.batch_size)
+    at_most = max(1, (c.fisher_samples or budget.FISHER_SAMPLES) // c.batch_size)
     looked_at = min(max(1, samples // max(1, tasks) // c.batch_size), at_most)  # batches, by EWC
     once = maf * (budget.task_flops(model_config, c.batch_size, method, looked_at * c.batch_size)
                   / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
@@ -716,7 +804,7 @@ def announce(learner, mixture, tasks, steps, costs):
     samples = mixture.ends[-1]
     passes = tasks * steps * c.batch_size / samples
     peak = budget.peak_memory(learner.model.config, -(-c.batch_size // crew.count), method,
-                              c.precision, c.rank or 0)  # fmt: skip
+                              c.precision, c.rank or 0, c.micro_batch)  # fmt: skip
     processes = f" on {crew.count} processes" if crew.count > 1 else ""
     crew.say(f"{c.method}: {tasks} x {steps:,} steps of {c.batch_size} pairs{processes},"
              f" {passes:,.1f} times the {samples:,} samples of the stream;"
@@ -732,7 +820,7 @@ def time_two_steps(learner, mixture):
     method.prepare(learner.model.to(learner.device))
     for batch in learner.batches(mixture, 0, 2):
         began = time.perf_counter()
-        loss = float(learner.backward(batch))
+        loss = float(learner.backward(batch, torch.amp.GradScaler(enabled=False)))
         seconds = time.perf_counter() - began
         learner.crew.say(f"a step takes {seconds:.2f} s without the data's (loss {loss:.3f})")
 
@@ -743,10 +831,10 @@ def inputs(learner, stream, steps):
     found = {"stream": digest(stream), "steps a task": str(steps)}
     for d in world.adaptation + world.heldout:
         found[f"{d.name}: class names and prompts"] = digest([d.kind, d.classes, d.prompts])
-        found[f"{d.name}: training pictures and captions"] = data.fingerprint(d.train)
-        found[f"{d.name}: test pictures and captions"] = data.fingerprint(d.test)
+        found[f"{d.name}: training pictures and captions"] = d.train.fingerprint()
+        found[f"{d.name}: test pictures and captions"] = d.test.fingerprint()
     if world.pool is not None:
-        found["pool"] = data.fingerprint(world.pool)
+        found["pool"] = world.pool.fingerprint()
     if c.weights is not None:
         found["weights"] = fingerprint(learner.model.state_dict())
     if learner.merges:
@@ -756,9 +844,8 @@ def inputs(learner, stream, steps):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "torchvision": torchvision.__version__, "pillow": PIL.__version__,
                 "numpy": numpy.__version__}  # fmt: skip
-    return found | versions | {
-        "number of processes": str(learner.crew.count), "number of threads": str(c.threads),
-        "kind of device": kind}  # fmt: skip
+    machine = {flag(name): str(getattr(c, name)) for name in MACHINE}
+    return found | versions | machine | {"processes": str(learner.crew.count), "device": kind}
 
 
 def digest(value):
@@ -789,7 +876,7 @@ def obtain_theta_0(learner, folder):
     if c.weights is None:
         key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr, c.batch_size,
                       c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
-                      learner.device.type, data.fingerprint(learner.world.pool),
+                      learner.device.type, learner.world.pool.content(),
                       torch.__version__])  # fmt: skip
         path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
         with alone(path, crew):
@@ -797,8 +884,8 @@ def obtain_theta_0(learner, folder):
                 load_theta_0(model, path)
             else:
                 if crew.leads:  # tells now, not after the training, if the disk is full
-                    save_theta_0(model, path.with_suffix(".probe"))
-                    path.with_suffix(".probe").unlink()
+                    save_theta_0(model, path.with_suffix(".probe.safetensors"))
+                    path.with_suffix(".probe.safetensors").unlink()
                 crew.say(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
                 pretrain(learner, folder)
                 if crew.leads:
@@ -823,9 +910,11 @@ def pretrain(learner, folder):
 
 
 def save_theta_0(model, path):
+    """As clip.save does, with a hash that tells when it is altered."""
     weights = model.state_dict()
-    config = json.dumps(dataclasses.asdict(model.config))
-    clip.write_tensors(weights, path, {"config": config, "sha256": fingerprint(weights)})
+    clip.save(model, path)
+    metadata = clip.read_tensors(path).metadata | {"sha256": fingerprint(weights)}
+    clip.write_tensors(weights, path, metadata)
 
 
 def load_theta_0(model, path):
@@ -970,10 +1059,10 @@ class ExpertFiles:
 
 
 def score_theta_0(stage, shown, folder):
-    stage.results["theta_0"] = score_all(stage, shown, folder, True, "scoring theta_0")
-    folder.log("evaluation", task=0, **stage.results["theta_0"])
-    if shown.crew.leads:
-        print_row("theta_0", "", stage.results["theta_0"])
+    row = score_all(stage, shown, folder, True, "scoring theta_0")
+    stage.results["theta_0"] = row
+    folder.log("evaluation", task=0, **row)
+    shown.crew.say(evaluate.run_row("theta_0", "", row))
     folder.save(stage)
 
 
@@ -982,45 +1071,51 @@ def score_task(stage, shown, folder, task):
     shown.model.load_state_dict(stage.timeline.deploy())
     everything = shown.c.score_all or task == stage.tasks - 1
     scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}")
-    row = {"task": task + 1, "steps": stage.steps, **scores}
+    row = {"task": task + 1, "steps": stage.steps, "concepts": stage.concepts[task], **scores}
+    whole = stage.results["theta_0"]
+    before = (stage.results["tasks"] or [whole])[-1]
     stage.results["tasks"].append(row)
     folder.log("evaluation", **row, seconds=folder.seconds())
-    if shown.crew.leads:
-        print_row(task + 1, stage.steps, scores, stage.results["theta_0"])
+    shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, whole))
 
 
 def score_all(stage, shown, folder, everything, name):
-    """-> {"ka", "zs", "gm", "datasets": {name: percent}, "samples"} of the weights in `shown`."""
-    world, scores, samples = shown.world, {}, 0
+    """-> a row of results.json, of the weights in `shown`: {"ka", "zs", "gm", "datasets": {name:
+    percent}, "samples"} and what evaluate.by_concept says."""
+    world, numbers, samples = shown.world, {}, 0
     shown.model.to(shown.device).eval()
     datasets = world.adaptation + world.heldout
     for d in Lines(datasets, name, len(datasets), 0, shown):
         labels = d.test.labels
         ids = range(len(labels)) if everything else evaluate.balanced_subset(labels, shown.c.seed)
-        scores[d.name] = score(shown, d, ids)
+        numbers[d.name] = score(shown, d, ids)
         samples += len(ids)
-        if folder:
-            folder.pause(stage)
+        folder.pause(stage)
     shown.model.cpu()
-    return {**summary(world, scores), "samples": samples}
+    per_class = {name: n.get("per_class") for name, n in numbers.items()}
+    when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
+    tasks = stage.task + (stage.step > 0)  # finished so far, this one included
+    return {**summary(world, {name: n["score"] for name, n in numbers.items()}), "samples": samples,
+            **evaluate.by_concept(per_class, when, stage.tasks, tasks)}  # fmt: skip
 
 
 def score(learner, dataset, ids):
-    """Percent on the test samples `ids`: top-1 accuracy or R@5."""
-    image = learner.image_features(dataset.test, ids)
+    """The numbers of the test samples `ids`, as evaluate.py has them."""
+    test = dataset.test
+    image = learner.image_features(test, ids)
     if dataset.kind == "classification":
         weights = evaluate.classifier(learner.text_features, dataset.prompts)
-        return evaluate.accuracy(image, weights, dataset.test.labels[ids])
-    captions = [[c] if isinstance(c, str) else c for c in (dataset.test.captions[i] for i in ids)]
+        return evaluate.classification(image, weights, test.labels[ids])
+    captions = [[c] if isinstance(c, str) else c for c in (test.captions[i] for i in ids)]
     owner = [i for i, several in enumerate(captions) for _ in several]
     text = learner.text_features([c for several in captions for c in several])
-    return sum(evaluate.recall_at_k(image, text, owner)) / 2
+    labels = test.labels[ids] if dataset.classes else None
+    return evaluate.retrieval(image, text, owner, labels, len(dataset.classes) or None)
 
 
 def summary(world, scores):
-    ka = evaluate.knowledge_accumulation({d.name: scores[d.name] for d in world.adaptation})
-    zs = evaluate.zero_shot_retention({d.name: scores[d.name] for d in world.heldout})
-    return {"ka": ka, "zs": zs, "gm": evaluate.geometric_mean(ka, zs), "datasets": scores}
+    adaptation, heldout = ([d.name for d in sets] for sets in (world.adaptation, world.heldout))
+    return evaluate.summary(scores, adaptation, heldout)
 
 
 def chance(world):
@@ -1028,6 +1123,12 @@ def chance(world):
     guess = {d.name: 100 / len(d.classes) if d.kind == "classification"
              else 100 * min(1, 5 / len(d.test)) for d in world.adaptation + world.heldout}  # fmt: skip
     return summary(world, guess)
+
+
+def first_tasks(world, chunks):
+    """Dataset -> for each of its classes the task that teaches it, from 1; None where none does."""
+    task = {concept: t + 1 for t, chunk in enumerate(chunks) for concept in chunk}
+    return {d.name: [task.get((d.name, name)) for name in d.classes] for d in world.adaptation}
 
 
 def title(stage):
@@ -1050,6 +1151,7 @@ class Folder:
         self.log_file = None  # locked as long as the run lives
         self.state = None
         self.run = None  # {"id", "inputs", "accepted_changes"}, beside the options in config.json
+        self.broken = set()  # sentences about pictures
         self.pending = []  # log rows whose numbers are still on the device: asking would stall it
         self.began = time.monotonic()
         self.before = 0.0  # seconds of the processes before this one
@@ -1116,12 +1218,10 @@ class Folder:
         self.state = self._read_state()
 
     def _compare_options(self, before):
-        other = [k for k, value in self.options.items() if k not in FREE and before.get(k) != value]
-        accepted = MACHINE if self.c.accept_changes else ()
-        refused = [k for k in other if k not in accepted]
-        if refused:
-            changes = ", ".join(f"--{k.replace('_', '-')} was {before.get(k)}, is {self.options[k]}"
-                                for k in refused)  # fmt: skip
+        other = [k for k, value in self.options.items()
+                 if k not in FREE + MACHINE and before.get(k) != value]  # fmt: skip
+        if other:
+            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.options[k]}" for k in other)
             raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}): name"
                              " another --out")
 
@@ -1136,7 +1236,7 @@ class Folder:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if state["id"] != self.run["id"] or min(state["log_bytes"], state["step"]) < 0:
                     raise ValueError("it is another run's")
-            except Exception as e:  # whatever a torn or foreign file makes of torch's reader
+            except Exception as e:  # noqa: BLE001 -- whatever a torn file makes of torch
                 faults.append(f"{path} is no state of this run ({type(e).__name__})")
                 continue
             if faults:
@@ -1176,8 +1276,8 @@ class Folder:
     def _change(name, before, found):
         old, new = before.get(name), found.get(name)
         if old is None or new is None:
-            return f"{name}: {'new' if old is None else 'gone'}"
-        return f"{name} changed" if len(old) == 64 else f"{name}: was {old}, is {new}"
+            return f"{name} {'is new' if old is None else 'has gone'}"
+        return f"{name} changed" if len(old) == 64 else f"{name} was {old}, is {new}"
 
     def restore(self, stage):
         """The stage as it was saved, if it was; from here on a signal waits for the next pause."""
@@ -1217,6 +1317,15 @@ class Folder:
         if self.crew.leads:
             self.log_file.write(json.dumps({"event": event, **row}) + "\n")
             self.log_file.flush()
+
+    def name_broken(self, faults):
+        """Pictures that could not be read, and were replaced: logged; too many end the run."""
+        self.broken.update(faults)
+        for fault in faults:
+            self.log("broken picture", fault=fault)
+        if len(self.broken) > self.c.max_broken:
+            raise ValueError(f"more than {self.c.max_broken} pictures cannot be read (--max-broken),"
+                             f" the last: {faults[-1]}")
 
     def log_step(self, stage, rate, loss, norm, logit_scale):
         event = "step" if stage.name == "stream" else "theta_0 step"
@@ -1307,11 +1416,13 @@ class Folder:
                             self.path / ("bpe_simple_vocab_16e6.txt.gz" if gz else "merges.txt"))
         beside = []
         if self.c.method != "joint":
-            beside = joint_beside(self.path, results["theta_0_sha256"])
-        draw(named([(self.path, results), *beside]), self.path / "picture.png")
+            beside = evaluate.joint_beside(self.path, results["theta_0_sha256"])
+        evaluate.page(results, self.path / "picture.png", beside)
         write_json(self.path / "results.json", results)
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
             (self.path / name).unlink(missing_ok=True)
+        for line in evaluate.words(results):
+            self.crew.say(line)
         self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
                       f" ({results['seconds']:.0f} s)")
         self.done = True
@@ -1328,7 +1439,7 @@ class Folder:
             return
         with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
             self.log_file.close()
-        if self.done or self.state is not None:
+        if self.done or (self.path / "state.pt").exists():
             return
         for name in ("config.json", "config.json.part", "log.jsonl", "state.pt.part",
                      "theta_0.safetensors"):  # fmt: skip
@@ -1376,109 +1487,44 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
+def told_so_far(results):
+    """What a run has printed when it goes on: its head and the rows that are there."""
+    lines = [evaluate.run_head(results)]
+    whole = results["theta_0"]
+    if whole:
+        lines.append(evaluate.run_row("theta_0", "", whole))
+    for before, row in zip([whole, *results["tasks"]], results["tasks"]):
+        lines.append(evaluate.run_row(row["task"], row["steps"], row, before, whole))
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------- reports
-
-ROW = "{:>9} {:>7} {:>7} {:>7} {:>7}"
-
-
-def print_results(stage, crew):
-    if not crew.leads:
-        return
-    guess, results = stage.results["chance"], stage.results
-    print(f"guessing would score KA {guess['ka']:.1f}, ZS {guess['zs']:.1f}; all scores in percent")
-    print(ROW.format("task", "steps", "KA", "ZS", "GM"))
-    if results["theta_0"]:
-        print_row("theta_0", "", results["theta_0"])
-    for row in results["tasks"]:
-        print_row(row["task"], row["steps"], row, results["theta_0"])
-
-
-def print_row(task, steps, scores, whole=None):
-    """whole: scores on all test data."""
-    row = ROW.format(task, steps, *(f"{scores[k]:.1f}" for k in ("ka", "zs", "gm")))
-    if whole and scores["samples"] < whole["samples"]:
-        row += (f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples")
-    tqdm.write(row)
-
-
-def named(runs):
-    """(folder, results) pairs -> {unique, short name: results}. The first joint run is "joint"."""
-    names, lines = Counter(Path(folder).name for folder, _ in runs), {}
-    for folder, results in runs:
-        method, folder = results["config"]["method"], Path(folder)
-        name = folder.name if names[folder.name] == 1 and folder.name != "joint" else str(folder)
-        lines[method if method in ("joint", "zero-shot") and method not in lines else name] = results
-    return lines
-
-
-def draw(runs, path):
-    """runs: name -> results, from one theta_0."""
-    lines = {name: [(p["zs"], p["ka"]) for p in (r["theta_0"], *r["tasks"])]
-             for name, r in runs.items()}  # fmt: skip
-    evaluate.plot(lines, path)
-
-
-def read_results(folder):
-    try:
-        r = json.loads((folder / "results.json").read_text())
-        numbers = [p[k] for p in (r["theta_0"], r["final"], *r["tasks"]) for k in ("ka", "zs", "gm")]
-        numbers += [r["seconds"], r["trained_parameters"], *(p["steps"] for p in r["tasks"])]
-        if not all(0 <= n < 1e12 for n in numbers) or not isinstance(r["config"]["method"], str):
-            raise ValueError("numbers out of range")
-        return r | {"theta_0_sha256": str(r["theta_0_sha256"])}
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
-        fault = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{folder}/results.json is no run's results ({fault})") from None
-
-
-def joint_beside(folder, identity):
-    """The finished joint run beside this one that began from the same theta_0, if there is one."""
-    for path in sorted(folder.parent.glob("*/results.json")):
-        with contextlib.suppress(ValueError):  # somebody else's file must not stop this run
-            results = read_results(path.parent)
-            if results["config"]["method"] == "joint" and results["theta_0_sha256"] == identity:
-                return [(path.parent, results)]
-    return []
-
 
 # -------------------------------------------------------------------------------------- sub-commands
 
 
 def report_command(argv):
-    parser = argparse.ArgumentParser("fomo.py report", description="Table and picture of several"
-                                     " finished runs.")  # fmt: skip
+    parser = argparse.ArgumentParser("fomo.py report", description="Table and pictures of finished"
+                                     " runs; those that differ in their seed alone are one line.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; unfinished runs are left out")
-    parser.add_argument("-o", "--out", default="report.png", help="the picture (default report.png)")
+    parser.add_argument("-o", "--out", default="report.png",
+                        help="the pictures together; beside it each alone (default report.png)")  # fmt: skip
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--markdown", dest="style", action="store_const", const="markdown")
+    style.add_argument("--json", dest="style", action="store_const", const="json")
     args = parser.parse_args(argv)
-    out, runs = os.path.expanduser(args.out), []
-    for folder in (Path(name).expanduser() for name in args.runs):
-        if (folder / "results.json").exists():
-            runs.append((folder, read_results(folder)))
-        else:
-            print(f"{folder} has no results.json: left out", file=sys.stderr)
-    if not runs:
-        raise ValueError("none of these folders holds a finished run")
-    groups = {}
-    for folder, results in runs:
-        groups.setdefault(results["theta_0_sha256"], []).append(str(folder))
-    if len(groups) > 1:
-        raise ValueError("runs from different theta_0 do not compare, give those of one: "
-                         + "; or ".join(" ".join(group) for group in groups.values()))  # fmt: skip
+    out = os.path.expanduser(args.out)
+    runs, unfinished = evaluate.read_runs(map(os.path.expanduser, args.runs))
+    for folder in unfinished:
+        print(f"{folder} has no results.json: left out", file=sys.stderr)
     check_file(out)
-    head = ("run", "KA", "ZS", "GM", "parameters", "steps", "seconds")
-    print("{:24} {:>6} {:>6} {:>6} {:>10} {:>6} {:>8}".format(*head))
-    base = runs[0][1]["theta_0"]
-    print(f"{'theta_0':24} {base['ka']:6.1f} {base['zs']:6.1f} {base['gm']:6.1f}")
-    for name, r in named(runs).items():
-        steps = sum(row["steps"] for row in r["tasks"])
-        print(f"{name:24} {r['final']['ka']:6.1f} {r['final']['zs']:6.1f} {r['final']['gm']:6.1f} "
-              f"{r['trained_parameters']:10,} {steps:6} {r['seconds']:8.0f}")  # fmt: skip
-    draw(named(runs), out)
-    print(f"drawn in {out}")
+    table, files = evaluate.report(runs, out, args.style or "text", FREE + MACHINE + ("seed",))
+    print(table)
+    print(f"drawn in {', '.join(map(str, files))}", file=sys.stderr)
 
 
-EVALUATE = ("weights", "model", "activation", "bpe", "data", "heldout", "out", "seed", "device",
-            "precision", "threads", "workers", "cache")  # fmt: skip
+EVALUATE = ("weights", "model", "activation", "bpe", "data", "heldout", "template", "download",
+            "out", "device", "precision", "threads", "workers", "cache")  # fmt: skip
 
 
 def evaluate_command(argv):
@@ -1488,19 +1534,24 @@ def evaluate_command(argv):
     if c.weights is None:
         raise ValueError("evaluate scores --weights: name a checkpoint")
     out = c.out or "scores.json"
-    check_file(out, (c.weights, c.data or ""))
+    check_file(out, (c.weights, *c.data))
     c, crew = resolve(c)
-    world = load_world(c)
+    world = load_world(c, crew)
     learner = load_learner(c, crew, world)
-    scores = score_all(None, learner, None, True, "scoring")
-    guess = chance(world)
-    for d in world.adaptation + world.heldout:
-        role, metric = ("KA", "ZS")[d in world.heldout], "R@5" if d.kind == "retrieval" else "top-1"
-        score, by_chance = scores["datasets"][d.name], guess["datasets"][d.name]
-        crew.say(f"{d.name:24} {role} {metric:5} {score:6.1f}  (chance {by_chance:.1f})")
+    learner.model.to(learner.device).eval()
+    numbers = {}
+    datasets = world.adaptation + world.heldout
+    for d in Lines(datasets, "scoring", len(datasets), 0, learner):
+        numbers[d.name] = score(learner, d, range(len(d.test)))
+    scores = summary(world, {name: n["score"] for name, n in numbers.items()})
+    roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
+    crew.say(evaluate.score_table(numbers, roles))
+    means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     if crew.leads:
-        write_json(out, {"weights": c.weights, **scores, "chance": guess})
-    crew.say("KA {ka:.1f}  ZS {zs:.1f}  GM {gm:.1f}".format(**scores) + f" (all of it in {out})")
+        samples = sum(len(d.test) for d in datasets)
+        write_json(out, {"weights": c.weights, **scores, "samples": samples, "numbers": numbers,
+                         "chance": chance(world)})  # fmt: skip
+    crew.say(f"{'  '.join(means)} (all of it in {out})")
 
 
 def budget_command(argv):
@@ -1544,6 +1595,8 @@ def merge_command(argv):
     p.add_argument("base", help="theta_0; the result has its names, dtypes and metadata")
     p.add_argument("experts", nargs="+", metavar="expert")
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
+    p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
+                   help="where no file says it (default auto)")  # fmt: skip
     p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES, help="(default linear)")
     p.add_argument("--weights", type=float, nargs="+", help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")
     p.add_argument("--scale", type=float, help="all but linear, slerp: factor on the merged task vector (default 1)")
@@ -1561,6 +1614,8 @@ def merge_command(argv):
     p.add_argument("--seed", type=int, help="dare, random (default 0)")
     options = vars(p.parse_args(argv))
     base, experts, out, technique = (options.pop(k) for k in ("base", "experts", "out", "technique"))
+    activation = options.pop("activation")
+    out = os.path.expanduser(out)
     weights = options.pop("weights", None)
     if "lines" in options:
         try:
@@ -1570,13 +1625,16 @@ def merge_command(argv):
     if os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out or remove it")
     check_file(out)
-    files = [clip.read_tensors(path) for path in (base, *experts)]
+    paths = [clip.fetch(os.path.expanduser(path)) for path in (base, *experts)]
+    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[activation]
+    metadata = clip.agree(paths, quick_gelu)
+    files = [clip.read_tensors(path) for path in paths]
     if any(set(f) != set(files[0]) for f in files):  # different layouts, or different models, which merge() then names
         files = [clip.openai_names(f) for f in files]
     began, readings = time.time(), {"ties": 3 if "whole" in options else 1, "tall-mask": 2}.get(technique, 1)
     with Lines(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
         merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
-    clip.write_tensors(merged, out, files[0].metadata)
+    clip.write_tensors(merged, out, {"format": "pt"} | files[0].metadata | metadata)
     plural = "s" * (len(experts) > 1)
     print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out} ({time.time() - began:.1f} s)")
 
@@ -1598,9 +1656,87 @@ class Watched(clip.Tensors):
         return stored
 
 
+WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "download",
+         "weights", "model", "activation", "bpe", "out", "seed", "device", "precision", "threads",
+         "workers", "cache")  # fmt: skip
+
+
+def stream_command(argv):
+    description = "Writes all concepts of --data in an --order, in the published streams' format."
+    c = parse(argv, "fomo.py stream", description, (*WORLD, "order", "reverse"))
+    out = c.out or "stream.json"
+    check_file(out, c.data)
+    c, crew = resolve_for_reading(c)
+    learner = load_learner(c, crew, load_world(c, crew))
+    stream = load_stream(learner)
+    data.write_stream(stream, out)
+    names = {name for name, _ in stream}
+    print(f"{len(stream)} concepts of {len(names)} datasets, {c.order} order: {out}")
+
+
+def inspect_command(argv):
+    description = ("Reads every picture of --data once, names those that are broken, and draws sheets"
+                   " of pictures with their captions into the folder --out (default inspect).")
+    c = parse(argv, "fomo.py inspect", description, WORLD)
+    out = Path(c.out or "inspect")
+    check_folder(out, "--out")
+    c, crew = resolve_for_reading(c)
+    world = load_world(c, crew)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [["dataset", "role", "split", "samples", "concepts", "captions", "broken"]]
+    faults = {}
+    held = {d.name for d in world.heldout}
+    splits = [(d.name, "ZS" if d.name in held else "KA", which, split)
+              for d in world.adaptation + world.heldout
+              for which, split in (("train", d.train), ("test", d.test))]  # fmt: skip
+    splits += [("pool", "P", "train", world.pool)] if world.pool is not None else []
+    for name, role, which, split in splits:
+        if not len(split):
+            continue
+        found = data.broken_pictures(split, c.workers)
+        faults[f"{name} {which}"] = found
+        captions = sum(1 if isinstance(one, str) else len(one) for one in split.captions)
+        concepts = len(set(split.labels.tolist()))
+        rows.append([name, role, which, *(f"{n:,}" for n in (len(split), concepts, captions)),
+                     str(len(found))])  # fmt: skip
+        data.contact_sheet(split, c.seed).save(out / f"{name}-{which}.png")
+    for found in faults.values():
+        for fault in found:
+            print(fault)
+    print(evaluate.aligned(rows))
+    write_json(out / "broken.json", faults)
+    print(f"contact sheets and broken.json in {out}")
+
+
+def convert_command(argv):
+    p = argparse.ArgumentParser("fomo.py convert", description="A checkpoint in another layout.")
+    p.add_argument("weights", help="as of --weights: a file, a folder, hf:ORG/REPO, openai:ViT-B-32")
+    p.add_argument("out", help="file, or for hf a folder; must not exist")
+    p.add_argument("--layout", required=True, choices=["open_clip", "openai", "hf"])
+    p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
+                   help="of weights that do not say it (default auto)")  # fmt: skip
+    args = p.parse_args(argv)
+    out = os.path.expanduser(args.out)
+    if os.path.exists(out):
+        raise ValueError(f"{out} exists: give another name, or remove it")
+    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[args.activation]
+    model = load_clip(os.path.expanduser(args.weights), quick_gelu, None)
+    clip.save(model, out, args.layout)
+    print(f"{args.weights} in the layout of {args.layout}: {out}")
+
+
+def resolve_for_reading(c):
+    """As resolve(), for a command that trains nothing, and needs a model for some orders alone."""
+    c = dataclasses.replace(c, model=c.model or (None if c.weights else "tiny"))
+    c.pool = c.pool or c.data
+    c, crew = resolve(c)
+    return c, crew
+
+
 COMMANDS = {
     "report": report_command, "evaluate": evaluate_command, "budget": budget_command,
-    "merge": merge_command,
+    "merge": merge_command, "convert": convert_command, "stream": stream_command,
+    "inspect": inspect_command,
 }  # fmt: skip
 FULL = "; free some space where --out or --cache lies and start the same command again"
 
@@ -1623,7 +1759,7 @@ def main(argv=None):
     except BrokenPipeError:  # who read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+    except (ValueError, OSError, MemoryError, RuntimeError, EOFError) as e:
         sentence = explain(e)
         if sentence is None:
             raise
@@ -1642,13 +1778,13 @@ def main(argv=None):
 def explain(e):
     """One sentence for an error that a user can do something about. None for a fault of ours."""
     text = str(e)
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return "the memory is full: take --micro-batch, a smaller --batch-size or --precision bf16"
+    if "DataLoader worker" in text or isinstance(e, (ConnectionError, EOFError)):  # which torch raises wherever this process is when one dies
+        return f"a process that prepares batches died ({e}): memory full? take fewer --workers"
     if isinstance(e, OSError) and e.strerror:
         place = f"{e.filename}: " if e.filename else ""
         return f"{place}{e.strerror}{FULL if e.errno == errno.ENOSPC else ''}"
-    if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return "the memory is full: take --micro-batch, a smaller --batch-size or --precision bf16"
-    if "DataLoader worker" in text:  # which torch raises wherever this process is when one dies
-        return f"a process that prepares batches died ({e}): memory full? take fewer --workers"
     if dist.is_initialized() and isinstance(e, RuntimeError):
         return f"another process of this run has ended; it says why ({text.splitlines()[0][:120]})"
     return text if isinstance(e, (ValueError, OSError)) else None
