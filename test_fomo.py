@@ -7148,6 +7148,47 @@ def test_run_resumed_after_a_task_ends_in_identical_bits(name):
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
+def test_run_resumed_within_a_task_ends_in_identical_bits(name):
+    """Task 2 of 2, cut after its second step of five; the optimizer is saved with the rest."""
+
+    def steps(method, model, optimizer, first, last):
+        for step in range(first, last):
+            (methods_loss(model, methods_batch(step)) + method.penalty(model)).backward()
+            method.after_backward(model, 1e-3)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def begun():
+        model = methods_model()
+        method = methods_ready(name, model)
+        return model, method
+
+    model, method = begun()
+    methods_train(method, model, 0, methods_batch(1))
+    optimizer = method.optimizer(model, lr=1e-3)
+    method.before_task(model, 1)
+    steps(method, model, optimizer, 0, 2)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), method.state(), optimizer.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    steps(method, model, optimizer, 2, 5)
+    method.after_task(model, [(methods_batch(9), 8)], methods_loss)
+
+    again, other = begun()
+    again.load_state_dict(saved[0])
+    other.load_state(saved[1])
+    second = other.optimizer(again, lr=1e-3)
+    second.load_state_dict(saved[2])
+    steps(other, again, second, 2, 5)
+    other.after_task(again, [(methods_batch(9), 8)], methods_loss)
+    same = again.state_dict()
+    assert all(torch.equal(t, same[n]) for n, t in model.state_dict().items())
+    for key, tensors in method.state().items():
+        assert tensors and all(torch.equal(t, other.state()[key][n]) for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_plain_weights_are_detached_copies(name):
     model = methods_model()
     method = methods_ready(name, model)
@@ -7166,11 +7207,24 @@ def test_a_penalty_that_nothing_has_earned_yet_is_zero():
         assert method.penalty(model) == 0
 
 
+def test_options_that_a_method_uses_are_those_that_it_has_a_default_for():
+    adapter = ("rank", "scale", "seed")
+    expected = {name: adapter for name in METHODS_ADAPTERS} | {
+        "galore": ("rank", "scale", "gap"), "ewc": ("ewc_lambda", "ewc_gamma", "fisher_samples"),
+        "si": ("si_c", "si_xi"),
+    }  # fmt: skip
+    assert {n: methods.used(n) for n in methods.METHODS if methods.used(n)} == expected
+    for name, kind in methods.METHODS.items():
+        defaults = {option: getattr(kind, option) for option in methods.used(name)}
+        methods.METHODS[name](**defaults)  # they lie within their own limits
+
+
 def test_options_are_one_flat_set_and_are_checked():
     galore, lora = (
         methods.METHODS[n](rank=None, scale=None, si_c=1, seed=2) for n in ("galore", "lora")
     )
     assert (galore.rank, galore.scale, lora.rank, lora.scale) == (16, 2.0, 4, 1.0)
+    assert methods.METHODS["lora"](rank=64).rank == 64 and lora.rank == 4
     with pytest.raises(TypeError, match="no option 'rnk'; they have rank, scale"):
         methods.Method(rnk=4)
     for wrong in ({"rank": 4.0}, {"gap": "200"}, {"seed": True}):
@@ -7400,6 +7454,30 @@ def test_random_matrices_are_kaiming_uniform():
         assert torch.equal(one, same) and not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-30, 1e-25, 1e-20, 1.0, 1e15, 1e25])
+def test_dora_of_rows_of_any_size_is_float64s(size):
+    """Squares of entries below about 1e-22 are 0 in float32, above 1e19 infinite."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 4, bias=False)
+    with torch.no_grad():
+        linear.weight[1] *= size
+    weight = linear.weight.detach().clone()
+    _, adapter = methods_on_linear("dora", linear, rank=2)
+    assert torch.equal(linear.weight, weight)
+    norms = weight.double().norm(dim=1)
+    assert torch.allclose(adapter.m.double(), norms, rtol=1e-6, atol=1e-45)
+    with torch.no_grad():
+        adapter.B[0, ::2] += 0.3  # rows 0 and 2 learn, 1 stays at its size
+        adapter.m *= 1.5
+    v = (weight + (adapter.B @ adapter.A)[0]).double()
+    expected = adapter.m.double()[:, None] * v / v.norm(dim=1, keepdim=True)
+    got = linear.weight.double()
+    if size > 1e-38:  # below, a number of float32 has few bits
+        assert torch.allclose(got, expected, rtol=1e-5, atol=0)
+    linear.weight.square().sum().sqrt().backward()
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+
+
 def test_dora_keeps_a_row_of_zeros_finite():
     linear = nn.Linear(4, 3)
     with torch.no_grad():
@@ -7499,6 +7577,53 @@ def test_ewc_stops_at_its_number_of_samples_and_needs_one_batch():
             )
     with pytest.raises(ValueError, match="none has a finite"):
         sizes(24, 0)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_ewc_takes_a_loss_that_has_run_its_backward(scattered):
+    """As clip.backward does: gradients are in grad, the loss is detached. scattered: in two halves."""
+    batches = [(methods_regression(i), 8) for i in range(3)]
+
+    def ran(model, batch):
+        assert all(p.grad is None for p in model.parameters())
+        loss = methods_mse(model, batch)
+        if scattered:
+            (0.25 * loss).backward()
+            (0.75 * methods_mse(model, batch)).backward()
+        else:
+            loss.backward()
+        return loss.detach()
+
+    fishers = []
+    for loss in (methods_mse, ran):
+        model = methods_net()
+        method = methods_ready("ewc", model)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 7.0)  # left over from somebody
+        method.after_task(model, batches, loss)
+        assert all(p.grad is None for p in model.parameters())
+        fishers.append(method.fisher)
+    for name, fisher in fishers[0].items():
+        assert fisher.any() and torch.allclose(fisher, fishers[1][name], rtol=1e-12, atol=0)
+
+
+def test_ewc_refuses_a_loss_that_leaves_no_gradient():
+    model = methods_net()
+    method = methods_ready("ewc", model)
+    with pytest.raises(ValueError, match="none has a finite gradient"):
+        method.after_task(
+            model, [(methods_regression(0), 8)], lambda m, b: methods_mse(m, b).detach()
+        )
+
+
+def test_ewc_takes_a_model_whose_loss_does_not_reach_every_weight():
+    model = methods_net()
+    model.append(nn.Linear(3, 1).double())
+    method = methods_ready("ewc", model)
+    method.after_task(
+        model, [(methods_regression(0), 8)], lambda m, b: (m[:3](b[0]) - b[1]).square().mean()
+    )
+    assert method.fisher["0.weight"].any() and not method.fisher["3.weight"].any()
 
 
 def test_ewc_under_float16_loses_no_small_gradient_and_leaves_out_those_that_overflow():
@@ -7774,6 +7899,22 @@ def test_rates_never_leave_zero_to_peak_for_any_length_and_shares():
             for steps, task in [(s, t) for s in (1, 2, 3, 9, 10, 11, 37) for t in (0, 1, 2, 19)]:
                 for n in range(steps):
                     assert 0 <= methods.learning_rate(n, steps, task, 0.3, schedule, *args) <= 0.3
+
+
+def test_no_schedule_rests_a_whole_task():
+    shares = (0.0, 0.1, 0.5, 1.0)
+    for schedule, metas in methods.SCHEDULES.items():
+        for meta, w, c in itertools.product(metas, shares, shares):
+            for steps, task in itertools.product((1, 2, 3, 4, 10, 11), (0, 1, 2, 7, 19)):
+                rates = [methods.learning_rate(n, steps, task, 1.0, schedule, meta, w, c, floor=0.0)
+                         for n in range(steps)]  # fmt: skip
+                assert max(rates) > 1e-4, (schedule, meta, w, c, steps, task)
+
+
+def test_recovered_s_warm_up_ends_on_its_curve():
+    rate = functools.partial(methods.learning_rate, steps=100, task=1, lr=1.0, floor=0.0)
+    before, after = (rate(n, schedule="rsqrt", meta="recovered") for n in (9, 10))
+    assert before == pytest.approx(after) == pytest.approx(1 / 3)  # sqrt(10 / 90)
 
 
 def test_a_task_of_one_step_trains_under_cosine_and_its_warm_up_is_whole():
