@@ -44,15 +44,10 @@ FIELDS = (
     "vision_mlp", "context_length", "vocab_size", "text_width", "text_layers", "text_heads",
     "text_mlp", "quick_gelu",
 )  # fmt: skip
-PRECISIONS = {
-    "fp32": 4,
-    "bf16": 2,
-    "fp16": 2,
-}  # bytes of what a matmul reads and writes; weights are always fp32
-GAP, FISHER_SAMPLES = (
-    200,
-    50_000,
-)  # GaLore's steps between two projections; EWC's samples a task (app. C)
+# bytes of what a matmul reads and writes; weights are always fp32
+PRECISIONS = {"fp32": 4, "bf16": 2, "fp16": 2}
+GAP = 200  # GaLore's steps between two projections
+FISHER_SAMPLES = 50_000  # EWC's, a task (app. C)
 TASKS = (20, 50, 100, 200)  # lengths of stream that the paper budgets
 LOSS_TRANSIENT = 8  # bytes a logit that its backward needs at once beside what the forward kept
 
@@ -109,8 +104,8 @@ PAPER = {
     ("si", 0): (63394.7585, 46.6523, 1418),
     ("ewc", 0): (6276081.094, 47.2, 14),
 }
-# Why our GFLOPs or steps are not theirs, where they are not. (LoRA's .2515 is our .2516: they average
-# three counts that were rounded to four digits, 54479.251599999996 in floating point, and cut.)
+# Why our GFLOPs or steps are not theirs, where they are not. (LoRA's .2515 is our .2516: they
+# average three counts that were rounded to four digits, 54479.251599999996 as floats, and cut.)
 WHY = {
     "dora": "theirs forms B @ A twice",
     "vera": "theirs multiplies by diagonal matrices in full",
@@ -212,9 +207,10 @@ def check(config, batch_size, method, rank=0):
         )
     recipe = METHODS[method]
     width = min(vision.width, text.width)
-    rank = (
-        (rank or recipe.rank) if recipe.rank else 0
-    )  # a rank means nothing to a method that has none
+    if not recipe.rank:  # a rank means nothing to a method that has none
+        rank = 0
+    elif rank == 0:
+        rank = recipe.rank
     if rank > width:
         limit = f"the model's smallest width, {width}"
         raise ValueError(f"rank {rank} is above {limit}: {method} would not be low-rank")
@@ -237,8 +233,9 @@ def flops(config, batch_size, method="finetune", rank=0, gap=GAP, micro_batch=No
     """Where the FLOPs of one optimizer step go: a list of rows, a row a kind of matmul, as dicts of
     tower, blocks ("0" or "1-11" or ""), matmul, times, how many such there are, and of one of them
     forward; again, the second forward of micro-batches; to_weight, the gradient of the weight;
-    to_input, the gradient of the input; update, projections and SVD. total is of all. Block 0 stands
-    apart: with adapters nothing trains before its in_proj, whose input then needs no gradient."""
+    to_input, the gradient of the input; update, projections and SVD. total is of all. Block 0
+    stands apart: with adapters nothing trains before its in_proj, whose input then needs no
+    gradient."""
     recipe, rank, vision, text = check(config, batch_size, method, rank)
     if not isinstance(gap, int) or gap < 1:
         raise ValueError(
@@ -254,36 +251,17 @@ def flops(config, batch_size, method="finetune", rank=0, gap=GAP, micro_batch=No
             )
             rows.append(row(tower.name, "", "galore", 1, 0, update=update))
     product = 2 * batch_size**2 * config.embed_dim
-    rows.append(
-        row(
-            "loss",
-            "",
-            "logits",
-            1,
-            product,
-            to_input=product * (bool(recipe.vision) + bool(recipe.text)),
-        )
-    )
+    needed = product * (bool(recipe.vision) + bool(recipe.text))
+    rows.append(row("loss", "", "logits", 1, product, to_input=needed))
     return [r for r in rows if r["times"]]
 
 
 def row(tower, blocks, matmul, times, forward, to_weight=0, to_input=0, update=0, again=0):
-    costs = {
-        "forward": forward,
-        "again": again,
-        "to_weight": to_weight,
-        "to_input": to_input,
-        "update": update,
-    }
+    costs = {"forward": forward, "again": again, "to_weight": to_weight, "to_input": to_input}
+    costs["update"] = update
     total = times * sum(costs.values())
-    return {
-        "tower": tower,
-        "blocks": blocks,
-        "matmul": matmul,
-        "times": times,
-        **costs,
-        "total": total,
-    }
+    place = {"tower": tower, "blocks": blocks, "matmul": matmul, "times": times}
+    return {**place, **costs, "total": total}
 
 
 def tower_flops(tower, trains, batch_size, embed_dim, rank, count):
@@ -309,13 +287,10 @@ def tower_flops(tower, trains, batch_size, embed_dim, rank, count):
             adapted = adapters and matmul in ("in_proj", "c_proj")
             behind = bool(trains) and not (adapters and matmul == "in_proj" and blocks == "0")
             add(blocks, matmul, times, cost, (everything or adapted) * cost, behind * cost)
-        product = (
-            2 * tokens * tower.tokens * tower.width
-        )  # q k^T; and as much for its product with v
+        # q k^T; and as much for its product with v
+        product = 2 * tokens * tower.tokens * tower.width
         add(blocks, "attention", times, 2 * product, 0, bool(trains) * 5 * product)
-        if (
-            adapters
-        ):  # W + B A, materialised once a forward, so once a piece; gradients of B and of A
+        if adapters:  # B A, formed once a forward, so once a piece; gradients of B and of A
             cost = count * sum(2 * rank * i * o for o, i in tower.adapted())
             add(blocks, "adapter B A", times, cost, 2 * cost)
     cost = 2 * batch_size * tower.width * embed_dim
@@ -342,11 +317,9 @@ def task_flops(config, batch_size, method="finetune", fisher_samples=FISHER_SAMP
     check(config, batch_size, method)
     if fisher_samples < 0:
         raise ValueError(f"the Fisher pass cannot see {fisher_samples} samples")
-    return (
-        math.ceil(fisher_samples / batch_size) * step_flops(config, batch_size, method)
-        if method == "ewc"
-        else 0
-    )
+    if method != "ewc":
+        return 0
+    return math.ceil(fisher_samples / batch_size) * step_flops(config, batch_size, method)
 
 
 def forward_flops(config):
@@ -370,9 +343,8 @@ def trained_parameters(config, method="finetune", rank=0):
     """How many parameters the optimizer holds."""
     recipe, rank, vision, text = check(config, 1, method, rank)
     in_vision = tower_trained(vision, recipe.vision, config.embed_dim, method, rank)
-    return (
-        in_vision + tower_trained(text, recipe.text, config.embed_dim, method, rank) + recipe.scale
-    )
+    in_text = tower_trained(text, recipe.text, config.embed_dim, method, rank)
+    return in_vision + in_text + recipe.scale
 
 
 def tower_trained(tower, trains, embed_dim, method, rank):
@@ -381,11 +353,10 @@ def tower_trained(tower, trains, embed_dim, method, rank):
         # A [r, in] and B [out, r]; DoRA has a magnitude a row; VeRA trains d [r] and b [out] alone
         block = 0
         for rows, columns in tower.adapted():
-            block += (
-                rank + rows
-                if method == "vera"
-                else rank * (rows + columns) + rows * (method == "dora")
-            )
+            if method == "vera":
+                block += rank + rows
+            else:
+                block += rank * (rows + columns) + rows * (method == "dora")
         return tower.layers * block
     counts = tower.parameters(embed_dim)
     kinds = {
@@ -400,11 +371,8 @@ def tower_trained(tower, trains, embed_dim, method, rank):
 def frozen_factors(config, method, rank):
     """Floats of VeRA's random A and B, one pair for all layers of a shape."""
     _, rank, vision, text = check(config, 1, method, rank)
-    return (
-        sum(rank * (r + c) for r, c in {*vision.adapted(), *text.adapted()})
-        if method == "vera"
-        else 0
-    )
+    shapes = {*vision.adapted(), *text.adapted()} if method == "vera" else ()
+    return sum(rank * (rows + columns) for rows, columns in shapes)
 
 
 def kept(config, batch_size, method="finetune", precision="bf16", rank=0, micro_batch=None):
@@ -435,29 +403,24 @@ def tower_kept(config, tower, trains, batch_size, method, rank, size):
     w = tower.width
     m = tower.mlp
     deep = tower.layers
-    # ln_1 and ln_2, and of images ln_pre and ln_post, of texts ln_final. With adapters nothing trains
-    # before the first in_proj, so ln_pre and the first ln_1 keep nothing. ln_post keeps all tokens,
-    # but statistics of the class token
+    # ln_1 and ln_2, and of images ln_pre and ln_post, of texts ln_final. With adapters nothing
+    # trains before the first in_proj, so ln_pre and the first ln_1 keep nothing. ln_post keeps all
+    # tokens, but statistics of the class token
     norms = 2 * deep + (1 + image if not adapters else 0)
-    linear = (
-        deep * t * (2 * w * everything + w * adapters + m * (everything or adapters))
-        + batch_size * w * everything
-    )
-    pixels = (
-        3 * config.image_size**2 * batch_size * (image and everything and size == 2)
-    )  # in fp32 the input itself
-    ends = (
-        0 if image else 16 * batch_size
-    )  # where the texts' features are read: two indices of 8 bytes
+    linear = deep * t * (2 * w * everything + w * adapters + m * (everything or adapters))
+    linear += batch_size * w * everything
+    if image and everything and size == 2:  # in fp32 it is the input itself
+        linear += batch_size * 3 * config.image_size**2
+    # before normalising, and their norms; of texts, two indices of 8 bytes of where they are read
+    features = batch_size * (size * config.embed_dim + (8 if image else 24))
     total = {
         "LayerNorm inputs": norms * t * (4 * w + 8) - 8 * (t - batch_size) * image,
-        "linear inputs": size * (linear + pixels),
+        "linear inputs": size * linear,
         "attention": deep * t * (size * 4 * w + 4 * tower.heads),
         "GELU inputs": size * deep * t * m * (2 if config.quick_gelu else 1),
         "adapters": adapters * deep * adapter_bytes(tower, method, rank),
         "weight copies": copies_bytes(tower, trains, config.embed_dim, size),
-        "features": batch_size * (size * config.embed_dim + 8)
-        + ends,  # before normalising, and their norms
+        "features": features,
     }
     return total if trains else dict.fromkeys(total, 0)
 
@@ -488,11 +451,8 @@ def loss_bytes(recipe, batch_size, embed_dim):
     """A tower's features where the other one trains, the logits before their scale, both softmaxes,
     the targets."""
     trained = bool(recipe.vision) + bool(recipe.text)
-    return (
-        4 * batch_size * (trained * embed_dim + (2 + recipe.scale) * batch_size)
-        + 8 * batch_size
-        + 12
-    )
+    numbers = trained * embed_dim + (2 + recipe.scale) * batch_size  # a sample
+    return batch_size * (4 * numbers + 8) + 12
 
 
 def moment_bytes(config, method, rank):
@@ -534,9 +494,7 @@ def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micr
     of_images = tower_kept(config, vision, recipe.vision, piece, method, rank, size)
     of_texts = tower_kept(config, text, recipe.text, piece, method, rank, size)
     image_gradients = 4 * tower_trained(vision, recipe.vision, config.embed_dim, method, rank)
-    features = (
-        4 * batch_size * config.embed_dim * (2 + bool(recipe.vision) + bool(recipe.text))
-    )  # and gradients
+    features = 4 * batch_size * config.embed_dim * (2 + bool(recipe.vision) + bool(recipe.text))
     at_loss = dict(nothing) if count > 1 else nothing | all_kept
     at_loss |= {"loss": all_kept["loss"], "transient": LOSS_TRANSIENT * batch_size**2}
     at_images = nothing | (of_images if count > 1 else all_kept)
@@ -547,12 +505,10 @@ def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micr
     if count > 1:
         at_texts["gradients"] = 4 * trained
     at_update = nothing | {"gradients": 4 * trained * (1 + recipe.penalty)}
-    at_update["transient"] = (
-        4 * text.table * text.width * recipe.penalty
-    )  # its largest tensor's change
-    return always | max(
-        (at_loss, at_images, at_texts, at_update), key=lambda parts: sum(parts.values())
-    )
+    # theta - anchor of the largest tensor
+    at_update["transient"] = 4 * text.table * text.width * recipe.penalty
+    moments = (at_loss, at_images, at_texts, at_update)
+    return always | max(moments, key=lambda parts: sum(parts.values()))
 
 
 def transient(tower, trains, batch_size, size):
@@ -578,11 +534,9 @@ def mafs(
 ):
     """GFLOPs of a step times the method's memory relative to full finetuning's (1); `memory_ratio`
     takes a measured or published ratio in place of ours."""
-    ratio = (
-        memory_multiplier(config, batch_size, method, rank, precision)
-        if memory_ratio is None
-        else memory_ratio
-    )
+    ratio = memory_ratio
+    if ratio is None:
+        ratio = memory_multiplier(config, batch_size, method, rank, precision)
     if not ratio > 0:
         raise ValueError(f"a ratio of two memories is above 0, not {ratio!r}")
     return step_flops(config, batch_size, method, rank, gap) / 1e9 * ratio
@@ -604,8 +558,8 @@ def steps_per_task(total_gflops, tasks, maf_gflops, task_maf_gflops=0.0):
     if steps < 1:
         raise ValueError(
             f"a budget of {total_gflops:g} GFLOPs does not reach one step in each of {tasks} tasks:"
-            f" a task costs {task_maf_gflops + maf_gflops:g} and has {total_gflops / tasks:g}; raise"
-            " the budget or take fewer tasks"
+            f" a task costs {task_maf_gflops + maf_gflops:g} and has {total_gflops / tasks:g};"
+            " raise the budget or take fewer tasks"
         )
     return steps
 
@@ -619,20 +573,13 @@ def default_budget(config):
 
 
 def steps(
-    config,
-    batch_size,
-    method,
-    tasks,
-    total_gflops=None,
-    rank=0,
-    precision="bf16",
-    memory_ratio=None,
-):
+    config, batch_size, method, tasks, total_gflops=None, rank=0, precision="bf16",
+    memory_ratio=None
+):  # fmt: skip
     """Steps a task of `method` within a budget, the config's default if not given."""
     maf = mafs(config, batch_size, method, rank, precision, memory_ratio)
-    once = (
-        maf * task_flops(config, batch_size, method) / step_flops(config, batch_size, method, rank)
-    )
+    step = step_flops(config, batch_size, method, rank)
+    once = maf * task_flops(config, batch_size, method) / step
     total = default_budget(config) if total_gflops is None else total_gflops
     return steps_per_task(total, tasks, maf, once)
 
@@ -647,10 +594,9 @@ def table(config, batch_size, rank=0, precision="bf16", total_gflops=None, tasks
         limits = "a budget is above 0 GFLOPs and finite, for one task or more"
         raise ValueError(f"{limits}, not {total} for {[*tasks]}")
     published = sum(forward_flops(config)) == next(iter(BUDGETS)) and batch_size == PAPER_BATCH
-    setups = [
-        (name, name, (rank or recipe.rank) if recipe.rank else 0)
-        for name, recipe in METHODS.items()
-    ]
+    setups = []
+    for name, recipe in METHODS.items():
+        setups.append((name, name, (rank or recipe.rank) if recipe.rank else 0))
     if published and not rank:
         setups += [(f"{name} r{r}", name, r) for name, r in PAPER if r != METHODS[name].rank]
     rows = []
@@ -710,9 +656,7 @@ def table_text(rows):
             why = f"; {paper['why']}" if paper["why"] else ""
             ours = f"({paper['steps_of_ours']} with our FLOPs{why})"
             lines.append(f"{'  paper':13}{numbers(paper)}{paper['steps']:>8}   {ours}")
-    lines.append(
-        "steps a task for streams of T tasks; samples in all at the first T; memory: of finetune's"
-    )
+    lines.append("steps a task, for T tasks; samples in all at the first T; memory: of finetune's")
     return "\n".join(lines)
 
 
@@ -723,20 +667,11 @@ def numbers(r):
 def explain_text(rows, parts, once):
     """Where one step goes: rows of flops(), parts of memory(), and task_flops()."""
     total = sum(r["total"] for r in rows)
-    heads = (
-        ("times", 6),
-        ("forward", 13),
-        ("again", 13),
-        ("to weight", 13),
-        ("to input", 13),
-        ("update", 11),
-        ("share", 8),
-    )
+    names = ("forward", "again", "to weight", "to input")
+    heads = [("times", 6), *((name, 13) for name in names), ("update", 11), ("share", 8)]
     lines = [f"{'GFLOPs of one':31}" + "".join(f"{head:>{width}}" for head, width in heads)]
     for r in rows:
-        cells = "".join(
-            f"{r[k] / 1e9:13.4f}" for k in ("forward", "again", "to_weight", "to_input")
-        )
+        cells = "".join(f"{r[name.replace(' ', '_')] / 1e9:13.4f}" for name in names)
         name = f"{r['tower']:8}{r['blocks']:7}{r['matmul']:16}{r['times']:>6}"
         lines.append(f"{name}{cells}{r['update'] / 1e9:11.4f}{r['total'] / total:8.2%}")
     lines.append(f"{'one step':31}{'':58}{total / 1e9:11.4f} GFLOPs")
@@ -744,9 +679,7 @@ def explain_text(rows, parts, once):
         lines.append(f"{'once a task':31}{'':58}{once / 1e9:11.4f} GFLOPs")
     peak = sum(parts.values())
     lines += ["", f"{'MiB at the peak':31}"]
-    lines += [
-        f"{part:31}{count / 2**20:12.1f}{count / peak:8.2%}"
-        for part, count in parts.items()
-        if count
-    ]
+    for part, count in parts.items():
+        if count:
+            lines.append(f"{part:31}{count / 2**20:12.1f}{count / peak:8.2%}")
     return "\n".join([*lines, f"{'in all':31}{peak / 2**20:12.1f}"])
