@@ -385,9 +385,11 @@ def refuse_unused(c, given):
             raise ValueError(f"{flag(name)} does nothing here: {reasons[name]}")
 
 
-def resolve(config):
+def resolve(config, trains=True):
     """-> (Config with nothing left open, Crew). ValueError where options do not go together."""
     c = dataclasses.replace(config)
+    if not trains and c.weights is None:
+        c.model = "tiny"  # nothing is asked of it
     if c.model is None and c.weights is None and not c.data:
         c.model = "tiny"
     if c.model is None and c.weights is None:
@@ -396,7 +398,7 @@ def resolve(config):
     if c.weights is None and c.model != "tiny":
         raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or --model"
                          " tiny")
-    if c.weights is None and c.data and not c.pool:
+    if trains and c.weights is None and c.data and not c.pool:
         raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
                          " that are it")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
@@ -1627,14 +1629,14 @@ def merge_command(argv):
     check_file(out)
     paths = [clip.fetch(os.path.expanduser(path)) for path in (base, *experts)]
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[activation]
-    metadata = clip.agree(paths, quick_gelu)
+    known = clip.agree(paths, quick_gelu)  # what load needs to know of the result
     files = [clip.read_tensors(path) for path in paths]
-    if any(set(f) != set(files[0]) for f in files):  # different layouts, or different models, which merge() then names
-        files = [clip.openai_names(f) for f in files]
+    metadata = {"format": "pt"} | files[0].metadata | known
+    files = [clip.openai_names(f) for f in files]  # whatever their layouts
     began, readings = time.time(), {"ties": 3 if "whole" in options else 1, "tall-mask": 2}.get(technique, 1)
     with Lines(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
         merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
-    clip.write_tensors(merged, out, {"format": "pt"} | files[0].metadata | metadata)
+    clip.write_tensors(merged, out, metadata)
     plural = "s" * (len(experts) > 1)
     print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out} ({time.time() - began:.1f} s)")
 
@@ -1666,7 +1668,7 @@ def stream_command(argv):
     c = parse(argv, "fomo.py stream", description, (*WORLD, "order", "reverse"))
     out = c.out or "stream.json"
     check_file(out, c.data)
-    c, crew = resolve_for_reading(c)
+    c, crew = resolve(c, trains=False)
     learner = load_learner(c, crew, load_world(c, crew))
     stream = load_stream(learner)
     data.write_stream(stream, out)
@@ -1680,7 +1682,7 @@ def inspect_command(argv):
     c = parse(argv, "fomo.py inspect", description, WORLD)
     out = Path(c.out or "inspect")
     check_folder(out, "--out")
-    c, crew = resolve_for_reading(c)
+    c, crew = resolve(c, trains=False)
     world = load_world(c, crew)
     out.mkdir(parents=True, exist_ok=True)
     rows = [["dataset", "role", "split", "samples", "concepts", "captions", "broken"]]
@@ -1723,14 +1725,6 @@ def convert_command(argv):
     model = load_clip(os.path.expanduser(args.weights), quick_gelu, None)
     clip.save(model, out, args.layout)
     print(f"{args.weights} in the layout of {args.layout}: {out}")
-
-
-def resolve_for_reading(c):
-    """As resolve(), for a command that trains nothing, and needs a model for some orders alone."""
-    c = dataclasses.replace(c, model=c.model or (None if c.weights else "tiny"))
-    c.pool = c.pool or c.data
-    c, crew = resolve(c)
-    return c, crew
 
 
 COMMANDS = {
