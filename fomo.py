@@ -1634,7 +1634,8 @@ def merge_command(argv):
     metadata = {"format": "pt"} | files[0].metadata | known
     files = [clip.openai_names(f) for f in files]  # whatever their layouts
     began, readings = time.time(), {"ties": 3 if "whole" in options else 1, "tall-mask": 2}.get(technique, 1)
-    with Lines(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
+    total = len(files[0]) * len(experts) * readings
+    with tqdm(desc=technique, total=total, unit=" tensors", leave=False, disable=None) as bar:
         merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
     clip.write_tensors(merged, out, metadata)
     plural = "s" * (len(experts) > 1)
