@@ -1,29 +1,46 @@
-"""Weight merging, at once or over time: many experts of one base model become one model, without training.
+"""Weight merging, at once or over time: many experts of one base become one, without training.
 
-Continual pretraining (Roth et al. 2024, arXiv 2408.14471) and TIME (Dziadzio et al. 2024, arXiv 2412.06712); the
-techniques' own papers stand at their functions. This file needs torch only; copy it:
+Continual pretraining (Roth et al. 2024, arXiv 2408.14471) and TIME (Dziadzio et al. 2024, arXiv
+2412.06712); the techniques' own papers stand at their functions. This file needs torch only; copy
+it:
 
     import merge, torch
     base = {"w": torch.zeros(4)}
-    experts = [{"w": torch.tensor([1.0, 2.0, 0.1, 3.0])}, {"w": torch.tensor([2.0, -1.0, 0.2, 1.0])}]
-    merge.merge("ties", base, experts, density=0.5)["w"]  # tensor([2., 2., 0., 3.])
+    one = {"w": torch.tensor([1.0, 2.0, 0.1, 3.0])}
+    two = {"w": torch.tensor([2.0, -1.0, 0.2, 1.0])}
+    merge.merge("ties", base, [one, two], density=0.5)["w"]  # tensor([2., 2., 0., 3.])
 
     timeline = merge.Timeline(base, **merge.TIMELINES["ema-merge"], weight=0.9)
-    for expert in experts:  # in life: model.load_state_dict(timeline.start()), train, timeline.add(model.state_dict())
+    for expert in (one, two):  # in life: load timeline.start(), train, add(model.state_dict())
         timeline.add(expert)
-    timeline.deploy()["w"]  # 0.9 * (0.9 * base + 0.1 * experts[0]) + 0.1 * experts[1]
+    timeline.deploy()["w"]  # 0.9 * (0.9 * base + 0.1 * one) + 0.1 * two
 
-Base and experts are mappings from name to tensor, dicts or lazily read files; none is written or aliased. theta_0 is
-the base, theta_i an expert, tau_i = theta_i - theta_0 its task vector.
+Base and experts are mappings from name to tensor, dicts or lazily read files; none is written or
+aliased. theta_0 is the base, theta_i an expert, tau_i = theta_i - theta_0 its task vector.
 
-Memory: the result and, of one tensor, the base, one expert and a few sums. Experts are streamed, as twenty token
-embeddings outweigh a ViT-B-16; the largest tensors go first, while the result is empty; pieces fit the cache.
+A technique's name stands for several versions of it. These options give
+
+             the paper's               the authors' of TIME                  mergekit's
+ties         density=.2 whole          density=.2 whole scale=.3             (default)
+dare         (default)                 drop=.7 elect                         elect (dare_ties)
+breadcrumbs  (default)                 bottom=.7 elect whole                 elect (.._ties)
+lines        scale=1                   lines in place of scale               -
+model-stock  (default)                 no clamp of negative cosines          (default)
+tall-mask    strictness tuned a task   agree=2                               -
+
+TIME's yaml *prunes* .8, which is our density .2; the defaults of its code prune .2 offline and .7
+over time. Its scalars (logit_scale) go with the vector; ours: see merge().
+
+Memory: the result and, of one tensor, the base, one expert and a few sums. Experts are streamed,
+as twenty token embeddings outweigh a ViT-B-16; the largest tensors go first, while the result is
+empty; pieces fit the cache.
 """
 
 import hashlib
 import inspect
 import math
 import re
+from typing import NamedTuple
 
 import torch
 
@@ -31,62 +48,384 @@ PIECE = 2**18  # entries worked on at a time: 1 MB in float32
 ONCE = 2**16  # entries read at a time, where every entry is used once
 
 
-# --------------------------------------------------------------------------------------------------------- merging
+# ----------------------------------------------------------------------------------------- merging
 
 
 @torch.no_grad()
 def merge(technique, base, experts, weights=None, **options):
     """-> dict of new tensors with the base's names, shapes, dtypes and devices.
 
-    weights: a number per expert. linear, slerp and random average: theirs sum to one, default 1/k each. For
-    task-arithmetic, ties, dare and breadcrumbs they multiply the task vectors, default 1 each. The others take none.
-    options: the technique's own and, for all but linear and slerp, scale, the factor on the merged task vector, and
-    lines = (alpha, beta, "linear" | "quadratic" | "sqrt"), LiNeS' factor per layer on top of it.
-    Computed in float32 (float64 for a float64 base). Tensors of one entry, such as logit_scale, have no direction: they
-    are averaged, whatever the technique. Integer tensors are the base's.
-    Raises ValueError where names, shapes, weights or options do not fit."""
+    weights: a number per expert. linear, slerp and random average: theirs sum to one, default 1/k
+    each. For task-arithmetic, ties, dare and breadcrumbs they multiply the task vectors, default 1
+    each. The others take none.
+    options: see OPTIONS and used(technique).
+    Computed in float32 (float64 for a float64 base). A tensor of one entry, such as logit_scale,
+    has no direction: but for linear and task-arithmetic, its task vector is the weighted mean of
+    the experts'. Integer tensors are the base's.
+    Raises ValueError where names, shapes, weights or options do not fit, and where an input or the
+    result is not finite."""
     if hasattr(experts, "keys"):
         raise ValueError("experts is a list of mappings, even of one; got a mapping")
-    experts, options = list(experts), dict(options)
+    experts = list(experts)
     check_options(technique, options)
+    options = {name: OPTIONS[name].default for name in used(technique)} | options
     weights = _check_weights(technique, weights, len(experts))
     for i, expert in enumerate(experts):
         _check_names(base, expert, f"expert {i}")
-    tensors = {name: Vectors(name, base, experts) for name in base}
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].n))  # the largest first
-    scale, lines = options.pop("scale", 1.0), options.pop("lines", None)
+    tensors = [Vectors(name, base, experts) for name in base]
+    tensors.sort(key=lambda v: -v.n)  # the largest first
+    scale = options.pop("scale", 1.0)
+    lines = options.pop("lines", None)
     layers = layer_scales(base, *lines) if lines else {}
     if options.get("whole"):
-        vectors = [v for v in tensors.values() if v.n > 1 and v.stored.is_floating_point]
-        options["whole"] = _cuts_over_all(vectors, options.get("density", 0.2), len(experts))
+        vectors = [v for v in tensors if v.n > 1 and v.stored.is_floating_point]
+        options["whole"] = WHOLE[technique](vectors, len(experts), options)
     merged = {}
-    for name, v in tensors.items():
+    for v in tensors:
         if v.n == 0 or not v.stored.is_floating_point:
             for i in range(len(experts)):
                 v.theta(i)  # checks its shape
-            out = base[name].detach().clone()
-        elif v.n == 1:
-            shares = weights if sum(weights) > 0 and min(weights) >= 0 else [1.0] * len(weights)
-            out = linear(v, [w / sum(shares) for w in shares])
+            out = base[v.name].detach().clone()
         else:
-            out = TECHNIQUES[technique](v, weights, **options)  # [n]: theta of linear and slerp, tau of the others
+            if v.n == 1 and technique not in LINEAR:
+                out = mean_change(v, weights)  # tau
+            else:
+                out = TECHNIQUES[technique](v, weights, **options)  # [n]: theta or tau
             if technique not in THETA:
+                out.mul_(scale * layers.get(v.name, 1.0))
+            if technique not in THETA or v.n == 1 and technique not in LINEAR:
                 for part, theta_0 in v.base():
-                    out[part].mul_(scale * layers.get(name, 1.0)).add_(theta_0)  # theta_0 + s tau
-        merged[name] = out.to(v.stored).reshape(v.shape)
+                    out[part].add_(theta_0)
+        merged[v.name] = out.to(v.stored).reshape(v.shape)
+        _check_finite(merged[v.name], v.name, "the result: take a smaller scale or weights")
         v.close()
     return {name: merged[name] for name in base}
 
 
+class Option(NamedTuple):
+    kind: type
+    default: object
+    fits: object  # value -> bool
+    limits: str  # the same in words
+    help: str
+
+
+def _share(x):
+    return 0 <= x < 1
+
+
+def _flag(x):
+    return isinstance(x, bool)
+
+
+def _line(x):
+    return x is None or len(x) == 3 and all(map(math.isfinite, x[:2])) and x[2] in CURVES
+
+
+OPTIONS = {  # every option of every technique
+    "scale": Option(float, 1.0, lambda x: abs(x) < math.inf, "a finite number",
+                    "factor on the merged task vector"),
+    "lines": Option(tuple, None, _line, "(alpha, beta, linear | quadratic | sqrt)",
+                    "LiNeS, a second factor, for each layer: alpha + beta f(its depth)"),
+    "density": Option(float, 0.2, lambda x: 0 < x <= 1, "in (0, 1]",
+                      "share of each task vector that is kept"),
+    "whole": Option(bool, False, _flag, "true or false",
+                    "the shares are of all tensors together, not of each"),
+    "elect": Option(bool, False, _flag, "true or false", "elect signs as ties does"),
+    "function": Option(str, "mean", lambda x: x in ("mean", "sum", "max"), "mean, sum or max",
+                       "of the entries of the elected sign"),
+    "drop": Option(float, 0.9, _share, "in [0, 1)", "probability of dropping an entry"),
+    "top": Option(float, 0.01, _share, "in [0, 1)", "share of largest entries that is dropped"),
+    "bottom": Option(float, 0.85, _share, "in [0, 1)", "share of smallest entries that is dropped"),
+    "strictness": Option(float, 0.4, lambda x: 0 <= x < math.inf, "0 or more",
+                         "lambda, how much of the sum an expert must make up"),
+    "agree": Option(int, 2, lambda x: x >= 1 and x == int(x), "a whole number from 1",
+                    "experts that must need an entry"),
+    "seed": Option(int, 0, lambda x: isinstance(x, (int, str)), "a whole number or a text",
+                   "of the random masks"),
+}  # fmt: skip
+
+
+def used(technique):
+    """-> names of the options that the technique uses."""
+    parameters = inspect.signature(TECHNIQUES[technique]).parameters.values()
+    own = tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)
+    return own if technique in THETA else ("scale", "lines", *own)
+
+
+# -------------------------------------------------------------------------------------- techniques
+# Each is f(v: Vectors, weights, its options) -> [n]: theta of linear and slerp, of the others tau,
+# of which merge() makes theta_0 + scale tau. The indented lines define it, everything at once: of
+# base [n], experts [k, n], tau = experts - base, and weights [k, 1].
+
+
+def linear(v, weights):
+    """sum_i w_i theta_i. Model soups, Wortsman et al. 2022, arXiv 2203.05482.
+
+        theta = (weights * experts).sum(0)
+    """
+    return _total(v, weights, v.theta_once)
+
+
+def slerp(v, weights):
+    """sin((1-t) a) / sin a theta_1 + sin(t a) / sin a theta_2: along the great circle (Shoemake
+    1985), on the unnormalised tensors, a the angle between the two, t the second one's weight.
+
+        one, two = experts
+        angle = torch.arccos(one @ two / (one.norm() * two.norm()))
+        t = weights[1]
+        theta = (torch.sin((1 - t) * angle) * one + torch.sin(t * angle) * two) / torch.sin(angle)
+
+    Linear where |cos a| > .9995. More than two are folded from the left, t_i = w_i / (w_1 + ... +
+    w_i), so their order matters."""
+    merged = v.zeros()
+    so_far = 0.0
+    for i, weight in enumerate(weights):
+        so_far += weight
+        t = weight / so_far if so_far else 0.0
+        dot = norm = norm_i = 0.0
+        for part, theta in v.theta(i):
+            dot += float(merged[part] @ theta)
+            norm += float(merged[part] @ merged[part])
+            norm_i += float(theta @ theta)
+        length = math.sqrt(norm) * math.sqrt(norm_i)
+        cosine = dot / length if length else 1.0  # the first, and zero tensors: linear
+        if abs(cosine) > 0.9995:
+            old = 1 - t
+            new = t
+        else:
+            angle = math.acos(cosine)
+            old = math.sin((1 - t) * angle) / math.sin(angle)
+            new = math.sin(t * angle) / math.sin(angle)
+        for part, theta in v.theta(i):
+            merged[part].mul_(old).add_(theta, alpha=new)
+    return merged
+
+
+def task_arithmetic(v, weights):
+    """sum_i w_i tau_i. Ilharco et al. 2022, arXiv 2212.04089.
+
+        tau = (weights * tau).sum(0)
+    """
+    return _total(v, weights, v.tau)
+
+
+def ties(v, weights, *, density, whole, function):
+    """Trim, elect, merge. Yadav et al. 2023, arXiv 2306.01708.
+
+        keep = max(1, round(density * n))
+        threshold = tau.abs().sort(dim=1, descending=True).values[:, keep - 1 : keep]
+        tau = weights * tau * (tau.abs() >= threshold)  # trim
+        sign = torch.where(tau.sum(0) >= 0, 1, -1)  # elect
+        agrees = tau * sign > 0
+        tau = (tau * agrees).sum(0) / agrees.sum(0).clamp(min=1)  # merge, here with function mean
+
+    The shares are of each tensor (default; mergekit, peft) or of all tensors together (whole; the
+    paper, its code). Exactly round(density n), at least 1, survive: of equal magnitudes at the
+    threshold the first ones, largest tensor first. (The official code keeps one more and all
+    equals.)"""
+
+    def trimmed(i):
+        (cut,) = whole[i] if whole else _cuts([v], [max(1, round(density * v.n))], [i])[0]
+        for part, tau in v.tau(i):
+            yield part, cut.trim(tau)
+
+    return _elect(v, weights, trimmed, function)
+
+
+def dare(v, weights, *, drop, elect, function, seed):
+    """Drop, rescale, so that the mean stays, and add. Yu et al. 2023, arXiv 2311.03099.
+
+        keep = torch.rand(tau.shape, generator=generator) >= drop
+        tau = (weights * tau * keep / (1 - drop)).sum(0)
+
+    elect: TIES' election with `function` in place of the sum (TIME's version; the norm of twenty
+    merged experts is then less than half as large). The masks are a function of seed, tensor name
+    and the expert's place, not of device, dtype or the other tensors."""
+    generator = _generator(seed, v.name)
+
+    def thinned(i):
+        for part, tau in v.tau(i):
+            keep = torch.rand(len(tau), generator=generator, device="cpu") >= drop
+            yield part, tau.mul_(keep.to(tau.device)).div_(1 - drop)
+
+    return _elect(v, weights, thinned, function) if elect else _total(v, weights, thinned)
+
+
+def breadcrumbs(v, weights, *, top, bottom, elect, whole, function):
+    """The sum without outliers and noise. Davari and Belilovsky 2023, arXiv 2312.06795.
+
+        rank = tau.abs().argsort(dim=1, descending=True).argsort(dim=1)  # 0: the largest
+        tau = tau * (rank >= round(top * n)) * (rank < n - round(bottom * n))
+        tau = (weights * tau).sum(0)
+
+    top and bottom are their gamma and beta; the shares are of each tensor or, with whole, of all
+    together. elect: TIES' election with `function` in place of the sum (whole, elect: TIME's)."""
+
+    def masked(i):
+        few, most = _crumbs(v.n, top, bottom)
+        loud, outliers = whole[i] if whole else _cuts([v], [most, few], [i])[0]
+        for part, tau in v.tau(i):
+            yield part, loud.trim(tau) - outliers.trim(tau)
+
+    return _elect(v, weights, masked, function) if elect else _total(v, weights, masked)
+
+
+def _crumbs(n, top, bottom):
+    """-> how many of n entries are outliers, and how many are no noise."""
+    few = round(top * n)
+    return few, max(1, few, n - round(bottom * n))
+
+
+def magmax(v, weights):
+    """Of each entry the tau of largest magnitude. Marczak et al. 2024, arXiv 2407.06322.
+
+        tau = tau.gather(0, tau.abs().argmax(0, keepdim=True))[0]
+
+    Of equal ones the later."""
+    best = v.zeros()
+    for i in range(len(weights)):
+        for part, tau in v.tau(i):
+            best[part] = torch.where(tau.abs() >= best[part].abs(), tau, best[part])
+    return best
+
+
+def model_stock(v, weights):
+    """t mean_i tau_i, t = k c / (1 + (k-1) c). Jang et al. 2024, arXiv 2403.19522, for k >= 2.
+
+        unit = tau / tau.norm(dim=1, keepdim=True)
+        c = ((unit @ unit.T).sum() - k) / (k * (k - 1))  # mean cosine of two different taus
+        c = c.clamp(min=0)
+        tau = k * c / (1 + (k - 1) * c) * tau.mean(0)
+
+    Tensor by tensor; a zero tau counts as orthogonal. TIME's does not clamp."""
+    k = len(weights)
+    moved = 0
+    mean = v.zeros()
+    directions = v.zeros()
+    for i in range(k):
+        norm = math.sqrt(sum(float(tau @ tau) for _, tau in v.tau(i)))
+        if norm > 0:
+            moved += 1
+            for part, tau in v.tau(i):
+                mean[part].add_(tau, alpha=1 / k)
+                directions[part].add_(tau, alpha=1 / norm)
+    # |sum_i tau_i / |tau_i||^2 = k + the cosines of all ordered pairs, so that no two experts need
+    # be in memory together
+    squared = sum(float(piece @ piece) for piece in directions.split(PIECE))
+    c = max(0.0, (squared - moved) / (k * (k - 1)))
+    return mean.mul_(k * c / (1 + (k - 1) * c))
+
+
+def random(v, weights, *, seed):
+    """Each entry of one expert's tau, expert i's with probability w_i: TIME's baseline.
+
+        tau_i = torch.zeros(n)
+        for i in range(k):  # a reservoir: i takes the place with chance w_i / (w_1 + .. + w_i)
+            take = torch.rand(n, generator=generator) < weights[i] / weights[: i + 1].sum()
+            tau_i = torch.where(take, tau[i], tau_i)
+        tau = tau_i
+
+    Draws as dare does."""
+    generator = _generator(seed, v.name)
+    chosen = v.zeros()
+    so_far = 0.0
+    for i, weight in enumerate(weights):
+        so_far += weight
+        p = weight / so_far if so_far else 0.0
+        for part, tau in v.tau(i):
+            take = torch.rand(len(tau), generator=generator, device="cpu") < p
+            chosen[part] = torch.where(take.to(tau.device), tau, chosen[part])
+    return chosen
+
+
+def tall_mask(v, weights, *, strictness, agree):
+    """The sum, where enough experts need it. TALL masks, Wang et al. 2024, arXiv 2405.07813.
+
+        total = tau.sum(0)
+        votes = (tau.abs() > strictness * (total - tau).abs()).sum(0)
+        tau = total * (votes >= min(agree, k))
+
+    strictness is their lambda, which they tune per task on validation data. Reads every expert
+    twice."""
+    total = _total(v, weights, v.tau)
+    votes = v.zeros(torch.int16)
+    for i in range(len(weights)):
+        for part, tau in v.tau(i):
+            votes[part] += tau.abs() > strictness * (total[part] - tau).abs_()
+    return total.masked_fill_(votes < min(agree, len(weights)), 0.0)
+
+
+def mean_change(v, weights):
+    """sum_i w_i tau_i / sum_i |w_i|: of one entry, whose direction means nothing."""
+    size = sum(map(abs, weights)) or 1.0
+    return _total(v, [w / size for w in weights], v.tau)
+
+
+CURVES = {"linear": lambda x: x, "quadratic": lambda x: x * x, "sqrt": math.sqrt}
+
+
+def layer_scales(names, alpha=0.5, beta=0.5, how="linear"):
+    """LiNeS (Wang et al. 2024, arXiv 2410.17146): alpha + beta f(l / (L-1)) for the tensors of
+    block l of L, alpha for all others. A block is the first number in a name; L is counted for each
+    tower, i.e. what precedes the number, on its own. -> dict from name to factor. (TIME's takes the
+    place of scale; ours is a factor beside it.)"""
+    if how not in CURVES:
+        raise ValueError(f"lines must end in one of {', '.join(CURVES)}, got {how!r}")
+    places = {}  # name -> tower, block
+    last = {}  # tower -> L - 1, or 1: a single block has the position 0
+    for name in names:
+        found = re.match(r"(?:(.*?)\.)?(\d+)\.", name)
+        if found:
+            tower, block = found.groups()
+            places[name] = tower, int(block)
+            last[tower] = max(last.get(tower, 1), int(block))
+    scales = {}
+    for name in names:
+        scales[name] = alpha
+        if name in places:
+            tower, block = places[name]
+            scales[name] += beta * CURVES[how](block / last[tower])
+    return scales
+
+
+TECHNIQUES = {
+    "linear": linear,
+    "slerp": slerp,
+    "task-arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare": dare,
+    "breadcrumbs": breadcrumbs,
+    "magmax": magmax,
+    "model-stock": model_stock,
+    "random": random,
+    "tall-mask": tall_mask,
+}
+THETA = ("linear", "slerp")  # these return weights, the others a task vector
+LINEAR = ("linear", "task-arithmetic")  # every entry is merged on its own, a scalar too
+AVERAGES = ("linear", "slerp", "random")  # weights sum to one
+UNWEIGHTED = ("magmax", "model-stock", "tall-mask")
+
+
+# --------------------------------------------------------------- what the techniques are made of
+
+
 class Vectors:
-    """One tensor of the base and of every expert, flattened to [n]. Reads the base and, one at a time, the experts when
-    they are asked for; going over the expert at hand again costs no reading. close() forgets what was read."""
+    """One tensor of the base and of every expert, flattened to [n]. Reads the base and, one at a
+    time, the experts when they are asked for; going over the expert at hand again costs no reading.
+    close() forgets what was read. ValueError where numbers are not finite, or shapes differ."""
 
     def __init__(self, name, base, experts):
-        tensor = base[name]
-        self.shape, self.n, self.stored, self.device = tensor.shape, tensor.numel(), tensor.dtype, tensor.device
+        tensor = base[name].detach()
+        self.name = name
+        self.source = base
+        self.experts = experts
+        self.shape = tensor.shape
+        self.n = tensor.numel()
+        self.stored = tensor.dtype
         self.dtype = _wide(tensor.dtype)
-        self.name, self.source, self.experts = name, base, experts
+        self.device = tensor.device
+        _check_finite(tensor, name, "the base")
         self.close()
 
     def close(self):
@@ -107,24 +446,24 @@ class Vectors:
             self.theta_i = None  # let go of one expert before the next is read
             tensor = self.experts[i][self.name].detach()
             self._check(tensor, i)
-            self.theta_i, self.i = tensor.reshape(-1), i
+            _check_finite(tensor, self.name, self._who(i))
+            self.theta_i = tensor.reshape(-1)
+            self.i = i
         return self._pieces(self.theta_i)
 
     def theta_once(self, i):
-        """theta(i) for who goes over it but once: a mapping whose stored(name).pieces(n) can, reads it piece by piece
-        into the same memory, which takes half the time."""
-        stored = self.experts[i].stored(self.name) if hasattr(self.experts[i], "stored") else None
+        """theta(i) for one pass alone: from a file, where stored(name).pieces(n) can, piece by
+        piece into the same memory, which takes half the time."""
+        stored = None
+        if hasattr(self.experts[i], "stored"):
+            stored = self.experts[i].stored(self.name)
         if stored is None:
             yield from self.theta(i)
             return
         self._check(stored, i)
         for k, piece in enumerate(stored.pieces(ONCE)):
+            _check_finite(piece, self.name, self._who(i))
             yield slice(k * ONCE, (k + 1) * ONCE), piece.to(self.device, self.dtype)
-
-    def _check(self, tensor, i):
-        if (*tensor.shape,) != (*self.shape,) or tensor.dtype.is_floating_point != self.stored.is_floating_point:
-            here, there = f"{tensor.dtype} {[*tensor.shape]}", f"{self.stored} {[*self.shape]}"
-            raise ValueError(f"tensor {self.name} is {here} in expert {i}, but {there} in the base")
 
     def tau(self, i):
         """Yields (slice, tau_i[slice]), fresh tensors."""
@@ -136,142 +475,27 @@ class Vectors:
             part = slice(start, start + PIECE)
             yield part, flat[part].to(self.device, self.dtype)
 
+    def _who(self, i):
+        path = getattr(self.experts[i], "path", None)
+        return f"expert {i}" if path is None else f"expert {i}, {path}"
 
-# ------------------------------------------------------------------------------------------------------ techniques
-# each is f(v: Vectors, weights, its options) -> [n]
-
-
-def linear(v, weights):
-    """sum_i w_i theta_i. Model soups, Wortsman et al. 2022, arXiv 2203.05482."""
-    return _total(v, weights, v.theta_once)
-
-
-def slerp(v, weights):
-    """Along the great circle (Shoemake 1985), on the unnormalised tensors: with a the angle between the two,
-    sin((1-t) a)/sin a theta_1 + sin(t a)/sin a theta_2, t the second one's weight; linear where |cos a| > .9995.
-    More than two are folded from the left, t_i = w_i / (w_1 + ... + w_i), so their order matters."""
-    merged, so_far = v.zeros(), 0.0
-    for i, weight in enumerate(weights):
-        so_far += weight
-        t = weight / so_far if so_far else 0.0
-        dot = norm = norm_i = 0.0
-        for part, theta in v.theta(i):
-            m = merged[part]
-            dot, norm, norm_i = dot + float(m @ theta), norm + float(m @ m), norm_i + float(theta @ theta)
-        length = math.sqrt(norm) * math.sqrt(norm_i)
-        cosine = dot / length if length else 1.0  # the first one, and zero tensors, are met linearly
-        old, new = 1 - t, t
-        if abs(cosine) <= 0.9995:
-            angle = math.acos(cosine)
-            old, new = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-        for part, theta in v.theta(i):
-            merged[part].mul_(old).add_(theta, alpha=new)
-    return merged
+    def _check(self, tensor, i):
+        floats = tensor.dtype.is_floating_point == self.stored.is_floating_point
+        if (*tensor.shape,) != (*self.shape,) or not floats:
+            here = f"{tensor.dtype} {[*tensor.shape]}"
+            there = f"{self.stored} {[*self.shape]}"
+            who = self._who(i)
+            raise ValueError(f"tensor {self.name} is {here} in {who}, but {there} in the base")
 
 
-def task_arithmetic(v, weights):
-    """sum_i w_i tau_i. Ilharco et al. 2022, arXiv 2212.04089."""
-    return _total(v, weights, v.tau)
-
-
-def ties(v, weights, *, density=0.2, whole=False, function="mean"):
-    """Trim, elect, merge. Yadav et al. 2023, arXiv 2306.01708.
-
-    Trims every tau to its `density` share of largest magnitude, within each tensor (default; mergekit, peft) or over
-    all tensors together (whole; the paper, its code). Exactly k = round(density n), at least 1, survive: of equal
-    magnitudes at the threshold the first ones, largest tensor first. (The official code keeps k + 1 and all equals.)"""
-
-    def trimmed(i):
-        cut = whole[i] if whole else _cut(v, i, max(1, round(density * v.n)))
-        for part, tau in v.tau(i):
-            yield part, cut.trim(tau)
-
-    return _elect(v, weights, trimmed, function)
-
-
-def dare(v, weights, *, drop=0.9, elect=False, function="mean", seed=0):
-    """Drops each entry of tau with probability `drop` and divides the rest by 1 - drop, so its mean stays; then the
-    sum, or (elect) TIES' election with `function`. Yu et al. 2023, arXiv 2311.03099. The masks are a function of seed,
-    tensor name and the expert's place, not of device, dtype or the other tensors."""
-    generator = _generator(seed, v.name)
-
-    def thinned(i):
-        for part, tau in v.tau(i):
-            keep = torch.rand(len(tau), generator=generator, device="cpu") >= drop
-            yield part, tau.mul_(keep.to(tau.device)).div_(1 - drop)
-
-    return _elect(v, weights, thinned, function) if elect else _total(v, weights, thinned)
-
-
-def breadcrumbs(v, weights, *, top=0.01, bottom=0.85):
-    """Sum of the taus without their outliers, in each tensor the `top` share of largest magnitude, and without their
-    noise, the `bottom` share of smallest. Davari and Belilovsky 2023, arXiv 2312.06795 (gamma, beta)."""
-
-    def masked(i):
-        few = round(top * v.n)
-        loud, outliers = _cut(v, i, max(1, few, v.n - round(bottom * v.n))), _cut(v, i, few) if few else None
-        for part, tau in v.tau(i):
-            yield part, loud.trim(tau) - (outliers.trim(tau) if few else 0)
-
-    return _total(v, weights, masked)
-
-
-def magmax(v, weights):
-    """Of each entry the tau of largest magnitude, of equal ones the later. Marczak et al. 2024, arXiv 2407.06322."""
-    best = v.zeros()
-    for i in range(len(weights)):
-        for part, tau in v.tau(i):
-            best[part] = torch.where(tau.abs() >= best[part].abs(), tau, best[part])
-    return best
-
-
-def model_stock(v, weights):
-    """t mean_i tau_i, t = k c / (1 + (k-1) c), c the mean cosine between two taus of this tensor, at least 0 (a zero
-    tau counts as orthogonal). Jang et al. 2024, arXiv 2403.19522, for k >= 2."""
-    k, moved, mean, directions = len(weights), 0, v.zeros(), v.zeros()
-    for i in range(k):
-        norm = math.sqrt(sum(float(tau @ tau) for _, tau in v.tau(i)))
-        if norm > 0:
-            moved += 1
-            for part, tau in v.tau(i):
-                mean[part].add_(tau, alpha=1 / k)
-                directions[part].add_(tau, alpha=1 / norm)
-    # |sum_i tau_i / |tau_i||^2 = k + the cosines of all ordered pairs: no two experts need be in memory together
-    squared = sum(float(piece @ piece) for piece in directions.split(PIECE))
-    c = max(0.0, (squared - moved) / (k * (k - 1)))
-    return mean.mul_(k * c / (1 + (k - 1) * c))
-
-
-def random(v, weights, *, seed=0):
-    """Each entry of one expert's tau, expert i's with probability w_i: TIME's baseline. Draws as dare does."""
-    generator, chosen, so_far = _generator(seed, v.name), v.zeros(), 0.0
-    for i, weight in enumerate(weights):  # a reservoir: the i-th takes the place with chance w_i / (w_1 + ... + w_i)
-        so_far += weight
-        p = weight / so_far if so_far else 0.0
-        for part, tau in v.tau(i):
-            take = torch.rand(len(tau), generator=generator, device="cpu") < p
-            chosen[part] = torch.where(take.to(tau.device), tau, chosen[part])
-    return chosen
-
-
-def tall_mask(v, weights, *, strictness=0.4, agree=2):
-    """The summed tau, kept where at least `agree` experts (all, if fewer) need the entry: |tau_i| >
-    strictness |sum tau - tau_i|. TALL masks and consensus merging, Wang et al. 2024, arXiv 2405.07813; strictness is
-    their lambda, which they tune per task on validation data. Reads every expert twice."""
-    total, votes = _total(v, weights, v.tau), v.zeros(torch.int16)
-    for i in range(len(weights)):
-        for part, tau in v.tau(i):
-            votes[part] += tau.abs() > strictness * (total[part] - tau).abs_()
-    return total.masked_fill_(votes < min(agree, len(weights)), 0.0)
-
-
-TECHNIQUES = {
-    "linear": linear, "slerp": slerp, "task-arithmetic": task_arithmetic, "ties": ties, "dare": dare,
-    "breadcrumbs": breadcrumbs, "magmax": magmax, "model-stock": model_stock, "random": random, "tall-mask": tall_mask,
-}  # fmt: skip
-THETA = ("linear", "slerp")  # these return weights, the others a task vector
-AVERAGES = ("linear", "slerp", "random")  # weights sum to one
-UNWEIGHTED = ("magmax", "model-stock", "tall-mask")
+def _check_finite(tensor, name, who):
+    """ValueError if a NaN or an infinity is in it: magmax and others would hide it in the
+    result."""
+    if not tensor.is_floating_point():
+        return
+    for piece in tensor.reshape(-1).split(PIECE):
+        if not math.isfinite(piece.sum()) and not piece.isfinite().all():  # a sum can overflow
+            raise ValueError(f"tensor {name} holds numbers that are not finite in {who}")
 
 
 def _total(v, weights, pieces):
@@ -284,44 +508,57 @@ def _total(v, weights, pieces):
 
 
 def _elect(v, weights, pieces, function):
-    """TIES' steps 2 and 3: an entry's sign is that of its sum over the experts (plus for a sum of 0, as in mergekit and
-    peft); then the mean, sum or largest magnitude of the non-zero entries of that sign. What agrees with either sign is
-    gathered side by side, so that every expert is read once."""
-    plus, minus = v.zeros(), v.zeros()  # sums of the entries above and below zero
-    plus_most, minus_most = (v.zeros(), v.zeros()) if function != "sum" else (plus, minus)  # their numbers or extremes
+    """TIES' steps 2 and 3: an entry's sign is that of its sum over the experts (plus for a sum of
+    0, as in mergekit and peft); then the mean, sum or largest magnitude of the non-zero entries of
+    that sign. What agrees with either sign is gathered side by side, so that every expert is read
+    once."""
+    plus = v.zeros()  # sums of the entries above zero
+    minus = v.zeros()  # and below
+    plus_seen = plus  # for mean how many there are, for max the extremes
+    minus_seen = minus
+    if function != "sum":
+        plus_seen = v.zeros()
+        minus_seen = v.zeros()
     for i, weight in enumerate(weights):
         for part, tau in pieces(i):
-            above, below = tau.mul_(weight).clamp(min=0), tau.clamp_(max=0)
+            above = tau.mul_(weight).clamp(min=0)
+            below = tau.clamp_(max=0)
             plus[part].add_(above)
             minus[part].add_(below)
-            if function == "mean":
-                plus_most[part].add_(above.sign_())
-                minus_most[part].add_(below.sign_())
+            if function == "mean":  # minus_seen counts downwards
+                plus_seen[part].add_(above.sign_())
+                minus_seen[part].add_(below.sign_())
             elif function == "max":
-                torch.maximum(plus_most[part], above, out=plus_most[part])
-                torch.minimum(minus_most[part], below, out=minus_most[part])
+                torch.maximum(plus_seen[part], above, out=plus_seen[part])
+                torch.minimum(minus_seen[part], below, out=minus_seen[part])
     for part, _ in v.base():
         positive = plus[part] + minus[part] >= 0
-        if function == "mean":  # minus_most counts downwards
-            plus[part] /= plus_most[part].clamp_(min=1)
-            minus[part] /= minus_most[part].clamp_(max=-1).neg_()
+        if function == "mean":
+            plus[part] /= plus_seen[part].clamp_(min=1)
+            minus[part] /= minus_seen[part].clamp_(max=-1).neg_()
             plus[part] = torch.where(positive, plus[part], minus[part])
         else:
-            plus[part] = torch.where(positive, plus_most[part], minus_most[part])
+            plus[part] = torch.where(positive, plus_seen[part], minus_seen[part])
     return plus
 
 
 class Cut:
-    """The k entries of largest magnitude of a vector that is seen only piece by piece: exact, in bounded memory.
+    """The k entries of largest magnitude of a vector that is seen only piece by piece: exact, in
+    bounded memory.
 
-    A radix select. The bit patterns of non-negative floats order as their values do, so a pass over the vector counts
-    16 more bits of |tau| (float32: 2 passes, float64: 4) among the entries that share the bits found so far, and the
-    last ends at the k-th largest magnitude itself; `room` entries of just that magnitude belong to the k."""
+    A radix select. The bit patterns of non-negative floats order as their values do, so a pass over
+    the vector counts 16 more bits of |tau| (float32: 2 passes, float64: 4) among the entries that
+    share the bits found so far, and the last ends at the k-th largest magnitude itself; `room`
+    entries of just that magnitude belong to the k."""
 
     def __init__(self, k, dtype):
         self.integer = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
-        self.dtype, self.room, self.bits, self.counts = dtype, k, 0, 0
-        self.shift = self.top = 8 * dtype.itemsize - 16
+        self.dtype = dtype
+        self.room = k
+        self.bits = 0
+        self.counts = 0
+        self.top = 8 * dtype.itemsize - 16
+        self.shift = self.top
 
     def count(self, tau):
         bits = tau.abs().to(self.dtype).view(self.integer)
@@ -335,43 +572,62 @@ class Cut:
         larger = up_to[-1] - up_to  # entries with a larger digit than this one
         digit = int((larger >= self.room).sum())
         self.room -= int(larger[digit])
-        self.bits, self.counts, self.shift = self.bits << 16 | digit, 0, self.shift - 16
-        self.threshold = float(torch.tensor(self.bits, dtype=self.integer).view(self.dtype)) if self.shift < 0 else None
-        return self.shift >= 0
+        self.bits = self.bits << 16 | digit
+        self.counts = 0
+        self.shift -= 16
+        if self.shift >= 0:
+            return True
+        self.threshold = float(torch.tensor(self.bits, dtype=self.integer).view(self.dtype))
+        return False
 
     def trim(self, tau):
-        """tau with all but the k entries set to 0, as a new tensor. To be called once for each piece, in order."""
+        """tau with all but the k entries set to 0, as a new tensor. To be called once for each
+        piece, in order."""
         tau = tau.to(self.dtype)
-        kept = torch.nn.functional.hardshrink(tau, self.threshold)  # |tau| > threshold
+        trimmed = torch.nn.functional.hardshrink(tau, self.threshold)  # |tau| > threshold
         if self.room > 0:
             equal = (tau.abs() == self.threshold).nonzero().squeeze(1)[: self.room]
-            kept[equal] = tau[equal]
+            trimmed[equal] = tau[equal]
             self.room -= len(equal)
-        return kept
+        return trimmed
 
 
-def _cut(v, i, k):
-    cut, more = Cut(k, v.dtype), True
-    while more:
-        for _, tau in v.tau(i):
-            cut.count(tau)
-        more = cut.narrow()
-    return cut
+class Nothing:
+    """The Cut of no entries."""
+
+    def trim(self, tau):
+        return 0
 
 
-def _cuts_over_all(vectors, density, experts):
-    wide = torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32
-    k = max(1, round(density * sum(v.n for v in vectors)))
-    cuts, more = [Cut(k, wide) for _ in range(experts)], bool(vectors)
+def _cuts(vectors, sizes, experts):
+    """-> for each expert a list of Cuts, of all vectors together to each of `sizes` entries."""
+    dtype = torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32
+    cuts = [[Cut(k, dtype) if k else Nothing() for k in sizes] for _ in experts]
+    running = [(i, cut) for i, row in zip(experts, cuts) for cut in row if isinstance(cut, Cut)]
+    more = bool(vectors and running)
     while more:
         for v in vectors:
-            for i, cut in enumerate(cuts):
+            for i, cut in running:
                 for _, tau in v.tau(i):
                     cut.count(tau)
-            v.close()
-        for cut in cuts:
+            if len(vectors) > 1:
+                v.close()
+        for _, cut in running:
             more = cut.narrow()  # all need as many passes
     return cuts
+
+
+def _whole_ties(vectors, k, options):
+    n = sum(v.n for v in vectors)
+    return _cuts(vectors, [max(1, round(options["density"] * n))], range(k))
+
+
+def _whole_breadcrumbs(vectors, k, options):
+    few, most = _crumbs(sum(v.n for v in vectors), options["top"], options["bottom"])
+    return _cuts(vectors, [most, few], range(k))
+
+
+WHOLE = {"ties": _whole_ties, "breadcrumbs": _whole_breadcrumbs}
 
 
 def _wide(dtype):
@@ -380,64 +636,41 @@ def _wide(dtype):
 
 
 def _generator(seed, name):
+    """On the CPU, wherever the weights are."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # on the CPU, wherever the weights are
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-CURVES = {"linear": lambda x: x, "quadratic": lambda x: x * x, "sqrt": math.sqrt}
-
-
-def layer_scales(names, alpha=0.5, beta=0.5, how="linear"):
-    """LiNeS (Wang et al. 2024, arXiv 2410.17146): alpha + beta f(l / (L-1)) for the tensors of block l of L, alpha for
-    all others. A block is the first number in a name; L is counted for each tower, i.e. what precedes the number, on
-    its own. -> dict from name to factor."""
-    if how not in CURVES:
-        raise ValueError(f"lines must end in one of {', '.join(CURVES)}, got {how!r}")
-    blocks = {name: re.match(r"(?:(.*?)\.)?(\d+)\.", name) for name in names}
-    last = {}
-    for m in filter(None, blocks.values()):
-        last[m[1]] = max(last.get(m[1], 1), int(m[2]))  # L - 1, or 1: a single block has the position 0
-    return {n: alpha + beta * CURVES[how](int(m[2]) / last[m[1]]) if m else alpha for n, m in blocks.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- checks
-
-SHARE = (lambda x: 0 <= x < 1, "in [0, 1)")
-RANGES = {
-    "density": (lambda x: 0 < x <= 1, "in (0, 1]"), "drop": SHARE, "top": SHARE, "bottom": SHARE,
-    "function": (lambda x: x in ("mean", "sum", "max"), "mean, sum or max"),
-    "strictness": (lambda x: 0 <= x < math.inf, "0 or more"), "scale": (lambda x: abs(x) < math.inf, "a finite number"),
-    "agree": (lambda x: x >= 1 and x == int(x), "a whole number from 1"),
-    "lines": (lambda x: x is None or len(x) == 3 and all(map(math.isfinite, x[:2])) and x[2] in CURVES,
-              "(alpha, beta, linear | quadratic | sqrt)"),
-    "whole": (lambda x: isinstance(x, bool), "true or false"),
-    "elect": (lambda x: isinstance(x, bool), "true or false"),
-    "seed": (lambda x: isinstance(x, (int, str)), "a whole number or a text"),
-}  # fmt: skip
+# ------------------------------------------------------------------------------------------ checks
 
 
 def check_options(technique, options):
     """ValueError unless merge(technique, ..., **options) accepts them."""
     if technique not in TECHNIQUES:
         raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {technique!r}")
-    own = inspect.signature(TECHNIQUES[technique]).parameters.values()
-    known = [p.name for p in own if p.kind == p.KEYWORD_ONLY] + ([] if technique in THETA else ["scale", "lines"])
+    known = used(technique)
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"{technique} has no option {name!r}; it takes {', '.join(known) or 'none'}")
+            takes = ", ".join(known) or "none"
+            raise ValueError(f"{technique} has no option {name!r}; it takes {takes}")
         try:
-            fits = RANGES[name][0](value) if name in RANGES else True
+            fits = OPTIONS[name].fits(value)
         except TypeError:
             fits = False
         if not fits:
-            raise ValueError(f"{name} must be {RANGES[name][1]}, got {value!r}")
-    if technique == "breadcrumbs" and options.get("top", 0.01) + options.get("bottom", 0.85) >= 1:
-        raise ValueError("top and bottom must leave something: their sum must be below 1")
+            raise ValueError(f"{name} must be {OPTIONS[name].limits}, got {value!r}")
+    if technique == "breadcrumbs":
+        top = options.get("top", OPTIONS["top"].default)
+        bottom = options.get("bottom", OPTIONS["bottom"].default)
+        if top + bottom >= 1:
+            raise ValueError("top and bottom must leave something: their sum must be below 1")
 
 
 def _check_weights(technique, weights, k):
-    if k < (2 if technique == "model-stock" else 1):
-        raise ValueError(f"{technique} needs {'two experts, got one' if k else 'an expert, got none'}")
+    if k == 0:
+        raise ValueError(f"{technique} needs an expert, got none")
+    if k == 1 and technique == "model-stock":
+        raise ValueError("model-stock needs two experts, got one")
     if weights is None:
         return [1 / k if technique in AVERAGES else 1.0] * k
     if technique in UNWEIGHTED:
@@ -447,8 +680,9 @@ def _check_weights(technique, weights, k):
         raise ValueError(f"weights must be finite, got {weights}")
     if len(weights) != k:
         raise ValueError(f"weights must be one per expert: got {len(weights)} for {k} experts")
-    if technique in AVERAGES and abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"weights must sum to one for {technique}, got {weights} with sum {sum(weights):.6g}")
+    total = sum(weights)
+    if technique in AVERAGES and abs(total - 1) > 1e-6:
+        raise ValueError(f"weights must sum to one for {technique}, not to {total:.6g}: {weights}")
     if technique in ("slerp", "random") and min(weights) < 0:
         raise ValueError(f"weights must not be negative for {technique}, got {weights}")
     return weights
@@ -458,21 +692,29 @@ def _check_names(base, other, what):
     different = sorted(set(base) ^ set(other))
     if different:
         where = "base" if different[0] in base else what
-        raise ValueError(f"tensor {different[0]} is only in the {where} ({len(different)} names differ from the base)")
+        count = f"{len(different)} names differ from the base"
+        raise ValueError(f"tensor {different[0]} is only in the {where} ({count})")
 
 
-# ------------------------------------------------------------------------------------------------ merging over time
+# ------------------------------------------------------------------------------- merging over time
 
 GROWTHS = {
-    "uniform": lambda i: 1, "linear": lambda i: i, "sqrt": math.sqrt, "quadratic": lambda i: i**2,
-    "cubic": lambda i: i**3, "fifth": lambda i: i**5, "tenth": lambda i: i**10, "exponential": lambda i: 2**i,
+    "uniform": lambda i: 1,
+    "linear": lambda i: i,
+    "sqrt": math.sqrt,
+    "quadratic": lambda i: i**2,
+    "cubic": lambda i: i**3,
+    "fifth": lambda i: i**5,
+    "tenth": lambda i: i**10,
+    "exponential": lambda i: 2**i,
     "logarithmic": lambda i: math.log(i + 1),
-}  # fmt: skip
+}
 
 
 def expert_weights(tasks, how="uniform", reverse=False, include_base=False):
-    """Weights of the experts of `tasks` tasks, oldest first, that sum to one: they grow as GROWTHS[how](1, 2, ...), or
-    with reverse shrink so. With include_base theta_0 comes before the first and has the first weight. (TIME.)"""
+    """Weights of the experts of `tasks` tasks, oldest first, that sum to one: they grow as
+    GROWTHS[how](1, 2, ...), or with reverse shrink so. With include_base theta_0 comes before the
+    first and has the first weight. (TIME.)"""
     if how not in GROWTHS:
         raise ValueError(f"expert weights must be one of {', '.join(GROWTHS)}, got {how!r}")
     raw = [GROWTHS[how](i) for i in range(1, tasks + include_base + 1)]
@@ -489,50 +731,83 @@ TIMELINES = {
 SOURCES = ("zero-shot", "latest", "ema", "all")
 
 
+def timeline_used(init, deploy, technique="linear"):
+    """-> names of the arguments that a Timeline of these uses, its technique's options included."""
+    merged = {init, deploy} & {"ema", "all"}
+    names = ["technique", *used(technique)] if merged else []
+    if "ema" in merged:
+        names += ["anchored", "weight"] if technique in AVERAGES else ["anchored"]
+    if "all" in merged:
+        names.append("include_base")
+        if technique not in UNWEIGHTED:
+            names += ["expert_weights", "reverse"]
+    return tuple(names)
+
+
 class Timeline:
-    """Which weights start a task and which are deployed after it (TIME, sec. 3). theta_t is what training task t makes
-    of start(), m_t the running merge, M_t one merge of theta_1 ... theta_t; before the first task all are theta_0.
+    """Which weights start a task and which are deployed after it (TIME, sec. 3). theta_t is what
+    training task t makes of start(), m_t the running merge, M_t one merge of theta_1 ... theta_t;
+    before the first task all are theta_0.
 
-    init / deploy | latest: theta_t             | ema: m_t                          | all: M_t
-    zero-shot     | the last task's specialist  | zs-merge: average of specialists  | offline-merge
-    latest        | finetune                    | finetune, its running average     | finetune, its snapshots merged
-    ema           | one task away from m_{t-1}  | ema-merge, the best in TIME       | trained from m, all experts merged
-    all           | one task away from M_{t-1}  | trained from M, running average   | all experts merged at every step
+    init / deploy | latest: theta_t             | ema: m_t             | all: M_t
+    zero-shot     | the last task's specialist  | zs-merge             | offline-merge
+    latest        | finetune                    | its running average  | its snapshots merged
+    ema           | one task away from m_{t-1}  | ema-merge, the best  | all experts, trained from m
+    all           | one task away from M_{t-1}  | average, from M      | all experts, at every step
 
-    m_t = w m_{t-1} + (1-w) theta_t for linear: w weighs the old weights. anchored (ft-merge) puts theta_0 in the place
-    of m_{t-1}. slerp and random do the same in their way. The other techniques have no such weight: m_t is their merge,
-    against theta_0, of the two experts m_{t-1} and theta_t, as in the authors' code; the first m, and every anchored
-    one, is of theta_t alone, as theta_0 has no task vector. task-arithmetic overshoots then, m_{t-1} being within both,
-    unless scale is small (.1). model-stock of a single expert is that expert, here.
+    m_t = w m_{t-1} + (1-w) theta_t for linear: w weighs the old weights. anchored (ft-merge) puts
+    theta_0 in the place of m_{t-1}. slerp and random do the same in their way. The other techniques
+    have no such weight: m_t is their merge, against theta_0, of the two experts m_{t-1} and
+    theta_t, as in the authors' code; the first m, and every anchored one, is of theta_t alone, as
+    theta_0 has no task vector. task-arithmetic overshoots then, m_{t-1} being within both, unless
+    scale is small (.1). model-stock of a single expert is that expert, here.
 
-    M_t weighs its experts by expert_weights(t, ...); techniques that add task vectors get as many times these as there
-    are experts, so that uniform is 1 each. dare and random draw new masks for every t.
+    M_t weighs its experts by expert_weights(t, ...); techniques that add task vectors get as many
+    times these as there are experts, so that uniform is 1 each. dare and random draw new masks for
+    every t.
 
-    base: theta_0, is copied. options: the technique's, see merge().
-    store: keeps the experts if init or deploy is "all": has append(state dict), [i] -> mapping, len, pop(), and belongs
-    to this timeline alone. By default a list in memory. A run killed after add() and before state() was saved leaves an
-    expert too many in a store on disk; the next add() drops it."""
+    The authors' differ: zero-shot/ema and its like start their average at theta_1 with .5/.5, ours
+    at theta_0 with w; their random over time is 50/50; their first offline task arithmetic and
+    MagMax are theta_1 unscaled; their model stock never leaves theta_0 over time, nor do TALL masks
+    of threshold 2; their zs- and ft-merges with task vectors write into theta_0.
 
-    def __init__(self, base, init="ema", deploy="ema", technique="linear", weight=0.9, store=None,
-                 expert_weights="uniform", reverse=False, include_base=False, anchored=False, **options):  # fmt: skip
+    base: theta_0, is copied. options: the technique's, see merge(). store: keeps the experts if
+    init or deploy is "all": has append(state dict), [i] -> mapping, len, pop(), and belongs to this
+    timeline alone. By default a list in memory. A run killed after add() and before state() was
+    saved leaves an expert too many in a store on disk; the next add() drops it."""
+
+    def __init__(
+        self, base, init="ema", deploy="ema", technique="linear", weight=0.9, store=None,
+        expert_weights="uniform", reverse=False, include_base=False, anchored=False, **options
+    ):  # fmt: skip
         check_options(technique, options)
-        limits = ("init", init, SOURCES), ("deploy", deploy, SOURCES[1:]), ("expert_weights", expert_weights, GROWTHS)
-        for option, value, allowed in limits:
-            if value not in allowed:
-                raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+        _check_choice("init", init, SOURCES)
+        _check_choice("deploy", deploy, SOURCES[1:])
+        _check_choice("expert_weights", expert_weights, GROWTHS)
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be in [0, 1], got {weight!r}")
         if technique in UNWEIGHTED and expert_weights != "uniform":
-            raise ValueError(f"{technique} takes no weights: expert_weights must be uniform, got {expert_weights!r}")
-        self.init, self.deployed, self.technique, self.options = init, deploy, technique, options
-        self.weight, self.anchored, self.store = weight, anchored, [] if store is None else store
+            sentence = f"{technique} takes no weights: expert_weights must be uniform"
+            raise ValueError(f"{sentence}, got {expert_weights!r}")
+        self.init = init
+        self.deployed = deploy
+        self.technique = technique
+        self.options = options
+        self.weight = weight
+        self.anchored = anchored
+        self.store = [] if store is None else store
         self.growth = {"how": expert_weights, "reverse": reverse, "include_base": include_base}
         self.keeps = {init, deploy} - {"zero-shot"}  # what has to be remembered
-        self.task, self.base, self.latest = 0, _copy(base), {}
-        self.running = _copy(self._widened(self.base)) if "ema" in self.keeps else {}  # m_t, never in 16 bits
+        self.task = 0
+        self.base = _copy(base)
+        self.latest = {}
+        self.running = {}
+        if "ema" in self.keeps:
+            self.running = _copy(self._widened(self.base))  # m_t, never in 16 bits
 
     def start(self):
-        """State dict to train the next task from, in the base's dtypes and on its devices; the caller's own."""
+        """State dict to train the next task from, in the base's dtypes and on its devices; the
+        caller's own."""
         return self._weights(self.init)
 
     def deploy(self):
@@ -544,61 +819,100 @@ class Timeline:
         """theta: state dict at the end of a task; copied as far as needed."""
         _check_names(self.base, theta, "new expert")
         for name, like in self.base.items():
-            if (shape := theta[name].shape) != like.shape:
-                raise ValueError(f"tensor {name} is {list(shape)} in the new expert, not {list(like.shape)}")
+            shape = theta[name].shape
+            if shape != like.shape:
+                here = f"{list(shape)} in the new expert"
+                raise ValueError(f"tensor {name} is {here}, not {list(like.shape)}")
+            _check_finite(theta[name], name, "the new expert")
         if "ema" in self.keeps:
             self._update(theta)
         if "latest" in self.keeps:
             self.latest = _copy(theta)
         if "all" in self.keeps:
-            if len(self.store) < self.task:
-                raise ValueError(f"the store holds {len(self.store)} experts of the {self.task} tasks added so far")
+            self._check_store()
             while len(self.store) > self.task:
                 self.store.pop()
             self.store.append(_copy(theta) if isinstance(self.store, list) else theta)
         self.task += 1
 
     def state(self):
-        """Copies of all that changes, for torch.save; experts in a store of the caller's are not among it."""
-        experts = [_copy(e) for e in self.store[: self.task]] if isinstance(self.store, list) else []
-        return {"task": self.task, "keeps": sorted(self.keeps), "experts": experts,
-                "running": _copy(self.running), "latest": _copy(self.latest)}  # fmt: skip
+        """Copies of all that changes, for torch.save; experts in a store of the caller's are not
+        among it. A timeline of the same base, init and deploy goes on from it, in this run or, with
+        more tasks, in another; a store must then hold the experts so far."""
+        in_memory = isinstance(self.store, list)
+        return {
+            "task": self.task,
+            "keeps": sorted(self.keeps),
+            "experts": [_copy(e) for e in self.store[: self.task]] if in_memory else [],
+            "running": _copy(self.running),
+            "latest": _copy(self.latest),
+        }
 
     def load_state(self, state):
-        if state["keeps"] != sorted(self.keeps):
-            raise ValueError(f"the state is of a timeline that keeps {state['keeps']}, this one {sorted(self.keeps)}")
+        """What state() gave. ValueError if it is of another timeline, or the store lacks
+        experts."""
+        keeps = sorted(self.keeps)
+        if state["keeps"] != keeps:
+            there = f"the state is of a timeline that keeps {state['keeps']}"
+            raise ValueError(f"{there}, this one {keeps}")
+        weights = state["running"], state["latest"], *state["experts"]
+        for kept in filter(None, weights):
+            _check_names(self.base, kept, "state")
         self.task = state["task"]
-        self.running, self.latest = (
-            {name: t.to(self.base[name].device, copy=True) for name, t in state[key].items()}
-            for key in ("running", "latest")
-        )
-        if isinstance(self.store, list):
-            self.store[:] = map(_copy, state["experts"])
+        self.running = self._moved(state["running"])
+        self.latest = self._moved(state["latest"])
+        if "all" in self.keeps:
+            if isinstance(self.store, list):
+                self.store[:] = [_copy(expert) for expert in state["experts"]]
+            self._check_store()
+
+    def _check_store(self):
+        here = len(self.store)
+        if here < self.task:
+            raise ValueError(f"the store holds {here} experts of the {self.task} tasks so far")
+
+    def _moved(self, weights):
+        return {n: t.to(self.base[n].device, copy=True) for n, t in weights.items()}
 
     def _weights(self, source):
-        kept = {"zero-shot": self.base, "latest": self.latest, "ema": self.running}
-        weights = self.base if self.task == 0 else kept[source] if source in kept else self._merge_all()
-        return {n: weights[n].detach().to(like.device, like.dtype, copy=True) for n, like in self.base.items()}
+        if self.task == 0 or source == "zero-shot":
+            weights = self.base
+        elif source == "all":
+            weights = self._merge_all()
+        else:
+            weights = self.latest if source == "latest" else self.running
+        return {
+            n: weights[n].detach().to(like.device, like.dtype, copy=True)
+            for n, like in self.base.items()
+        }
 
     def _update(self, theta):
         """m_{t-1} -> m_t."""
         weights = [self.weight, 1 - self.weight] if self.technique in AVERAGES else None
-        if self.technique == "linear":  # in place
-            names = [n for n, m in self.running.items() if m.is_floating_point()]
-            running = [self.running[n] for n in names]
-            if self.anchored:
-                torch._foreach_copy_(running, [self.base[n] for n in names])
-            torch._foreach_lerp_(running, [theta[n].detach().to(self.running[n]) for n in names], weights[1])
+        if self.technique == "linear":
+            self._average(theta)
         elif weights or self.task > 0 and not self.anchored:
-            self.running = self._merge([self.base if self.anchored else self.running, theta], weights)
+            before = self.base if self.anchored else self.running
+            self.running = self._merge([before, theta], weights)
         else:
             self.running = self._merge([theta], None)
 
+    def _average(self, theta):
+        """m_t = w m_{t-1} + (1-w) theta_t, in place."""
+        names = [n for n, m in self.running.items() if m.is_floating_point()]
+        running = [self.running[n] for n in names]
+        if self.anchored:
+            torch._foreach_copy_(running, [self.base[n] for n in names])
+        new = [theta[n].detach().to(self.running[n]) for n in names]
+        torch._foreach_lerp_(running, new, 1 - self.weight)
+
     def _merge_all(self):
-        experts = [self.base] * self.growth["include_base"] + [self.store[i] for i in range(self.task)]
+        experts = [self.base] * self.growth["include_base"]
+        experts += [self.store[i] for i in range(self.task)]
         weights = expert_weights(self.task, **self.growth)
         if self.technique not in AVERAGES:
-            weights = None if self.growth["how"] == "uniform" else [len(weights) * w for w in weights]
+            uniform = self.growth["how"] == "uniform"
+            weights = None if uniform else [len(weights) * w for w in weights]
         return self._merge(experts, weights)
 
     def _merge(self, experts, weights):
@@ -610,7 +924,15 @@ class Timeline:
         return merge(self.technique, self._widened(self.base), experts, weights, **options)
 
     def _widened(self, weights):
-        return {n: weights[n].detach().to(like.device, _wide(like.dtype)) for n, like in self.base.items()}
+        return {
+            n: weights[n].detach().to(like.device, _wide(like.dtype))
+            for n, like in self.base.items()
+        }
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _copy(weights):

@@ -6253,6 +6253,29 @@ class TestMergeTechniques:
         merge_close(merge_one("ties", base, experts, density=density), theirs, 1e-6)
 
 
+    @pytest.mark.parametrize("technique", merge.TECHNIQUES)
+    def test_the_definition_in_the_docstring_is_what_is_computed(self, technique):
+        """Runs the indented lines on float64 [k, n] at once, and compares with the streamed merge."""
+        function = merge.TECHNIQUES[technique]
+        lines = function.__doc__.split("\n")
+        definition = "\n".join(line[8:] for line in lines if line.startswith(" " * 8))
+        base, experts = merge_random("gauss", k=2 if technique == "slerp" else 4)
+        k, n = experts.shape
+        weights = None
+        each = [1 / k if technique in merge.AVERAGES else 1.0] * k
+        if technique not in merge.UNWEIGHTED:
+            each = weights = [(i + 1) / (k * (k + 1) / 2) for i in range(k)]
+        options = {name: merge.OPTIONS[name].default for name in merge.used(technique)}
+        world = {
+            "torch": torch, "base": base, "experts": experts, "tau": experts - base, "k": k, "n": n,
+            "weights": torch.tensor(each, dtype=torch.float64)[:, None],
+            "generator": merge._generator(0, "w"), **options,
+        }  # fmt: skip
+        exec(definition, world)
+        expected = world["theta"] if technique in merge.THETA else base + world["tau"]
+        merge_close(merge_one(technique, base, experts, weights), expected, 1e-12)
+
+
 class TestMergeRandomness:
     def test_dare_entries_are_dropped_or_rescaled_and_the_mean_stays(self):
         n, drop = 100_000, 0.75
@@ -6349,6 +6372,22 @@ class TestMergeCut:
         apart = merge.merge("ties", cut(base), [cut(e) for e in experts], density=0.3)
         assert not torch.allclose(apart["large"], merged["large"])
 
+    @pytest.mark.parametrize("elect", [False, True])
+    @pytest.mark.parametrize("top", [0.0, 0.01, 0.2])
+    def test_breadcrumbs_over_the_whole_vector(self, top, elect):
+        base, experts = merge_random("gauss", n=600)
+        experts = base + (experts - base) * torch.cat([torch.full((100,), 4.0), torch.ones(500)])
+
+        def cut(x):
+            return {"small": x[:100], "large": x[100:]}
+
+        merged = merge.merge("breadcrumbs", cut(base), [cut(e) for e in experts],
+                             top=top, bottom=0.6, whole=True, elect=elect)  # fmt: skip
+        ranks = torch.stack([merge_ranks(t) for t in experts - base])
+        tau = (experts - base) * (ranks >= round(top * 600)) * (ranks < 600 - round(0.6 * 600))
+        expected = base + (merge_elect(tau, "mean") if elect else tau.sum(0))
+        merge_close(torch.cat([merged["small"], merged["large"]]), expected, 1e-12)
+
     def test_whole_vector_of_mixed_precision(self):
         base = {"a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(3)}
         expert = {
@@ -6378,26 +6417,85 @@ class TestMergeTensors:
         for model, old in zip(models, before):
             assert all(torch.equal(model[n], old[n]) for n in old)
 
-    @pytest.mark.parametrize("technique", merge.TECHNIQUES)
-    def test_scalars_are_averaged_and_integers_are_the_bases(self, technique):
-        def model(x):
-            return {
-                "logit_scale": torch.tensor(x),
-                "bias": torch.tensor([x]),
-                "ids": torch.tensor([int(x)]),
-            }
+    @pytest.mark.parametrize("weights", [[1.0, 1.0], [1.0, -0.5], [-1.0, 0.0], [0.0, 0.0]])
+    @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, -1.0])
+    def test_logit_scale_follows_task_arithmetic_s_formula(self, scale, weights):
+        base, one, two = 2.66, 3.11, 1.07
+        models = [{"logit_scale": torch.tensor(x)} for x in (base, one, two)]
+        merged = merge.merge("task-arithmetic", models[0], models[1:], weights, scale=scale)
+        expected = base + scale * (weights[0] * (one - base) + weights[1] * (two - base))
+        assert float(merged["logit_scale"]) == pytest.approx(expected, abs=1e-6)
 
-        merged = merge.merge(technique, model(1.0), [model(4.0), model(6.0)])
-        assert (merged["logit_scale"], merged["bias"], merged["ids"]) == (
-            torch.tensor(5.0),
-            torch.tensor([5.0]),
-            1,
-        )
-        if (
-            technique in MERGE_SUMS
-        ):  # a weight below zero takes a task vector away, and is no share of an average
-            merged = merge.merge(technique, model(1.0), [model(4.0), model(6.0)], [1.0, -0.5])
-            assert merged["logit_scale"] == 5.0
+    @pytest.mark.parametrize("weights", [[0.3, 0.7], [0.0, 1.0], [1.5, -0.5]])
+    def test_logit_scale_follows_linear_s_formula(self, weights):
+        models = [{"logit_scale": torch.tensor(x)} for x in (2.66, 3.11)]
+        merged = merge.merge("linear", models[0], models, weights)
+        expected = weights[0] * 2.66 + weights[1] * 3.11
+        assert float(merged["logit_scale"]) == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize("technique", [t for t in merge.TECHNIQUES if t not in merge.LINEAR])
+    def test_scalars_without_a_direction_move_by_the_weighted_mean(self, technique):
+        def model(x):
+            return {"logit_scale": torch.tensor(x), "bias": torch.tensor([x])}
+
+        models = model(1.0), [model(4.0), model(6.0)]
+        merged = merge.merge(technique, *models)
+        assert (merged["logit_scale"], merged["bias"]) == (5.0, torch.tensor([5.0]))
+        if technique not in merge.UNWEIGHTED:
+            merged = merge.merge(technique, *models, [0.25, 0.75])
+            assert merged["logit_scale"] == 1 + 0.25 * 3 + 0.75 * 5
+        if technique in MERGE_SUMS:
+            assert merge.merge(technique, *models, [0.0, 0.0])["logit_scale"] == 1
+            away = merge.merge(technique, *models, [-1.0, -1.0])["logit_scale"]
+            assert away == 1 - (3 + 5) / 2
+        if technique not in merge.THETA:
+            assert merge.merge(technique, *models, scale=0.0)["logit_scale"] == 1
+
+    @pytest.mark.parametrize("technique", merge.TECHNIQUES)
+    def test_integers_are_the_bases(self, technique):
+        models = [{"w": torch.ones(2), "ids": torch.tensor([i])} for i in (1, 4, 6)]
+        assert merge.merge(technique, models[0], models[1:])["ids"] == 1
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("technique", merge.TECHNIQUES)
+    def test_what_is_not_finite_in_an_input_is_refused_by_name(self, technique, value):
+        def model(bad):
+            w = torch.arange(8.0)
+            w[5] = value if bad == "w" else 5.0
+            return {"w": w, "logit_scale": torch.tensor(value if bad == "logit_scale" else 4.0)}
+
+        class File(dict):
+            path = "some/expert.safetensors"
+
+        for name in ("w", "logit_scale"):
+            with pytest.raises(ValueError, match=f"tensor {name} .* not finite in expert 1$"):
+                merge.merge(technique, model(None), [model(None), model(name)])
+            with pytest.raises(ValueError, match=f"tensor {name} .* not finite in the base$"):
+                merge.merge(technique, model(name), [model(None), model(None)])
+        with pytest.raises(ValueError, match="finite in expert 0, some/expert.safetensors$"):
+            merge.merge(technique, model(None), [File(model("w")), model(None)])
+
+    def test_what_is_not_finite_in_a_file_is_refused(self, tmp_path):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            w = torch.zeros(merge.ONCE + 5, dtype=dtype)
+            base = {"w": w.clone()}
+            w[-2] = math.inf
+            path = tmp_path / f"{dtype}.safetensors"
+            clip.write_tensors({"w": w}, path)
+            with pytest.raises(ValueError, match="tensor w .* not finite in expert 0"):
+                merge.merge("linear", base, [clip.read_tensors(path)])
+
+    def test_large_numbers_are_finite_although_their_sum_is_not(self):
+        big = {"w": torch.full((9,), 3e38)}
+        assert torch.equal(merge.merge("linear", big, [big])["w"], big["w"])
+        half = {"w": torch.full((9,), 6e4, dtype=torch.float16)}
+        assert torch.equal(merge.merge("magmax", half, [half])["w"], half["w"])
+
+    def test_a_result_that_overflows_is_refused(self):
+        base = {"w": torch.zeros(4, dtype=torch.float16)}
+        expert = {"w": torch.full((4,), 6e4, dtype=torch.float16)}
+        with pytest.raises(ValueError, match="tensor w .* not finite in the result"):
+            merge.merge("task-arithmetic", base, [expert, expert])
 
     @pytest.mark.parametrize("technique", MERGE_SUMS)
     def test_the_smallest_tensors_merge(self, technique):
@@ -6529,6 +6627,11 @@ for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whol
         assert min(peaks) > 0.9  # or it was not measured: the result alone is 1
 
     @pytest.mark.parametrize("message, call", [
+        ("no option 'whole'", lambda m: merge.merge("dare", m, [m], whole=True)),
+        ("tensor v is only in the state", lambda m: merge.Timeline(m).load_state(
+            merge.Timeline({"v": m["w"]}).state())),
+        ("w holds numbers that are not finite in the new expert",
+         lambda m: merge.Timeline(m).add({"w": m["w"] / 0})),
         ("needs an expert", lambda m: merge.merge("ties", m, [])),
         ("a list of mappings", lambda m: merge.merge("linear", m, m)),
         (r"tensor i is torch.int64 \[3\] in expert 0", lambda m: merge.merge(
@@ -6577,6 +6680,33 @@ def merge_train(timeline, steps):
         timeline.add({"w": theta["w"] + step})
         deployed.append(float(timeline.deploy()["w"][0]))
     return deployed
+
+
+def merge_train_on(timeline, thetas):
+    """Adds thetas to what each task starts from. -> what is started from and deployed at the end."""
+    for theta in thetas:
+        timeline.add({"w": timeline.start()["w"] + theta})
+    return torch.cat([timeline.start()["w"], timeline.deploy()["w"]])
+
+
+class MergeFiles:
+    """A Timeline's store: an expert, a file."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __len__(self):
+        return len(list(self.folder.glob("*")))
+
+    def __getitem__(self, i):
+        return clip.read_tensors(self.folder / f"{i}.safetensors")
+
+    def append(self, weights):
+        clip.write_tensors(weights, self.folder / f"{len(self)}.safetensors")
+
+    def pop(self):
+        (self.folder / f"{len(self) - 1}.safetensors").unlink()
 
 
 class TestMergeTimeline:
@@ -6738,28 +6868,81 @@ class TestMergeTimeline:
 
     def test_experts_on_disk_serve_a_run_that_was_killed_between_adding_and_saving(self, tmp_path):
         base, thetas = merge_random("gauss", dtype=torch.float32)
-        memory = merge.Timeline({"w": base}, "all", "all", expert_weights="linear")
-        disk = merge.Timeline(
-            {"w": base}, "all", "all", expert_weights="linear", store=fomo.ExpertFiles(tmp_path)
-        )
+
+        def timeline(store):
+            return merge.Timeline({"w": base}, "all", "all", expert_weights="linear", store=store)
+
+        memory = timeline(None)
+        disk = timeline(MergeFiles(tmp_path))
         for theta in thetas[:2]:
             memory.add({"w": theta})
             disk.add({"w": theta})
         state = disk.state()
         assert state["experts"] == [] and len(disk.store) == 2
         disk.add({"w": thetas[1] * 7})  # and dies before the next state is saved
-        resumed = merge.Timeline(
-            {"w": base}, "all", "all", expert_weights="linear", store=fomo.ExpertFiles(tmp_path)
-        )
+        resumed = timeline(MergeFiles(tmp_path))
         resumed.load_state(state)
         assert torch.equal(resumed.start()["w"], memory.start()["w"])
         memory.add({"w": thetas[2]})
         resumed.add({"w": thetas[2]})
         assert len(resumed.store) == 3 and torch.equal(resumed.deploy()["w"], memory.deploy()["w"])
         for i in (2, 1, 0):
-            (tmp_path / f"expert-{i + 1:03d}.safetensors").unlink()
+            (tmp_path / f"{i}.safetensors").unlink()
         with pytest.raises(ValueError, match="holds 0 experts of the 3 tasks"):
             resumed.add({"w": thetas[2]})
+
+    @pytest.mark.parametrize("init, deploy", MERGE_CELLS)
+    def test_a_new_run_goes_on_from_the_state_of_a_finished_one(self, init, deploy, tmp_path):
+        """Two tasks, then two more in another run that knows the state alone; experts in files."""
+        base, thetas = merge_random("gauss", k=4, dtype=torch.float32)
+
+        def timeline(folder):
+            store = MergeFiles(folder)
+            return merge.Timeline({"w": base}, init, deploy, expert_weights="linear", store=store)
+
+        whole = timeline(tmp_path / "whole")
+        first = timeline(tmp_path / "first")
+        for theta in thetas[:2]:
+            whole.add({"w": theta})
+            first.add({"w": theta})
+        torch.save(first.state(), tmp_path / "state.pt")
+        if "all" in (init, deploy):
+            with pytest.raises(ValueError, match="store holds 0 experts of the 2 tasks"):
+                timeline(tmp_path / "empty").load_state(torch.load(tmp_path / "state.pt"))
+        shutil.copytree(tmp_path / "first", tmp_path / "second")
+        second = timeline(tmp_path / "second")
+        second.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+        for theta in thetas[2:]:
+            assert torch.equal(whole.start()["w"], second.start()["w"])
+            whole.add({"w": theta})
+            second.add({"w": theta})
+        assert torch.equal(whole.deploy()["w"], second.deploy()["w"])
+        assert len(list((tmp_path / "first").glob("*"))) == len(first.store)
+
+    @pytest.mark.parametrize("technique", ["linear", "slerp", "ties", "magmax", "tall-mask"])
+    @pytest.mark.parametrize("init, deploy", MERGE_CELLS)
+    def test_options_that_a_timeline_uses_are_those_that_change_it(self, init, deploy, technique):
+        base, thetas = merge_random("gauss", k=3)
+        values = {
+            "weight": 0.5, "expert_weights": "linear", "reverse": True, "include_base": True,
+            "anchored": True, "density": 0.7, "function": "sum", "strictness": 2.0, "scale": 0.5,
+        }  # fmt: skip
+        used = merge.timeline_used(init, deploy, technique)
+        assert not set(used) - {*values, "technique", *merge.OPTIONS}
+
+        def end(**options):
+            if technique in merge.UNWEIGHTED:
+                options.pop("expert_weights", None)
+            timeline = merge.Timeline({"w": base}, init, deploy, technique, **options)
+            return merge_train_on(timeline, thetas)
+
+        for name, value in values.items():
+            if name in merge.OPTIONS and name not in merge.used(technique):
+                assert name not in used
+            elif name != "include_base" or technique in merge.THETA:  # a tau of zeros moves no sum
+                growth = {"expert_weights": "linear"} if name == "reverse" else {}
+                changed = not torch.equal(end(**{**growth, name: value}), end(**growth))
+                assert changed == (name in used), name
 
     @pytest.mark.parametrize("technique", ["linear", "slerp", "ties"])
     def test_running_merge_of_a_16_bit_base_is_kept_in_float32(self, technique):
@@ -7001,6 +7184,47 @@ def test_run_resumed_after_a_task_ends_in_identical_bits(name):
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
+def test_run_resumed_within_a_task_ends_in_identical_bits(name):
+    """Task 2 of 2, cut after its second step of five; the optimizer is saved with the rest."""
+
+    def steps(method, model, optimizer, first, last):
+        for step in range(first, last):
+            (methods_loss(model, methods_batch(step)) + method.penalty(model)).backward()
+            method.after_backward(model, 1e-3)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def begun():
+        model = methods_model()
+        method = methods_ready(name, model)
+        return model, method
+
+    model, method = begun()
+    methods_train(method, model, 0, methods_batch(1))
+    optimizer = method.optimizer(model, lr=1e-3)
+    method.before_task(model, 1)
+    steps(method, model, optimizer, 0, 2)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), method.state(), optimizer.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    steps(method, model, optimizer, 2, 5)
+    method.after_task(model, [(methods_batch(9), 8)], methods_loss)
+
+    again, other = begun()
+    again.load_state_dict(saved[0])
+    other.load_state(saved[1])
+    second = other.optimizer(again, lr=1e-3)
+    second.load_state_dict(saved[2])
+    steps(other, again, second, 2, 5)
+    other.after_task(again, [(methods_batch(9), 8)], methods_loss)
+    same = again.state_dict()
+    assert all(torch.equal(t, same[n]) for n, t in model.state_dict().items())
+    for key, tensors in method.state().items():
+        assert tensors and all(torch.equal(t, other.state()[key][n]) for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_plain_weights_are_detached_copies(name):
     model = methods_model()
     method = methods_ready(name, model)
@@ -7019,11 +7243,24 @@ def test_a_penalty_that_nothing_has_earned_yet_is_zero():
         assert method.penalty(model) == 0
 
 
+def test_options_that_a_method_uses_are_those_that_it_has_a_default_for():
+    adapter = ("rank", "scale", "seed")
+    expected = {name: adapter for name in METHODS_ADAPTERS} | {
+        "galore": ("rank", "scale", "gap"), "ewc": ("ewc_lambda", "ewc_gamma", "fisher_samples"),
+        "si": ("si_c", "si_xi"),
+    }  # fmt: skip
+    assert {n: methods.used(n) for n in methods.METHODS if methods.used(n)} == expected
+    for name, kind in methods.METHODS.items():
+        defaults = {option: getattr(kind, option) for option in methods.used(name)}
+        methods.METHODS[name](**defaults)  # they lie within their own limits
+
+
 def test_options_are_one_flat_set_and_are_checked():
     galore, lora = (
         methods.METHODS[n](rank=None, scale=None, si_c=1, seed=2) for n in ("galore", "lora")
     )
     assert (galore.rank, galore.scale, lora.rank, lora.scale) == (16, 2.0, 4, 1.0)
+    assert methods.METHODS["lora"](rank=64).rank == 64 and lora.rank == 4
     with pytest.raises(TypeError, match="no option 'rnk'; they have rank, scale"):
         methods.Method(rnk=4)
     for wrong in ({"rank": 4.0}, {"gap": "200"}, {"seed": True}):
@@ -7253,6 +7490,30 @@ def test_random_matrices_are_kaiming_uniform():
         assert torch.equal(one, same) and not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-30, 1e-25, 1e-20, 1.0, 1e15, 1e25])
+def test_dora_of_rows_of_any_size_is_float64s(size):
+    """Squares of entries below about 1e-22 are 0 in float32, above 1e19 infinite."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 4, bias=False)
+    with torch.no_grad():
+        linear.weight[1] *= size
+    weight = linear.weight.detach().clone()
+    _, adapter = methods_on_linear("dora", linear, rank=2)
+    assert torch.equal(linear.weight, weight)
+    norms = weight.double().norm(dim=1)
+    assert torch.allclose(adapter.m.double(), norms, rtol=1e-6, atol=1e-45)
+    with torch.no_grad():
+        adapter.B[0, ::2] += 0.3  # rows 0 and 2 learn, 1 stays at its size
+        adapter.m *= 1.5
+    v = (weight + (adapter.B @ adapter.A)[0]).double()
+    expected = adapter.m.double()[:, None] * v / v.norm(dim=1, keepdim=True)
+    got = linear.weight.double()
+    if size > 1e-38:  # below, a number of float32 has few bits
+        assert torch.allclose(got, expected, rtol=1e-5, atol=0)
+    linear.weight.square().sum().sqrt().backward()
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+
+
 def test_dora_keeps_a_row_of_zeros_finite():
     linear = nn.Linear(4, 3)
     with torch.no_grad():
@@ -7352,6 +7613,53 @@ def test_ewc_stops_at_its_number_of_samples_and_needs_one_batch():
             )
     with pytest.raises(ValueError, match="none has a finite"):
         sizes(24, 0)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_ewc_takes_a_loss_that_has_run_its_backward(scattered):
+    """As clip.backward does: gradients are in grad, the loss is detached. scattered: in two halves."""
+    batches = [(methods_regression(i), 8) for i in range(3)]
+
+    def ran(model, batch):
+        assert all(p.grad is None for p in model.parameters())
+        loss = methods_mse(model, batch)
+        if scattered:
+            (0.25 * loss).backward()
+            (0.75 * methods_mse(model, batch)).backward()
+        else:
+            loss.backward()
+        return loss.detach()
+
+    fishers = []
+    for loss in (methods_mse, ran):
+        model = methods_net()
+        method = methods_ready("ewc", model)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 7.0)  # left over from somebody
+        method.after_task(model, batches, loss)
+        assert all(p.grad is None for p in model.parameters())
+        fishers.append(method.fisher)
+    for name, fisher in fishers[0].items():
+        assert fisher.any() and torch.allclose(fisher, fishers[1][name], rtol=1e-12, atol=0)
+
+
+def test_ewc_refuses_a_loss_that_leaves_no_gradient():
+    model = methods_net()
+    method = methods_ready("ewc", model)
+    with pytest.raises(ValueError, match="none has a finite gradient"):
+        method.after_task(
+            model, [(methods_regression(0), 8)], lambda m, b: methods_mse(m, b).detach()
+        )
+
+
+def test_ewc_takes_a_model_whose_loss_does_not_reach_every_weight():
+    model = methods_net()
+    model.append(nn.Linear(3, 1).double())
+    method = methods_ready("ewc", model)
+    method.after_task(
+        model, [(methods_regression(0), 8)], lambda m, b: (m[:3](b[0]) - b[1]).square().mean()
+    )
+    assert method.fisher["0.weight"].any() and not method.fisher["3.weight"].any()
 
 
 def test_ewc_under_float16_loses_no_small_gradient_and_leaves_out_those_that_overflow():
@@ -7627,6 +7935,22 @@ def test_rates_never_leave_zero_to_peak_for_any_length_and_shares():
             for steps, task in [(s, t) for s in (1, 2, 3, 9, 10, 11, 37) for t in (0, 1, 2, 19)]:
                 for n in range(steps):
                     assert 0 <= methods.learning_rate(n, steps, task, 0.3, schedule, *args) <= 0.3
+
+
+def test_no_schedule_rests_a_whole_task():
+    shares = (0.0, 0.1, 0.5, 1.0)
+    for schedule, metas in methods.SCHEDULES.items():
+        for meta, w, c in itertools.product(metas, shares, shares):
+            for steps, task in itertools.product((1, 2, 3, 4, 10, 11), (0, 1, 2, 7, 19)):
+                rates = [methods.learning_rate(n, steps, task, 1.0, schedule, meta, w, c, floor=0.0)
+                         for n in range(steps)]  # fmt: skip
+                assert max(rates) > 1e-4, (schedule, meta, w, c, steps, task)
+
+
+def test_recovered_s_warm_up_ends_on_its_curve():
+    rate = functools.partial(methods.learning_rate, steps=100, task=1, lr=1.0, floor=0.0)
+    before, after = (rate(n, schedule="rsqrt", meta="recovered") for n in (9, 10))
+    assert before == pytest.approx(after) == pytest.approx(1 / 3)  # sqrt(10 / 90)
 
 
 def test_a_task_of_one_step_trains_under_cosine_and_its_warm_up_is_whole():
