@@ -84,6 +84,13 @@ def of_method(name):
     return option("method", None, f"{text} (default {defaults})", least=least)
 
 
+def of_technique(name):
+    """The option of some merging techniques that merge.py calls so."""
+    kind = merge.OPTIONS[name]
+    uses = ", ".join(t for t in merge.TECHNIQUES if name in merge.used(t))
+    return option("merging", None, f"{uses}: {kind.help} (default {kind.default})")
+
+
 @dataclass
 class Config:
     """One run. What is None here is filled in by resolve()."""
@@ -166,7 +173,17 @@ class Config:
                                list(merge.SOURCES[1:]))
     merge_technique: str = option("merging", "linear", "how weights are merged",
                                   list(merge.TECHNIQUES))
-    merge_options: tuple[str, ...] = option("merging", (), "of the technique, as density=0.2 scale=0.5")
+    density: float = of_technique("density")
+    whole: bool = of_technique("whole")
+    elect: bool = of_technique("elect")
+    function: str = of_technique("function")
+    drop: float = of_technique("drop")
+    top: float = of_technique("top")
+    bottom: float = of_technique("bottom")
+    strictness: float = of_technique("strictness")
+    agree: int = of_technique("agree")
+    lines: tuple[str, ...] = of_technique("lines")
+    merge_scale: float = of_technique("scale")
     merge_growth: str = option("merging", "uniform", "how the experts' weights grow with time, for"
                                " 'all'", list(merge.GROWTHS))
     merge_reverse: bool = option("merging", False, "they shrink instead")
@@ -349,8 +366,7 @@ def add_option(group, f):
 def refuse_unused(c, given):
     """ValueError where an option was given that this run has no use for: it would be ignored."""
     place = timeline_place(c)
-    merged = {place["init"], place["deploy"]} & {"ema", "all"}
-    technique = "nothing is merged by --method " + c.method
+    used = merge.timeline_used(place["init"], place["deploy"], c.merge_technique)
     reasons = {  # option -> why it does nothing here, or ""
         "budget": c.steps and "--steps says how many steps there are",
         "pretrain_steps": c.weights and "--weights is theta_0",
@@ -364,13 +380,7 @@ def refuse_unused(c, given):
         "order": c.stream and "--stream says the order",
         "reverse": c.stream and "--stream says the order",
         "cooldown": c.schedule != "rsqrt" and "it belongs to --schedule rsqrt",
-        "merge_weight": not ("ema" in merged and c.merge_technique in merge.AVERAGES)
-                        and "no running average of weights is kept",
-        "merge_growth": "all" not in merged and "it belongs to a merge of all experts",
-        "merge_reverse": "all" not in merged and "it belongs to a merge of all experts",
-        "merge_base": "all" not in merged and "it belongs to a merge of all experts",
-        "merge_technique": not merged and technique,
-        "merge_options": not merged and technique,
+        **{field: name not in used and "no merge here uses it" for field, name in MERGING.items()},
     }  # fmt: skip
     trains = c.method if c.method in methods.METHODS else "finetune"
     for name in methods.OPTIONS:
@@ -442,21 +452,31 @@ def timeline_place(c):
     return place
 
 
+MERGING = {  # option -> what merge.Timeline calls it
+    "merge_technique": "technique", "merge_weight": "weight", "merge_growth": "expert_weights",
+    "merge_reverse": "reverse", "merge_base": "include_base", "merge_scale": "scale",
+    **{name: name for name in merge.OPTIONS if name not in ("scale", "seed")},
+}  # fmt: skip
+
+
 def merge_options(c):
     """Timeline's arguments."""
-    options = {}
-    for text in c.merge_options:
-        name, _, value = text.partition("=")
-        if name in ("init", "deploy", "technique", "weight", "anchored", "reverse", "include_base",
-                    "expert_weights", "base", "store", "self"):  # fmt: skip
-            raise ValueError(f"--merge-options {text}: {name} is no option of a technique")
-        options[name] = value  # a word, as in function=max, if none of these reads it
-        for read in (float, lambda text: json.loads(text.lower())):  # .5 is no JSON, True no number
-            with contextlib.suppress(ValueError):
-                options[name] = read(value)
-    return timeline_place(c) | {
-        "technique": c.merge_technique, "weight": c.merge_weight, "expert_weights": c.merge_growth,
-        "reverse": c.merge_reverse, "include_base": c.merge_base, **options}  # fmt: skip
+    options = timeline_place(c)
+    for field_name, name in MERGING.items():
+        value = getattr(c, field_name)
+        if value is not None and value is not False:  # else the technique's own
+            options[name] = lines_of(value) if name == "lines" else value
+    return options
+
+
+def lines_of(words):
+    """("0.5", "0.5", "linear") -> LiNeS' (alpha, beta, how)."""
+    try:
+        alpha, beta, how = words
+        return float(alpha), float(beta), how
+    except ValueError:
+        raise ValueError(f"--lines takes two numbers and a word, as in .5 .5 linear, got"
+                         f" {' '.join(words)}") from None
 
 
 def make_method(c):
@@ -1592,38 +1612,32 @@ def budget_command(argv):
 
 
 def merge_command(argv):
-    p = argparse.ArgumentParser("fomo.py merge", description="Merge files of weights in any layout that clip.py reads.",
-                                argument_default=argparse.SUPPRESS)  # fmt: skip
+    p = argparse.ArgumentParser("fomo.py merge", argument_default=argparse.SUPPRESS,
+                                description="Merge files of weights in any layout.")  # fmt: skip
     p.add_argument("base", help="theta_0; the result has its names, dtypes and metadata")
     p.add_argument("experts", nargs="+", metavar="expert")
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
     p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
                    help="where no file says it (default auto)")  # fmt: skip
     p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES, help="(default linear)")
-    p.add_argument("--weights", type=float, nargs="+", help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")
-    p.add_argument("--scale", type=float, help="all but linear, slerp: factor on the merged task vector (default 1)")
-    p.add_argument("--lines", nargs=3, metavar=("ALPHA", "BETA", "HOW"),
-                   help="LiNeS, all but linear, slerp; HOW: linear, quadratic or sqrt")  # fmt: skip
-    p.add_argument("--density", type=float, help="ties: share of each task vector kept (default .2)")
-    p.add_argument("--whole", action="store_true", help="ties: trim over all tensors together, not within each")
-    p.add_argument("--function", choices=("mean", "sum", "max"), help="ties, dare --elect (default mean)")
-    p.add_argument("--drop", type=float, help="dare: probability of dropping an entry (default .9)")
-    p.add_argument("--elect", action="store_true", help="dare: elect signs as ties does")
-    p.add_argument("--top", type=float, help="breadcrumbs: share of largest entries dropped (default .01)")
-    p.add_argument("--bottom", type=float, help="breadcrumbs: share of smallest entries dropped (default .85)")
-    p.add_argument("--strictness", type=float, help="tall-mask: lambda (default .4)")
-    p.add_argument("--agree", type=int, help="tall-mask: experts that must need an entry (default 2)")
-    p.add_argument("--seed", type=int, help="dare, random (default 0)")
+    p.add_argument("--weights", type=float, nargs="+",
+                   help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")  # fmt: skip
+    for name, kind in merge.OPTIONS.items():
+        uses = ", ".join(t for t in merge.TECHNIQUES if name in merge.used(t))
+        text = f"{uses}: {kind.help}; {kind.limits} (default {kind.default})"
+        how = {"type": kind.kind}
+        if kind.kind is bool:
+            how = {"action": "store_true"}
+        elif name == "lines":
+            how = {"nargs": 3, "metavar": ("ALPHA", "BETA", "HOW")}
+        p.add_argument(flag(name), help=text.replace("%", "%%"), **how)
     options = vars(p.parse_args(argv))
     base, experts, out, technique = (options.pop(k) for k in ("base", "experts", "out", "technique"))
     activation = options.pop("activation")
     out = os.path.expanduser(out)
     weights = options.pop("weights", None)
     if "lines" in options:
-        try:
-            options["lines"] = (*map(float, options["lines"][:2]), options["lines"][2])
-        except ValueError:
-            raise ValueError(f"--lines takes two numbers and a word, got {' '.join(options['lines'])}") from None
+        options["lines"] = lines_of(options["lines"])
     if os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out or remove it")
     check_file(out)
@@ -1633,21 +1647,24 @@ def merge_command(argv):
     files = [clip.read_tensors(path) for path in paths]
     metadata = {"format": "pt"} | files[0].metadata | known
     files = [clip.openai_names(f) for f in files]  # whatever their layouts
-    began, readings = time.time(), {"ties": 3 if "whole" in options else 1, "tall-mask": 2}.get(technique, 1)
-    total = len(files[0]) * len(experts) * readings
+    began = time.time()
+    total = len(files[0]) * len(experts) * (2 if technique == "tall-mask" else 1)
     with tqdm(desc=technique, total=total, unit=" tensors", leave=False, disable=None) as bar:
-        merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
+        watched = [Watched(f, bar, path) for f, path in zip(files, paths)]
+        merged = merge.merge(technique, watched[0], watched[1:], weights, **options)
     clip.write_tensors(merged, out, metadata)
     plural = "s" * (len(experts) > 1)
-    print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out} ({time.time() - began:.1f} s)")
+    print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out}"
+          f" ({time.time() - began:.1f} s)")  # fmt: skip
 
 
 class Watched(clip.Tensors):
     """Tensors that move a bar when they are read."""
 
-    def __init__(self, tensors, bar):
+    def __init__(self, tensors, bar, path):
         super().__init__(tensors.readers, tensors.metadata)
         self.bar = bar
+        self.path = path  # merge names it where a tensor is not what it should be
 
     def __getitem__(self, name):
         self.bar.update()
