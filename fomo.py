@@ -5,7 +5,7 @@
     python fomo.py --method joint                 the upper bound: all data at once
     python fomo.py report runs/*                  their table, and one picture of them all
     python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME
-    torchrun --nproc-per-node 2 fomo.py --method merge     the same on two GPUs, or two CPU processes
+    torchrun --nproc-per-node 2 fomo.py --method merge     the same on two GPUs or CPU processes
     python fomo.py evaluate --weights W --data D  scores of one checkpoint
     python fomo.py budget --model ViT-B-16        the compute of every method, counted
     python fomo.py merge BASE EXPERT... --technique ties -o OUT       merge files of weights
@@ -79,8 +79,8 @@ def option(group, default, text, choices=None, least=None, above=None):
 def of_method(name):
     """The option of some methods that methods.py calls so."""
     _, least, text = methods.OPTIONS[name]
-    uses = {m: getattr(kind, name) for m, kind in methods.METHODS.items() if name in methods.used(m)}
-    defaults = ", ".join(f"{m} {value}" for m, value in uses.items())
+    users = [m for m in methods.METHODS if name in methods.used(m)]
+    defaults = ", ".join(f"{m} {getattr(methods.METHODS[m], name)}" for m in users)
     return option("method", None, f"{text} (default {defaults})", least=least)
 
 
@@ -100,34 +100,34 @@ class Config:
     tasks: int = option("run", None, "T, updates in the stream (sec. 4)", least=1)
     budget: float = option("run", None, "GFLOPs of the whole stream, memory-adjusted (sec. 3.2);"
                            " default the paper's, in proportion to the model", above=0)
-    steps: int = option("run", None, "steps a task, whatever they cost, in place of --budget", least=1)
+    steps: int = option("run", None, "steps a task, whatever they cost; replaces --budget", least=1)
     batch_size: int = option("run", None, "image-text pairs a step", least=1)
     seed: int = option("run", 0, "of the order of concepts and samples; theta_0 and the drawn world"
                        " stay the same", least=0)
-    score_all: bool = option("run", False, "score all test data after every task; the paper, between"
-                             " the first and the last, a class-balanced subset")
+    score_all: bool = option("run", False, "score all test data after every task; the paper,"
+                             " between the first and the last, a class-balanced subset")
     out: str = option("run", None, "folder of the run; default runs/<method>-<seed>")
     plan: bool = option("run", False, "say what the run would do, time two steps, and stop")
-    accept_changes: bool = option("run", False, "go on with an unfinished run although its input has"
-                                  " changed; results.json records what")
+    accept_changes: bool = option("run", False, "go on with an unfinished run although its input"
+                                  " has changed; results.json records what")
 
-    model: str = option("theta_0", None, "architecture; tiny without --weights, else what the weights"
-                        " are", list(clip.CONFIGS))
+    model: str = option("theta_0", None, "architecture; tiny without --weights, else what the"
+                        " weights are", list(clip.CONFIGS))
     weights: str = option("theta_0", None, "a file or folder in any CLIP layout, hf:ORG/REPO,"
-                          " openai:ViT-B-32, or a URL; without, theta_0 is trained on the pool first")
+                          " openai:ViT-B-32, or a URL; without, it is trained on the pool first")
     activation: str = option("theta_0", "auto", "of --weights that do not say it",
                              ["auto", "gelu", "quick_gelu"])
-    bpe: str = option("theta_0", None, "tokenizer merges: bpe_simple_vocab_16e6.txt.gz or merges.txt;"
-                      " by default those beside the weights")
+    bpe: str = option("theta_0", None, "bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json or"
+                      " openai:bpe; default beside the weights, else an installed open_clip's")
     pretrain_steps: int = option("theta_0", 1800, "of training it on the pool", least=1)
     pretrain_lr: float = option("theta_0", 1.5e-3, "peak learning rate of that", above=0)
 
     data: tuple[str, ...] = option("data", (), "a folder in FoMo-in-Flux's layout, class folders, a"
                                    " .csv or .tsv, torchvision:NAME,...; without, the drawn world")
-    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default those of"
-                                      " the paper's 22 that are there")
-    pool: tuple[str, ...] = option("data", (), "the pretraining data P: datasets whose training split"
-                                   " stands for it, or WebDataset shards ('{000..331}.tar', a glob)")
+    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default"
+                                      " those of the paper's 22 that are there")
+    pool: tuple[str, ...] = option("data", (), "the pretraining data P: datasets whose training"
+                                   " split stands for it, or shards ('{000..331}.tar')")
     stream: str = option("data", None, "JSON list of DATASET+++class, in place of --order")
     order: str = option("data", "random", "of the concepts (sec. 3.3)", ORDERS)
     reverse: bool = option("data", False, "that order backwards")
@@ -147,7 +147,8 @@ class Config:
                          " replays 2 M of 2 B", least=0)
 
     lr: float = option("schedule", None, "peak learning rate (sec. 4)", above=0)
-    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)", list(methods.SCHEDULES))
+    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)",
+                           list(methods.SCHEDULES))
     meta: str = option("schedule", "none", "meta-schedule over tasks (sec. 6.1)",
                        sorted(set().union(*methods.SCHEDULES.values())))
     warmup: float = option("schedule", 0.1, "share of a task's steps (sec. 4)")
@@ -165,8 +166,8 @@ class Config:
     si_c: float = of_method("si_c")
     si_xi: float = of_method("si_xi")
 
-    merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs the"
-                                 " old weights")
+    merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs"
+                                 " the old weights")
     merge_init: str = option("merging", None, "what a task starts from if not as the method says"
                              " (TIME, 3)", list(merge.SOURCES))
     merge_deploy: str = option("merging", None, "what is evaluated and shipped, likewise",
@@ -192,15 +193,15 @@ class Config:
     device: str = option("machine", "auto", "auto is cuda where there is one, else cpu")
     precision: str = option("machine", "auto", "of the forward pass; auto is bf16 on a GPU that has"
                             " it, else fp32", ["auto", "fp32", "bf16", "fp16"])
-    micro_batch: int = option("machine", None, "pairs in memory at a time; the gradient is still the"
-                              " whole batch's, for a second forward pass", least=1)
-    threads: int = option("machine", None, "of a CPU process; default 1 for tiny, whose matrices are"
-                          " too small to share, else torch's", least=1)
-    workers: int = option("machine", -1, "processes that prepare batches; -1 is what the cores leave",
-                          least=-1)
+    micro_batch: int = option("machine", None, "pairs in memory at a time; the gradient is still"
+                              " the whole batch's, for a second forward pass", least=1)
+    threads: int = option("machine", None, "of a CPU process; default 1 for tiny, whose matrices"
+                          " are too small to share, else torch's", least=1)
+    workers: int = option("machine", -1, "processes that prepare batches; -1: what the cores"
+                          " leave", least=-1)
     cache: str = option("machine", "~/.cache/fomo", "folder for theta_0 and downloads")
-    save_every: float = option("machine", 300.0, "seconds from one saving of the state to the next, or"
-                               " 50 times what a saving takes", above=0)
+    save_every: float = option("machine", 300.0, "seconds from one saving of the state to the next,"
+                               " or 50 times what a saving takes", above=0)
 
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
@@ -406,8 +407,8 @@ def resolve(config, trains=True):
         raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny to"
                          " train one on --pool")
     if c.weights is None and c.model != "tiny":
-        raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or --model"
-                         " tiny")
+        raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or"
+                         " --model tiny")
     if trains and c.weights is None and c.data and not c.pool:
         raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
                          " that are it")
@@ -425,7 +426,8 @@ def resolve(config, trains=True):
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     crew = Crew(c)
     if c.batch_size < crew.count:
-        raise ValueError(f"a batch of {c.batch_size} has nothing for some of {crew.count} processes")
+        raise ValueError(f"a batch of {c.batch_size} has nothing for some of {crew.count}"
+                         " processes")
     return c, crew
 
 
@@ -568,8 +570,8 @@ def check_device(device):
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); without the option a run"
-                         " takes what there is") from None
+        raise ValueError(f"--device {device} cannot be used here ({reason}); without the option a"
+                         " run takes what there is") from None
     return device
 
 
@@ -584,7 +586,8 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, signal.SIGINT)  # some systems have no SIGHUP
                 self.before[number] = signal.signal(number, self._handle)
         return self
 
@@ -624,7 +627,8 @@ class Learner:
         self.others = None  # features of pool pictures, for --order performance
         self.broken = None  # takes sentences about pictures that cannot be read; None: an error
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
-        self.autocast = partial(torch.autocast, self.device.type, dtype=low, enabled=low is not None)
+        self.autocast = partial(torch.autocast, self.device.type, dtype=low,
+                                enabled=low is not None)  # fmt: skip
 
     def encode_image(self, images):
         """uint8 [b, 3, S, S] -> [b, D], normalised, in float32 whatever the tower runs in."""
@@ -661,8 +665,8 @@ class Learner:
         return loss
 
     def gradient(self, model, batch):
-        """What a method measures after a task: the loss of a batch, detached, its gradient in .grad.
-        In float16 it may overflow, and small entries vanish, unless it is scaled on the way."""
+        """What a method measures after a task: the loss of a batch, detached, and its gradient in
+        .grad. In float16 small entries would vanish, were it not scaled on the way."""
         enabled = self.c.precision == "fp16"
         scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=enabled)
         loss = self.backward(batch, scaler)
@@ -706,12 +710,13 @@ def load_world(c, crew):
     for note in world.notes:
         crew.say(note)
     if not world.heldout:
-        crew.say("nothing is held out (--heldout), so ZS has nothing to stand on: KA alone is scored")
+        crew.say("nothing is held out (--heldout), so ZS has nothing to stand on: KA alone is"
+                 " scored")
     return world
 
 
 def load_stream(learner):
-    """-> the concepts in order: --stream's, less those that nobody trains on, or those in --order."""
+    """-> the concepts in order: --stream's, less those that nobody trains on, or all in --order."""
     c, world, crew = learner.c, learner.world, learner.crew
     if c.stream is not None:
         kept, notes = data.trainable(data.read_stream(c.stream), world)
@@ -734,8 +739,8 @@ def order_key(learner, found):
     if c.order == "time":
         return data.times(found)
     if c.order in ("performance", "similarity") and c.weights is None:
-        raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream writes"
-                         " the order to a file)")
+        raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream"
+                         " writes the order to a file)")
     if c.order in ("performance", "similarity"):
         learner.model.to(learner.device).eval()
     if c.order == "similarity":
@@ -757,8 +762,10 @@ def concept_loss(learner, concept, prompt, most=32):
         learner.others = learner.image_features(others, among)
     with torch.no_grad():
         scale = learner.model.logit_scale.exp()
-        logits = scale * torch.cat([(image @ text.T), (learner.others @ text.T).T.expand(len(image), -1)], 1)
-        return float(F.cross_entropy(logits, torch.zeros(len(image), dtype=int, device=image.device)))
+        wrong = (learner.others @ text.T).T.expand(len(image), -1)  # [n, 256]
+        logits = scale * torch.cat([image @ text.T, wrong], dim=1)  # [n, 257], the first is right
+        target = torch.zeros(len(image), dtype=int, device=image.device)
+        return float(F.cross_entropy(logits, target))
 
 
 def load_learner(c, crew, world):
@@ -830,10 +837,11 @@ def announce(learner, mixture, tasks, steps, costs):
     processes = f" on {crew.count} processes" if crew.count > 1 else ""
     crew.say(f"{c.method}: {tasks} x {steps:,} steps of {c.batch_size} pairs{processes},"
              f" {passes:,.1f} times the {samples:,} samples of the stream;"
-             f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a step")
+             f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a"
+             " step")
     if passes > 50:
-        crew.say(f"warning: {passes:,.0f} passes over the same samples; a smaller --budget or --steps"
-                 " may do")
+        crew.say(f"warning: {passes:,.0f} passes over the same samples; a smaller --budget or"
+                 " --steps may do")
 
 
 def time_two_steps(learner, mixture):
@@ -889,15 +897,15 @@ def fingerprint(weights):
 
 def obtain_theta_0(learner, folder):
     """learner.model becomes theta_0: as the run's folder or --weights or the cache has it, or
-    trained on the pool now. It is kept in the run's folder, so that a cleared cache costs nothing."""
+    trained on the pool now. The run's folder keeps it, so that a cleared cache costs nothing."""
     c, crew, model = learner.c, learner.crew, learner.model
     own = folder.path / "theta_0.safetensors"
     if crew.told(own.exists()):
         load_theta_0(model, own)
         return
     if c.weights is None:
-        key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr, c.batch_size,
-                      c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
+        key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr,
+                      c.batch_size, c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
                       learner.device.type, learner.world.pool.content(),
                       torch.__version__])  # fmt: skip
         path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
@@ -908,7 +916,8 @@ def obtain_theta_0(learner, folder):
                 if crew.leads:  # tells now, not after the training, if the disk is full
                     save_theta_0(model, path.with_suffix(".probe.safetensors"))
                     path.with_suffix(".probe.safetensors").unlink()
-                crew.say(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
+                crew.say(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as"
+                         f" {path}")
                 pretrain(learner, folder)
                 if crew.leads:
                     save_theta_0(model, path)
@@ -917,8 +926,8 @@ def obtain_theta_0(learner, folder):
 
 
 def pretrain(learner, folder):
-    """theta_0 by the loop above: one task, all of it pool, finetuning, CLIP's betas for a ViT (arXiv
-    2103.00020, tab. 19)."""
+    """theta_0 by the loop above: one task, all of it pool, finetuning, CLIP's betas for a ViT
+    (arXiv 2103.00020, tab. 19)."""
     c, model = learner.c, learner.model.to(learner.device)
     method = methods.METHODS["finetune"]()
     method.prepare(model)
@@ -1030,8 +1039,8 @@ def clamp_scale(model):
 
 
 def look_back(stage, folder):
-    """Yields (batch, samples in it) of D_t alone, each sample at most once in full batches (if there
-    are enough for one), for what a method measures after a task."""
+    """Yields (batch, samples in it) of D_t alone, each sample at most once in full batches (if
+    there are enough for one), for what a method measures after a task."""
     alone = copy.copy(stage.mixture)
     alone.ratios = (0, 1, 0)
     samples = alone.ends[stage.task + 1] - alone.ends[stage.task]
@@ -1074,7 +1083,8 @@ class ExpertFiles:
         self.hashes = list(hashes)
         for i, known in enumerate(hashes):
             if not self.path(i).exists():
-                raise ValueError(f"{self.path(i)} is missing: put it back, or delete the run's folder")
+                raise ValueError(f"{self.path(i)} is missing: put it back, or delete the run's"
+                                 " folder")
             if fingerprint(self[i]) != known:
                 raise ValueError(f"{self.path(i)} has changed since it was written: put it back, or"
                                  " delete the run's folder")
@@ -1142,8 +1152,10 @@ def summary(world, scores):
 
 def chance(world):
     """Scores of guessing: 1 / C, and about 5 / N for R@5."""
-    guess = {d.name: 100 / len(d.classes) if d.kind == "classification"
-             else 100 * min(1, 5 / len(d.test)) for d in world.adaptation + world.heldout}  # fmt: skip
+    guess = {}
+    for d in world.adaptation + world.heldout:
+        share = 1 / len(d.classes) if d.kind == "classification" else min(1, 5 / len(d.test))
+        guess[d.name] = 100 * share
     return summary(world, guess)
 
 
@@ -1233,19 +1245,22 @@ class Folder:
             before = dict(json.loads(config.read_text(encoding="utf-8")))
             self.run = before.pop("run", None)
         except (ValueError, TypeError, RecursionError) as e:
-            raise ValueError(f"{config} is no run's configuration ({e}): name another --out") from None
+            raise ValueError(f"{config} is no run's configuration ({e}): name another"
+                             " --out") from None
         self._compare_options(before)
         if self.run is None:
-            raise ValueError(f"{config} is of an older fomo.py: name another --out, or delete the run")
+            raise ValueError(f"{config} is of an older fomo.py: name another --out, or delete the"
+                             " run")
         self.state = self._read_state()
 
     def _compare_options(self, before):
         other = [k for k, value in self.options.items()
                  if k not in FREE + MACHINE and before.get(k) != value]  # fmt: skip
         if other:
-            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.options[k]}" for k in other)
-            raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}): name"
-                             " another --out")
+            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.options[k]}"
+                                for k in other)  # fmt: skip
+            raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}):"
+                             " name another --out")
 
     def _read_state(self):
         """The newest state that is whole. None where there is none yet."""
@@ -1273,8 +1288,9 @@ class Folder:
         try:
             yield
         except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError) as e:
-            raise ValueError(f"{self.path}/state.pt is no state of this run ({type(e).__name__}: {e}):"
-                             f" delete {self.path}") from e
+            fault = f"{type(e).__name__}: {e}"
+            raise ValueError(f"{self.path}/state.pt is no state of this run ({fault}): delete"
+                             f" {self.path}") from e
 
     # -------- then: is the input the same, and where was the run
 
@@ -1346,8 +1362,8 @@ class Folder:
         for fault in faults:
             self.log("broken picture", fault=fault)
         if len(self.broken) > self.c.max_broken:
-            raise ValueError(f"more than {self.c.max_broken} pictures cannot be read (--max-broken),"
-                             f" the last: {faults[-1]}")
+            raise ValueError(f"more than {self.c.max_broken} pictures cannot be read"
+                             f" (--max-broken), the last: {faults[-1]}")
 
     def log_step(self, stage, rate, loss, norm, logit_scale):
         event = "step" if stage.name == "stream" else "theta_0 step"
@@ -1387,7 +1403,8 @@ class Folder:
                              fingerprint(stage.learner.model.state_dict()))  # fmt: skip
         inside = None
         if stage.optimizer and stage.step <= stage.steps:
-            inside = {"optimizer": stage.optimizer.state_dict(), "scaler": stage.scaler.state_dict()}
+            inside = {"optimizer": stage.optimizer.state_dict(),
+                      "scaler": stage.scaler.state_dict()}  # fmt: skip
         elif stage.saved:
             inside = stage.saved
         if self.crew.leads:
@@ -1412,7 +1429,8 @@ class Folder:
         except RuntimeError as e:  # torch's for a write that fails
             part.unlink(missing_ok=True)
             free = shutil.disk_usage(self.path).free
-            raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are free)") from e
+            raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are"
+                          " free)") from e
         if path.exists():
             os.replace(path, self.path / "state-before.pt")
         os.replace(part, path)
@@ -1456,7 +1474,7 @@ class Folder:
         return f"all that was trained is kept in {self.path}; the same command goes on from there"
 
     def _close(self):
-        """Leave a finished run, or one that can go on; no half-written folder. Others' files stay."""
+        """Leave a finished run, or one that can go on, or nothing. Other people's files stay."""
         if self.log_file is None:
             return
         with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
@@ -1472,7 +1490,7 @@ class Folder:
 
 
 def check_folder(path, flag):
-    """ValueError where a folder cannot be, or be made: better said before the work than after it."""
+    """ValueError where a folder cannot be, or be made: better before the work than after it."""
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{path} cannot be written ({there} is not a folder that can be written):"
@@ -1483,13 +1501,15 @@ def check_file(path, inputs=()):
     """The same for a file, whose folder has to be there, and which must not be one of the inputs or
     hold what is not ours."""
     folder = os.path.dirname(os.path.abspath(path))
-    if not path or os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    can_be = os.path.isdir(folder) and os.access(folder, os.W_OK)
+    if not path or os.path.isdir(path) or not can_be:
         raise ValueError(f"--out {path!r} cannot be written: give a file's name in a folder that is"
                          " there and can be written")
-    if any(os.path.exists(p) and os.path.exists(path) and os.path.samefile(p, path) for p in inputs):
+    if any(os.path.realpath(p) == os.path.realpath(path) for p in inputs):
         raise ValueError(f"--out {path!r} is one of the inputs: give another name")
     if os.path.exists(path) and not is_ours(path):
-        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: give another name")
+        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: give another"
+                         " name")
 
 
 def is_ours(path):
@@ -1520,17 +1540,16 @@ def told_so_far(results):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------- reports
-
-# -------------------------------------------------------------------------------------- sub-commands
+# ----------------------------------------------------------------------------- sub-commands
 
 
 def report_command(argv):
     parser = argparse.ArgumentParser("fomo.py report", description="Table and pictures of finished"
                                      " runs; those that differ in their seed alone are one line.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; unfinished runs are left out")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="folders; unfinished runs are left out")  # fmt: skip
     parser.add_argument("-o", "--out", default="report.png",
-                        help="the pictures together; beside it each alone (default report.png)")  # fmt: skip
+                        help="the pictures; beside it each alone (default report.png)")  # fmt: skip
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--markdown", dest="style", action="store_const", const="markdown")
     style.add_argument("--json", dest="style", action="store_const", const="json")
@@ -1550,8 +1569,8 @@ EVALUATE = ("weights", "model", "activation", "bpe", "data", "heldout", "templat
 
 
 def evaluate_command(argv):
-    description = ("Scores of --weights on all test data of --data, the drawn world's without. --out"
-                   " is the file of scores (default scores.json).")  # fmt: skip
+    description = ("Scores of --weights on all test data of --data, the drawn world's without."
+                   " --out is the file of scores (default scores.json).")  # fmt: skip
     c = parse(argv, "fomo.py evaluate", description, EVALUATE)
     if c.weights is None:
         raise ValueError("evaluate scores --weights: name a checkpoint")
@@ -1577,8 +1596,9 @@ def evaluate_command(argv):
 
 
 def budget_command(argv):
-    parser = argparse.ArgumentParser("fomo.py budget", description="What a step of each method costs"
-                                     " and how many steps a budget buys, beside the paper's Table 4.")
+    parser = argparse.ArgumentParser(
+        "fomo.py budget", description="What a step of each method costs and how many steps a budget"
+                                      " buys, beside the paper's Table 4.")  # fmt: skip
     parser.add_argument("--model", default="ViT-B-16", choices=sorted(clip.CONFIGS),
                         help="(default ViT-B-16)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, help="pairs a step (default 512; tiny 64)")
@@ -1586,11 +1606,12 @@ def budget_command(argv):
                         help="(default bf16)")  # fmt: skip
     parser.add_argument("--rank", type=int, default=0,
                         help="of lora, dora, vera and galore; 0: the paper's")  # fmt: skip
-    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory (default"
-                        " the paper's, in proportion to a pair's; tiny 3000)")  # fmt: skip
+    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory"
+                        " (default the paper's, in proportion to a pair's; tiny 3000)")  # fmt: skip
     parser.add_argument("--tasks", type=int, nargs="+",
                         help="lengths of stream (default 20 50 100 200; tiny 8)")  # fmt: skip
-    parser.add_argument("--explain", choices=budget.METHODS, help="where one step's FLOPs and bytes go")
+    parser.add_argument("--explain", choices=budget.METHODS,
+                        help="where one step's FLOPs and bytes go")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the same numbers for programs")
     args = parser.parse_args(argv)
     config, defaults = clip.CONFIGS[args.model], TINY if args.model == "tiny" else PAPER
@@ -1619,7 +1640,8 @@ def merge_command(argv):
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
     p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
                    help="where no file says it (default auto)")  # fmt: skip
-    p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES, help="(default linear)")
+    p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES,
+                   help="(default linear)")  # fmt: skip
     p.add_argument("--weights", type=float, nargs="+",
                    help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")  # fmt: skip
     for name, kind in merge.OPTIONS.items():
@@ -1632,9 +1654,11 @@ def merge_command(argv):
             how = {"nargs": 3, "metavar": ("ALPHA", "BETA", "HOW")}
         p.add_argument(flag(name), help=text.replace("%", "%%"), **how)
     options = vars(p.parse_args(argv))
-    base, experts, out, technique = (options.pop(k) for k in ("base", "experts", "out", "technique"))
+    base = options.pop("base")
+    experts = options.pop("experts")
+    technique = options.pop("technique")
     activation = options.pop("activation")
-    out = os.path.expanduser(out)
+    out = os.path.expanduser(options.pop("out"))
     weights = options.pop("weights", None)
     if "lines" in options:
         options["lines"] = lines_of(options["lines"])
@@ -1695,8 +1719,8 @@ def stream_command(argv):
 
 
 def inspect_command(argv):
-    description = ("Reads every picture of --data once, names those that are broken, and draws sheets"
-                   " of pictures with their captions into the folder --out (default inspect).")
+    description = ("Reads every picture of --data once, names those that are broken, and draws"
+                   " sheets of pictures with captions into the folder --out (default inspect).")
     c = parse(argv, "fomo.py inspect", description, WORLD)
     out = Path(c.out or "inspect")
     check_folder(out, "--out")
@@ -1730,7 +1754,7 @@ def inspect_command(argv):
 
 def convert_command(argv):
     p = argparse.ArgumentParser("fomo.py convert", description="A checkpoint in another layout.")
-    p.add_argument("weights", help="as of --weights: a file, a folder, hf:ORG/REPO, openai:ViT-B-32")
+    p.add_argument("weights", help="a file, a folder, hf:ORG/REPO, openai:ViT-B-32")
     p.add_argument("out", help="file, or for hf a folder; must not exist")
     p.add_argument("--layout", required=True, choices=["open_clip", "openai", "hf"])
     p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
@@ -1756,7 +1780,7 @@ FULL = "; free some space where --out or --cache lies and start the same command
 def main(argv=None):
     """Runs a command. What the user can mend is one sentence on stderr, and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch needs it to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds nothing here
     try:
@@ -1792,7 +1816,8 @@ def explain(e):
     text = str(e)
     if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "the memory is full: take --micro-batch, a smaller --batch-size or --precision bf16"
-    if "DataLoader worker" in text or isinstance(e, (ConnectionError, EOFError)):  # which torch raises wherever this process is when one dies
+    # torch raises these wherever this process is when one of its workers dies
+    if "DataLoader worker" in text or isinstance(e, (ConnectionError, EOFError)):
         return f"a process that prepares batches died ({e}): memory full? take fewer --workers"
     if isinstance(e, OSError) and e.strerror:
         place = f"{e.filename}: " if e.filename else ""
