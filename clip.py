@@ -1,6 +1,7 @@
-"""CLIP from scratch: two transformers, the tokenizer, and every layout that its checkpoints come in.
+"""CLIP from scratch: two transformers, the tokenizer, every layout that its checkpoints come in.
 
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020).
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
+(arXiv 2103.00020).
 State-dict keys are OpenAI's, which open_clip kept. This file stands alone; copy it:
 
     import clip, torch
@@ -9,9 +10,9 @@ State-dict keys are OpenAI's, which open_clip kept. This file stands alone; copy
     image, text, scale = model(images, tokenizer(["a red square", "two dots"], context_length=64))
     loss = clip.contrastive_loss(image, text, scale)
 
-    model = clip.load("openai:ViT-B-32")  # or hf:ORG/REPO[/FILE], https://...#sha256=..., a file, a folder
+    model = clip.load("openai:ViT-B-32")  # or hf:ORG/REPO[/FILE], https://...#sha256=..., a path
     tokenizer = clip.Tokenizer(clip.find_bpe("openai:ViT-B-32"))
-    clip.save(model, "ViT-B-32-hf", layout="hf")  # for transformers; "open_clip" and "openai" for theirs
+    clip.save(model, "ViT-B-32-hf", layout="hf")  # transformers'; or "open_clip", "openai"
 """
 
 import contextlib
@@ -55,7 +56,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = math.log(100)  # sec. 2.5: larger ones were unstable; whoever trains clamps to it
 
 
-# ---------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,18 +74,22 @@ class CLIPConfig:
     text_layers: int
     text_heads: int
     text_mlp: int
-    quick_gelu: bool = False  # x * sigmoid(1.702 x) in place of GELU: a property of the weights, invisible in them
+    quick_gelu: bool = (
+        False  # x * sigmoid(1.702 x) in place of GELU: a property of the weights, invisible in them
+    )
 
     def __post_init__(self):
         *sizes, quick_gelu = dataclasses.astuple(self)
         if any(type(n) is not int or n < 1 for n in sizes) or type(quick_gelu) is not bool:
-            raise ValueError(f"sizes are whole numbers from 1 and quick_gelu is true or false: {self}")
+            raise ValueError(
+                f"sizes are whole numbers from 1 and quick_gelu is true or false: {self}"
+            )
         if self.vision_width % self.vision_heads or self.text_width % self.text_heads:
             raise ValueError(f"heads do not divide widths: {self}")
 
 
 def _config(embed, image, patch, vision, text, context=77, vocab=49408):
-    """vision = (width, layers, heads, mlp), text = (width, layers, heads), whose mlp is 4 x width."""
+    """vision = (width, layers, heads, mlp), text = (width, layers, heads); its mlp is 4 x width."""
     return CLIPConfig(embed, image, patch, *vision, context, vocab, *text, 4 * text[0])
 
 
@@ -134,7 +139,8 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with q, k and v fused in one in_proj, as nn.MultiheadAttention names them."""
+    """Multi-head self-attention with q, k and v fused in one in_proj, as nn.MultiheadAttention
+    names them."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -145,7 +151,9 @@ class Attention(nn.Module):
 
     def forward(self, x, causal):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, N, 3W]
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, N, W/H]
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # 3 x [B, H, N, W/H]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # [B, H, N, W/H]
         return self.out_proj(y.transpose(1, 2).flatten(2))  # [B, N, W]
 
@@ -157,7 +165,9 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         gelu = QuickGELU() if quick_gelu else nn.GELU()
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, mlp), gelu=gelu, c_proj=nn.Linear(mlp, width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, mlp), gelu=gelu, c_proj=nn.Linear(mlp, width))
+        )
 
     def forward(self, x, causal):
         x = x + self.attn(self.ln_1(x), causal)  # [B, N, W]
@@ -183,14 +193,18 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, c.vision_layers, c.vision_heads, c.vision_mlp, c.quick_gelu)
+        self.transformer = Transformer(
+            width, c.vision_layers, c.vision_heads, c.vision_mlp, c.quick_gelu
+        )
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, c.embed_dim))
 
     def forward(self, images):  # [B, 3, S, S]
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, W]
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([first, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, 1 + patches, W]
+        x = torch.cat([first, x], dim=1) + self.positional_embedding.to(
+            x.dtype
+        )  # [B, 1 + patches, W]
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj  # [B, D], read at the class token
 
@@ -207,13 +221,19 @@ class CLIP(nn.Module):
         self.preprocess = Preprocess(size=c.image_size)
         self.tokenizer = {}
         self.visual = VisionTransformer(c)
-        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.text_mlp, c.quick_gelu)
-        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.text_width), freeze=False)
+        self.transformer = Transformer(
+            c.text_width, c.text_layers, c.text_heads, c.text_mlp, c.quick_gelu
+        )
+        self.token_embedding = nn.Embedding.from_pretrained(
+            torch.empty(c.vocab_size, c.text_width), freeze=False
+        )
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.text_width))
         self.ln_final = nn.LayerNorm(c.text_width)
         self.text_projection = nn.Parameter(torch.empty(c.text_width, c.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        if not self.logit_scale.is_meta:  # load fills those; and normal_ there would import sympy, for 150 MB
+        if (
+            not self.logit_scale.is_meta
+        ):  # load fills those; and normal_ there would import sympy, for 150 MB
             self._init()
 
     def _init(self):
@@ -238,15 +258,19 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens):
-        """[B, L] ids, L up to the context length -> [B, D], not normalised. The largest id is the end token; what
-        follows it changes nothing (the mask is causal), so a batch may be cut at its longest text."""
+        """[B, L] ids, L up to the context length -> [B, D], not normalised. The largest id is the
+        end token; what follows it changes nothing (the mask is causal), so a batch may be cut at
+        its longest text."""
         x = self.token_embedding(tokens)  # [B, L, W]
         x = x + self.positional_embedding[: tokens.shape[1]].to(x.dtype)
         x = self.ln_final(self.transformer(x, causal=True))
-        return x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)] @ self.text_projection  # [B, D]
+        return (
+            x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)] @ self.text_projection
+        )  # [B, D]
 
     def forward(self, images, tokens):
-        """-> image [B, D] and text [B, D], both L2-normalised, and scale [] = exp(logit_scale) = 1 / tau."""
+        """-> image [B, D] and text [B, D], both L2-normalised, and scale [] = exp(logit_scale) = 1
+        / tau."""
         image, text = self.encode_image(images), self.encode_text(tokens)
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1), self.logit_scale.exp()
 
@@ -341,27 +365,66 @@ def normalise(images, mean=MEAN, std=STD):
     return torch.stack([(x.float() / 255 - m) / s for x, m, s in channels], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
-# A caption is repaired as OpenAI did with ftfy, here by the standard library: entities, quotes, ligatures, full-width
-# forms, controls, terminal escapes, surrogates, NFC, and UTF-8 once read as Windows-1252 (the web's "â€™"): signs,
-# Latin, Greek, Cyrillic, kana and emoji, whose lead bytes real text hardly has. It stops at other mojibake (Arabic,
-# Chinese, other code pages, lost bytes) and at entities shouted in capitals (&EACUTE;) or nested more than 16 deep.
+# ---------------------------------------------------------------------------------------- tokenizer
+# A caption is repaired as OpenAI did with ftfy, here by the standard library: entities, quotes,
+# ligatures, full-width forms, controls, terminal escapes, surrogates, NFC, and UTF-8 once read as
+# Windows-1252 (the web's "â€™"): signs, Latin, Greek, Cyrillic, kana and emoji, whose lead bytes
+# real text hardly has. It stops at other mojibake (Arabic, Chinese, other code pages, lost bytes)
+# and at entities shouted in capitals (&EACUTE;) or nested more than 16 deep.
 
-CP1252 = {i: bytes([i]).decode("cp1252", "ignore") or chr(i) for i in range(0x80, 0xA0)}  # how browsers read C1 bytes
+CP1252 = {
+    i: bytes([i]).decode("cp1252", "ignore") or chr(i) for i in range(0x80, 0xA0)
+}  # how browsers read C1 bytes
 BYTES = {char: byte for byte, char in CP1252.items()}
-NEXT = f"[\x80-\xbf{''.join(BYTES)}]"  # a continuation byte of UTF-8, read as Latin-1 or Windows-1252
-TWO = f"[ÂÃ]{NEXT}|[ÄÅÎÏÐÑ](?:(?![‘-”–—…]){NEXT}|{NEXT}(?=\\w))"  # Latin, Greek, Cyrillic; but Ñ” may end a word
-MOJIBAKE = re.compile(f"{TWO}|[âã]{NEXT}{{2}}|ð{NEXT}{{3}}")  # signs and kana, emoji; other leads are real too often
+NEXT = (
+    f"[\x80-\xbf{''.join(BYTES)}]"  # a continuation byte of UTF-8, read as Latin-1 or Windows-1252
+)
+TWO = f"[ÂÃ]{NEXT}|[ÄÅÎÏÐÑ](?:(?![‘-”–—…]){NEXT}|{NEXT}(?=\\w))"  # Ñ” may end a word
+MOJIBAKE = re.compile(
+    f"{TWO}|[âã]{NEXT}{{2}}|ð{NEXT}{{3}}"
+)  # signs and kana, emoji; other leads are real too often
 ENTITY, ANSI = re.compile(r"&#?[0-9A-Za-z]{1,24};"), re.compile(r"\x1b\[[\d;]*[a-zA-Z]")
-CONTROLS = [*range(9), 0xB, *range(0xE, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
-LIGATURES = {"Ĳ": "IJ", "ĳ": "ij", "ŉ": "'n", "Ǳ": "DZ", "ǲ": "Dz", "ǳ": "dz", "Ǆ": "DŽ", "ǅ": "Dž", "ǆ": "dž",
-             "Ǉ": "LJ", "ǈ": "Lj", "ǉ": "lj", "Ǌ": "NJ", "ǋ": "Nj", "ǌ": "nj", "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl",
-             "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st"}
+CONTROLS = [
+    *range(9),
+    0xB,
+    *range(0xE, 0x20),
+    0x7F,
+    *range(0x206A, 0x2070),
+    0xFEFF,
+    *range(0xFFF9, 0xFFFD),
+]
+LIGATURES = {
+    "Ĳ": "IJ",
+    "ĳ": "ij",
+    "ŉ": "'n",
+    "Ǳ": "DZ",
+    "ǲ": "Dz",
+    "ǳ": "dz",
+    "Ǆ": "DŽ",
+    "ǅ": "Dž",
+    "ǆ": "dž",
+    "Ǉ": "LJ",
+    "ǈ": "Lj",
+    "ǉ": "lj",
+    "Ǌ": "NJ",
+    "ǋ": "Nj",
+    "ǌ": "nj",
+    "ﬀ": "ff",
+    "ﬁ": "fi",
+    "ﬂ": "fl",
+    "ﬃ": "ffi",
+    "ﬄ": "ffl",
+    "ﬅ": "ſt",
+    "ﬆ": "st",
+}
 REPAIR = CP1252 | dict.fromkeys(CONTROLS) | str.maketrans(LIGATURES)
-REPAIR |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+REPAIR |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(
+    range(0x201C, 0x2020), '"'
+)
 REPAIR |= {i: unicodedata.normalize("NFKC", chr(i)) for i in [0x3000, *range(0xFF01, 0xFFF0)]}
 PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")  # ASCII without entities and controls: nothing to repair
-# OpenAI's 's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+; encode sets numbers like ² apart, which \d misses
+# OpenAI's 's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+; encode sets numbers like ² apart,
+# which \d misses
 WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNORECASE)
 
 
@@ -372,7 +435,8 @@ def _redecode(match):
 
 
 def clean(text):
-    """A caption as CLIP's vocabulary saw it: repaired, entities resolved, white space collapsed, lower case."""
+    """A caption as CLIP's vocabulary saw it: repaired, entities resolved, white space collapsed,
+    lower case."""
     entities = "<" not in text  # with "<" it is mark-up, whose entities are resolved twice, below
     for _ in range(16):
         if PLAIN.fullmatch(before := text):
@@ -381,7 +445,9 @@ def clean(text):
         while (decoded := MOJIBAKE.sub(_redecode, text)) != text:
             text = decoded
         text = ANSI.sub("", text).translate(REPAIR)
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # pairs join, halves become �
+        text = text.encode("utf-16-le", "surrogatepass").decode(
+            "utf-16-le", "replace"
+        )  # pairs join, halves become �
         text = unicodedata.normalize("NFC", text)
         if text == before:
             break
@@ -413,7 +479,8 @@ class Tokenizer:
     merges.txt or tokenizer.json. Without it, byte-level: the 256 bytes of UTF-8, then start (256)
     and end (257), which is what "tiny" reads.
 
-    start and end are ids; everything in a text is text, so no caption can inject a control token."""
+    start and end are ids; everything in a text is text, so no caption can inject a control
+    token."""
 
     def __init__(self, bpe=None):
         self.merges = {}  # pair of ids -> id
@@ -426,7 +493,7 @@ class Tokenizer:
         self.vocab_size = self.start + 2
 
     def _read(self, bpe):
-        # ids 0-255 are the bytes: the 188 printable ones first, then the others, spelt from chr(256)
+        # ids 0-255 are the bytes: 188 printable ones first, then the others, spelt from chr(256)
         order = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())
         letters = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)]
         self.letters = {b: i for i, b in enumerate(order)}
@@ -440,21 +507,37 @@ class Tokenizer:
                 a, b = (ids[s] for s in line.split())
                 self.merges[a, b] = ids.setdefault(line.replace(" ", ""), len(self.symbols))
                 self.symbols.append(self.symbols[a] + self.symbols[b])
-        except (OSError, EOFError, TypeError, ValueError, LookupError, RuntimeError, zlib.error) as e:
-            raise ValueError(f"{bpe}: no merge of two earlier symbols: {line[:80]!r} "
-                             f"({type(e).__name__}: {e})") from e  # fmt: skip
+        except (
+            OSError,
+            EOFError,
+            TypeError,
+            ValueError,
+            LookupError,
+            RuntimeError,
+            zlib.error,
+        ) as e:
+            raise ValueError(
+                f"{bpe}: no merge of two earlier symbols: {line[:80]!r} ({type(e).__name__}: {e})"
+            ) from e
         if not self.merges or len(ids) != len(self.symbols):
-            raise ValueError(f"{bpe}: no merges, or some twice; CLIP's: "
-                             "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")  # fmt: skip
+            raise ValueError(
+                f"{bpe}: no merges, or some twice; CLIP's: "
+                "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json"
+            )
         ids |= {"<|startoftext|>": len(ids), "<|endoftext|>": len(ids) + 1}
         if vocabulary not in (None, ids):
-            raise ValueError(f"{bpe}: a vocabulary of {len(vocabulary)} that is not in CLIP's order")
+            raise ValueError(
+                f"{bpe}: a vocabulary of {len(vocabulary)} that is not in CLIP's order"
+            )
 
     def _merge(self, word):
-        """Join the pair learnt first, everywhere, until no known pair is left. Ids grow in the order of learning."""
+        """Join the pair learnt first, everywhere, until no known pair is left. Ids grow in the
+        order of learning."""
         ids = [self.letters[b] for b in word.encode()]
         ids[-1] += 256  # the form that ends a word
-        while best := min(filter(None, map(self.merges.get, itertools.pairwise(ids))), default=None):
+        while best := min(
+            filter(None, map(self.merges.get, itertools.pairwise(ids))), default=None
+        ):
             joined, i = [], 0
             while i < len(ids):
                 hit = self.merges.get(tuple(ids[i : i + 2])) == best
@@ -479,23 +562,31 @@ class Tokenizer:
 
     def decode(self, ids):
         """ids, up to the first end token -> text, as cleaned, with a space between words."""
-        ids = [i for i in itertools.takewhile(lambda i: i != self.end, map(int, ids)) if i != self.start]
+        ids = [
+            i
+            for i in itertools.takewhile(lambda i: i != self.end, map(int, ids))
+            if i != self.start
+        ]
         if strange := [i for i in ids if not 0 <= i < self.start]:
             raise ValueError(f"ids lie in 0..{self.end}, got {strange[0]}")
         text = b"".join(self.symbols[i] for i in ids).decode("utf-8", errors="replace")
         return text.removesuffix(" ") if self.merges else text
 
     def __call__(self, texts, context_length=77, truncate=True):
-        """list of N strings -> int64 [N, context_length]: start, text, end, zeros. A text too long is cut and keeps its
-        end token, or with truncate=False is a ValueError."""
+        """list of N strings -> int64 [N, context_length]: start, text, end, zeros. A text too long
+        is cut and keeps its end token, or with truncate=False is a ValueError."""
         if context_length < 2:
-            raise ValueError(f"a context holds at least start and end, got context_length={context_length}")
+            raise ValueError(
+                f"a context holds at least start and end, got context_length={context_length}"
+            )
         texts = [texts] if isinstance(texts, str) else texts
         tokens = np.zeros((len(texts), context_length), np.int64)
         for row, text in zip(tokens, texts):
             ids = self.encode(text)
             if len(ids) > context_length - 2 and not truncate:
-                raise ValueError(f"{text!r:.80} has {len(ids)} tokens; the context holds {context_length - 2}")
+                raise ValueError(
+                    f"{text!r:.80} has {len(ids)} tokens; the context holds {context_length - 2}"
+                )
             ids = [self.start, *ids[: context_length - 2], self.end]
             row[: len(ids)] = ids
         return torch.from_numpy(tokens)
@@ -504,43 +595,89 @@ class Tokenizer:
 def check_tokenizer(model, tokenizer, path):
     """ValueError unless the weights in path have learnt from the tokens that tokenizer gives."""
     if model.tokenizer:
-        raise ValueError(f"{path}: its texts were tokenised otherwise than CLIP's ({model.tokenizer}), "
-                         "and no tokenizer here does that")  # fmt: skip
+        raise ValueError(
+            f"{path}: its texts were tokenised otherwise than CLIP's ({model.tokenizer}), "
+            "and no tokenizer here does that"
+        )
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(f"{path} has learnt {model.config.vocab_size} tokens, and the tokenizer has "
-                         f"{tokenizer.vocab_size}: --bpe takes the merges that belong to it")  # fmt: skip
+        raise ValueError(
+            f"{path} has learnt {model.config.vocab_size} tokens, and the tokenizer has "
+            f"{tokenizer.vocab_size}: --bpe takes the merges that belong to it"
+        )
 
 
-# --------------------------------------------------------------------------------------------------- tensor files
-# safetensors: u64 little-endian header length, JSON {name: {dtype, shape, data_offsets}}, then the bytes of each tensor
+# ------------------------------------------------------------------------------------- tensor files
+# safetensors: u64 little-endian header length, JSON {name: {dtype, shape, data_offsets}}, then the
+# bytes of each tensor
 
 DTYPES = {  # narrowest first
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
 }
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
-TORCH_NAMES = ("Bool", "Byte", "Char", "Short", "Half", "BFloat16", "Int", "Float", "Double", "Long")
+TORCH_NAMES = (
+    "Bool",
+    "Byte",
+    "Char",
+    "Short",
+    "Half",
+    "BFloat16",
+    "Int",
+    "Float",
+    "Double",
+    "Long",
+)
 STORAGES = dict(zip(TORCH_NAMES, DTYPES.values()))
-WEIGHTS = ("open_clip_model.safetensors", "model.safetensors", "model.safetensors.index.json",  # best first
-           "open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",  # best first
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @contextlib.contextmanager
 def _reading(path, fault):
-    """What a malformed file does to the code that reads it becomes one sentence that names the file."""
+    """What a malformed file does to the code that reads it becomes one sentence that names the
+    file."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, OSError,
-            MemoryError, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError) as e:  # fmt: skip
-        named = type(e) is ValueError and str(e).startswith(os.path.join(os.path.dirname(path), "") or str(path))
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        MemoryError,
+        zlib.error,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+    ) as e:
+        named = type(e) is ValueError and str(e).startswith(
+            os.path.join(os.path.dirname(path), "") or str(path)
+        )
         if named or getattr(e, "filename", None):
             raise  # it names the file, or the one beside it, already
         raise ValueError(f"{path}: {fault} ({type(e).__name__}: {e})") from e
 
 
 class Tensors(Mapping):
-    """name -> tensor, read when asked for, each time a private copy: nothing stays open or mapped, so that memory holds
-    what the caller keeps (the pages of a memory map would count until the system takes them back)."""
+    """name -> tensor, read when asked for, each time a private copy: nothing stays open or mapped,
+    so that memory holds what the caller keeps (the pages of a memory map would count until the
+    system takes them back)."""
 
     def __init__(self, readers, metadata=None, left_out=()):
         self.readers = dict(readers)
@@ -558,8 +695,14 @@ class Tensors(Mapping):
 
     def shapes(self):
         """The same names and metadata over tensors without data, which tell shape and dtype."""
-        return Tensors({name: functools.partial(torch.empty, r.shape, dtype=r.dtype, device="meta")
-                        for name, r in self.readers.items()}, self.metadata, self.left_out)  # fmt: skip
+        return Tensors(
+            {
+                name: functools.partial(torch.empty, r.shape, dtype=r.dtype, device="meta")
+                for name, r in self.readers.items()
+            },
+            self.metadata,
+            self.left_out,
+        )
 
     def stored(self, name):
         """-> Stored, if this tensor lies in a file as it is; else None."""
@@ -567,13 +710,16 @@ class Tensors(Mapping):
 
 
 class Stored:
-    """A tensor in a file, read when called. limit: bytes that are there. start: of its first, stride: in entries."""
+    """A tensor in a file, read when called. limit: bytes that are there. start: of its first,
+    stride: in entries."""
 
     def __init__(self, path, dtype, shape, stride, start, limit):
         numbers = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *stride, start))
         if not numbers or not len(shape) == len(stride) <= 16:
-            raise ValueError(f"shape {reprlib.repr(shape)}, stride {reprlib.repr(stride)}, first byte "
-                             f"{reprlib.repr(start)}")  # fmt: skip
+            raise ValueError(
+                f"shape {reprlib.repr(shape)}, stride {reprlib.repr(stride)}, first byte "
+                f"{reprlib.repr(start)}"
+            )
         self.path = path
         self.dtype = dtype
         self.shape = tuple(shape)
@@ -592,9 +738,12 @@ class Stored:
         return flat.as_strided(self.shape, self.stride).contiguous()
 
     def pieces(self, n):
-        """Yields its entries in order, at most n at a time [<= n], all in the same memory: for who goes over many files
-        once, since the small buffer stays in the processor's cache."""
-        if self.span != math.prod(self.shape) or torch.empty(self.shape, device="meta").stride() != self.stride:
+        """Yields its entries in order, at most n at a time [<= n], all in the same memory: for who
+        goes over many files once, since the small buffer stays in the processor's cache."""
+        if (
+            self.span != math.prod(self.shape)
+            or torch.empty(self.shape, device="meta").stride() != self.stride
+        ):
             yield from self().reshape(-1).split(n)
             return
         buffer = torch.empty(min(n, self.span), dtype=self.dtype, device="cpu")
@@ -610,7 +759,9 @@ class Stored:
         while len(left) and (n := f.readinto(left)):  # one call reads 2 GiB at most
             left = left[n:]
         if len(left) or self.span < 0:
-            raise ValueError(f"{self.path}: a tensor of shape {[*self.shape]} is not where the file puts it")
+            raise ValueError(
+                f"{self.path}: a tensor of shape {[*self.shape]} is not where the file puts it"
+            )
 
 
 def _read_safetensors(path):
@@ -618,8 +769,10 @@ def _read_safetensors(path):
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError(f"{path}: neither a torch zip nor safetensors (header of {length} bytes, file of {size}); "
-                             "what torch wrote before 1.6 has to be saved again by a newer one")
+            raise ValueError(
+                f"{path}: neither a torch zip nor safetensors (header of {length} bytes of {size})"
+                "; what torch wrote before 1.6 has to be saved again by a newer one"
+            )
         head = f.read(length)
     with _reading(path, "broken safetensors header"):
         header, readers, end = json.loads(head.decode()), {}, 0
@@ -638,12 +791,15 @@ def _read_safetensors(path):
                 raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill {b - a} bytes")
             end = b
     if 8 + length + end != size:
-        raise ValueError(f"{path}: torn file, {size} bytes where its header says {8 + length + end}")
+        raise ValueError(
+            f"{path}: torn file, {size} bytes where its header says {8 + length + end}"
+        )
     return Tensors(readers, metadata)
 
 
 class _Bag(dict):
-    """Stands for every class and function that a pickle names: attributes become items, arguments are dropped."""
+    """Stands for every class and function that a pickle names: attributes become items, arguments
+    are dropped."""
 
     __hash__ = object.__hash__
 
@@ -676,7 +832,8 @@ class _Unpickler(pickle._Unpickler):
     archive is never opened. In Python, since C's reserves whatever memory a pickle asks for."""
 
     dispatch = pickle._Unpickler.dispatch | {
-        code: _rows(pickle._Unpickler.dispatch[code]) for code in b"t\x85\x86\x87"  # make tuples
+        code: _rows(pickle._Unpickler.dispatch[code])
+        for code in b"t\x85\x86\x87"  # make tuples
     }
     del dispatch[pickle.BYTEARRAY8[0]]
 
@@ -697,12 +854,20 @@ class _Unpickler(pickle._Unpickler):
         dtype, info = storage
         skip = offset * dtype.itemsize
         if info.compress_type != zipfile.ZIP_STORED or skip < 0 or metadata:
-            raise ValueError("compressed, before its storage, or a view by sign or conjugate: save a "
-                             "contiguous copy")  # fmt: skip
+            raise ValueError(
+                "compressed, before its storage, or a view by sign or conjugate: save a "
+                "contiguous copy"
+            )
         name = info.orig_filename.encode()
-        head = np.fromfile(self.archive.filename, np.uint8, 30 + len(name), offset=info.header_offset)
+        head = np.fromfile(
+            self.archive.filename, np.uint8, 30 + len(name), offset=info.header_offset
+        )
         head = head.tobytes()
-        if head[:4] != b"PK\3\4" or head[26:28] != len(name).to_bytes(2, "little") or head[30:] != name:
+        if (
+            head[:4] != b"PK\3\4"
+            or head[26:28] != len(name).to_bytes(2, "little")
+            or head[30:] != name
+        ):
             raise ValueError(f"no {info.filename} at byte {info.header_offset}")
         extra = int.from_bytes(head[28:30], "little")
         start = info.header_offset + len(head) + extra + skip
@@ -721,7 +886,7 @@ def _flat(tree, prefix, seen):
 
 
 def _read_torch(path):
-    fault = "not a torch file of plain tensors; save its state_dict() again with torch.save, or as safetensors"
+    fault = "not a torch file of plain tensors; save its state_dict() again with torch.save"
     with _reading(path, fault), zipfile.ZipFile(path) as archive:
         pickled = min((n for n in archive.namelist() if n.endswith("data.pkl")), key=len)
         info = archive.getinfo(pickled)
@@ -755,24 +920,32 @@ def _read_file(path):
 
 
 def read_tensors(path):
-    """Lazy mapping from name, as the file spells it, to tensor; .metadata holds a safetensors file's strings. path: a
-    safetensors file, a torch.save zip, a TorchScript archive, an index of shards, or a folder that has one of them.
-    ValueError names a malformed file and its fault."""
+    """Lazy mapping from name, as the file spells it, to tensor; .metadata holds a safetensors
+    file's strings. path: a safetensors file, a torch.save zip, a TorchScript archive, an index of
+    shards, or a folder that has one of them. ValueError names a malformed file and its fault."""
     path = Path(path)
     if path.is_dir():
         names = sorted(p.name for p in path.iterdir())
-        found = [n for n in WEIGHTS if n in names] or [n for n in names if n.endswith((".safetensors", ".bin", ".pt"))]
+        found = [n for n in WEIGHTS if n in names] or [
+            n for n in names if n.endswith((".safetensors", ".bin", ".pt"))
+        ]
         if not found or found[0] not in WEIGHTS and len(found) > 1:
-            raise ValueError(f"{path}: a folder with {len(found)} files of weights; name the file that is meant")
+            raise ValueError(
+                f"{path}: a folder with {len(found)} files of weights; name the file that is meant"
+            )
         path = path / found[0]
     if path.name.endswith(".index.json"):
         readers, where = {}, _read_json(path).get("weight_map")
         with _reading(path, "its weight_map is no list of shards by tensor"):
-            shards = [path.with_name(os.path.basename(shard)) for shard in sorted(set(where.values()))]
+            shards = [
+                path.with_name(os.path.basename(shard)) for shard in sorted(set(where.values()))
+            ]
         for shard in shards:
             readers |= _read_file(shard).readers
         if missing := where.keys() - readers.keys():
-            raise ValueError(f"{path}: its shards lack {len(missing)} tensors, first {min(missing)}")
+            raise ValueError(
+                f"{path}: its shards lack {len(missing)} tensors, first {min(missing)}"
+            )
         return Tensors(readers)
     return _read_file(path)
 
@@ -790,30 +963,44 @@ def _aside(path):
 
 
 def write_tensors(tensors, path, metadata=None):
-    """Mapping from name to tensor -> safetensors file, byte for byte as the safetensors package writes it: widest dtype
-    first, then by name, the data aligned to 8 bytes."""
+    """Mapping from name to tensor -> safetensors file, byte for byte as the safetensors package
+    writes it: widest dtype first, then by name, the data aligned to 8 bytes."""
     header, offset, order = {"__metadata__": metadata} if metadata else {}, 0, list(DTYPE_NAMES)
     kinds = {name: (t.dtype, list(t.shape), t.nbytes) for name, t in tensors.items()}
-    if odd := [name for name, kind in kinds.items() if kind[0] not in order or name == "__metadata__"]:
-        raise ValueError(f"{path}: safetensors here holds {', '.join(DTYPES)}, not {kinds[odd[0]][0]} of {odd[0]}")
-    if not all(isinstance(text, str) for text in (*kinds, *(metadata or {}), *(metadata or {}).values())):
-        raise ValueError(f"{path}: names and metadata must be strings, got {[*kinds][:3]} and {metadata}")
+    if odd := [
+        name for name, kind in kinds.items() if kind[0] not in order or name == "__metadata__"
+    ]:
+        raise ValueError(
+            f"{path}: safetensors holds {', '.join(DTYPES)}, not {kinds[odd[0]][0]} of {odd[0]}"
+        )
+    if not all(
+        isinstance(text, str) for text in (*kinds, *(metadata or {}), *(metadata or {}).values())
+    ):
+        raise ValueError(
+            f"{path}: names and metadata must be strings, got {[*kinds][:3]} and {metadata}"
+        )
     names = sorted(kinds, key=lambda name: (-order.index(kinds[name][0]), name))
     for name in names:
         dtype, shape, size = kinds[name]
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": shape,
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     with _aside(path) as f:
         f.write(len(head).to_bytes(8, "little") + head)
         for name in names:
-            f.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            f.write(
+                tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
 
 
-# ---------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
-HF = (  # ours (OpenAI's, open_clip's) -> Hugging Face's, where q, k, v are split, projections turned
+HF = (  # ours (OpenAI's, open_clip's) -> Hugging Face's, with split q, k, v, turned projections
     ("visual.transformer.resblocks", "vision_model.encoder.layers"),
     ("transformer.resblocks", "text_model.encoder.layers"),
     ("visual.ln_pre", "vision_model.pre_layrnorm"),
@@ -834,13 +1021,20 @@ HF = (  # ours (OpenAI's, open_clip's) -> Hugging Face's, where q, k, v are spli
 )
 TURNED = ("visual.proj", "text_projection")
 SCALARS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives hold these
-CORE = {"visual.conv1.weight", "visual.positional_embedding", "positional_embedding",
-        "token_embedding.weight", "text_projection"}  # fmt: skip
+CORE = {
+    "visual.conv1.weight",
+    "visual.positional_embedding",
+    "positional_embedding",
+    "token_embedding.weight",
+    "text_projection",
+}
 FIRST = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_modules|_parameters|_buffers)\.")
 COPY = re.compile(r"ema|teacher|momentum|average|shadow", re.IGNORECASE)
-TOWERS = re.compile(r"(visual|vision_model|visual_projection|transformer|text_model|text_projection"
-                    r"|token_embedding|positional_embedding|ln_final|logit_scale)\b")  # fmt: skip
+TOWERS = re.compile(
+    r"(visual|vision_model|visual_projection|transformer|text_model|text_projection"
+    r"|token_embedding|positional_embedding|ln_final|logit_scale)\b"
+)
 
 
 def _prefix(names):
@@ -851,8 +1045,10 @@ def _prefix(names):
     if len(found) > 1:
         found = {prefix for prefix in found if not COPY.search(prefix)} or found
     if len(found) > 1:
-        raise ValueError(f"it holds {len(found)} CLIPs, at {', '.join(map(repr, sorted(found)))}: "
-                         "save the one that is meant by itself")  # fmt: skip
+        raise ValueError(
+            f"it holds {len(found)} CLIPs, at {', '.join(map(repr, sorted(found)))}: "
+            "save the one that is meant by itself"
+        )
     return found.pop() if found else None
 
 
@@ -895,7 +1091,7 @@ def openai_names(tensors):
     return Tensors(readers, getattr(tensors, "metadata", None))
 
 
-# ---------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------ configs
 # What a checkpoint says of itself travels as a dict: fields of CLIPConfig, "preprocess" (such an
 # object), "tokenizer" (what makes its tokens another than CLIP's; {} for CLIP's own)
 
@@ -923,8 +1119,13 @@ HF_PIXELS = {  # a CLIPImageProcessor's defaults
     "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True,
 }  # fmt: skip
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ["linear"], "pos_embed_type": ["learnable"],
-         "eos_id": [2], "tokenizer_kwargs": [{"clean": "lower"}]}  # of open_clip; fmt: skip
+USUAL = {
+    "pool_type": ("tok", "argmax"),
+    "proj_type": ["linear"],
+    "pos_embed_type": ["learnable"],
+    "eos_id": [2],
+    "tokenizer_kwargs": [{"clean": "lower"}],
+}  # of open_clip; fmt: skip
 
 
 def _says_ours(metadata):
@@ -941,7 +1142,9 @@ def _says_open_clip(c):
     v = {"width": 768, "head_width": 64} | model["vision_cfg"]
     t = {"width": 512, "heads": 8} | model["text_cfg"]
     plain = {*OPEN_CLIP_VISION.values(), *OPEN_CLIP_TEXT.values(), "head_width", "mlp_ratio"}
-    strange = {k: x for k, x in (v | t).items() if x and k not in plain and x not in USUAL.get(k, ())}
+    strange = {
+        k: x for k, x in (v | t).items() if x and k not in plain and x not in USUAL.get(k, ())
+    }
     tokenizer = {k: strange.pop(k) for k in [*strange] if "tokenizer" in k}
     if strange:
         raise ValueError(f"{strange} make it another architecture than plain CLIP")
@@ -996,20 +1199,31 @@ def _says_hf_pixels(c):
         c = HF_PIXELS | c
     size = c["size"]
     if isinstance(size, int):  # the short side for a CLIPImageProcessor, both sides for others
-        size = {"shortest_edge": size} if kind.startswith("CLIP") else {"height": size, "width": size}
+        size = (
+            {"shortest_edge": size} if kind.startswith("CLIP") else {"height": size, "width": size}
+        )
     crop = c["crop_size"] if c.get("do_center_crop") else {}
     edges = {*size.values(), *(crop.values() if isinstance(crop, dict) else [crop])}
     squash = size.keys() == {"height", "width"}
     wrong = [k for k in ("do_resize", "do_rescale", "do_normalize") if not c.get(k, True)]
     wrong += [k for k in c if k.startswith("do_") and k not in HF_PIXELS and c[k]]
     wrong += ["rescale_factor"] * (abs(c.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3)
-    wrong += ["size", "crop_size"] * (len(edges) > 1 or not squash and size.keys() != {"shortest_edge"})
+    wrong += ["size", "crop_size"] * (
+        len(edges) > 1 or not squash and size.keys() != {"shortest_edge"}
+    )
     wrong += ["do_center_crop"] * (not squash and not c.get("do_center_crop"))
     if wrong:
         raise ValueError(f"{', '.join(f'{k} {c.get(k)}' for k in wrong)} cannot be done here")
     how = c["resample"]
-    return {"preprocess": Preprocess(c["image_mean"], c["image_std"], "squash" if squash else "shortest",
-                                     RESAMPLE.get(how, f"resample {how}"), edges.pop())}  # fmt: skip
+    return {
+        "preprocess": Preprocess(
+            c["image_mean"],
+            c["image_std"],
+            "squash" if squash else "shortest",
+            RESAMPLE.get(how, f"resample {how}"),
+            edges.pop(),
+        )
+    }
 
 
 BESIDE = (  # file, what it tells, its reader
@@ -1028,8 +1242,13 @@ def _said(path, raw, width, text_width):
         with _reading(path, "the config in its metadata is none of a CLIP; pass config="):
             return _says_ours(raw.metadata)
     if "input_resolution" in raw:
-        return {"quick_gelu": True, "vision_heads": width // 64, "text_heads": text_width // 64,
-                "preprocess": Preprocess(size=int(raw["input_resolution"])), "tokenizer": {}}  # fmt: skip
+        return {
+            "quick_gelu": True,
+            "vision_heads": width // 64,
+            "text_heads": text_width // 64,
+            "preprocess": Preprocess(size=int(raw["input_resolution"])),
+            "tokenizer": {},
+        }
     said = {}
     folder = Path(path if os.path.isdir(path) else os.path.dirname(path))
     hf = any(name.endswith("q_proj.bias") for name in raw)
@@ -1070,8 +1289,10 @@ def _describe(path, raw, shapes, resized):
         wrong.append(f"image_size {pixels.size} for its pictures, not {sizes['image_size']}")
     if wrong:
         hint = "; image_size= resizes its positions" if wrong[0].startswith("image_size") else ""
-        raise ValueError(f"{path}: its tensors, of widths {width} and {text_width}, are others than "
-                         f"is said of them: {', '.join(wrong)}{hint}")  # fmt: skip
+        raise ValueError(
+            f"{path}: its tensors, of widths {width} and {text_width}, are others than "
+            f"is said of them: {', '.join(wrong)}{hint}"
+        )
     return sizes | said
 
 
@@ -1097,8 +1318,10 @@ def agree(paths, quick_gelu=None):
             said["quick_gelu"] = quick_gelu
         for key, value in said.items():
             if common.setdefault(key, value) != value:
-                raise ValueError(f"{source[key]} and {path} differ in {key}: {common[key]} and "
-                                 f"{value}; what is made of both would be neither")  # fmt: skip
+                raise ValueError(
+                    f"{source[key]} and {path} differ in {key}: {common[key]} and "
+                    f"{value}; what is made of both would be neither"
+                )
             source.setdefault(key, path)
     try:
         config = _complete(path, common)
@@ -1121,8 +1344,11 @@ def _complete(path, said):
     fields = {f.name: said[f.name] for f in dataclasses.fields(CLIPConfig) if f.name in said}
     for tower in ("vision", "text"):
         width = said[f"{tower}_width"]
-        heads = [getattr(c, f"{tower}_heads") for c in CONFIGS.values()
-                 if getattr(c, f"{tower}_width") == width]  # fmt: skip
+        heads = [
+            getattr(c, f"{tower}_heads")
+            for c in CONFIGS.values()
+            if getattr(c, f"{tower}_width") == width
+        ]
         if heads:
             fields.setdefault(f"{tower}_heads", heads[0])
     if not {"vision_heads", "text_heads"} <= fields.keys():
@@ -1130,11 +1356,13 @@ def _complete(path, said):
         raise ValueError(
             f"{path}: nothing says how many heads widths {v} and {t} have; write it into "
             f'open_clip_config.json beside it: {{"quick_gelu": ..., "vision_cfg": {{"width": {v}, '
-            f'"head_width": ...}}, "text_cfg": {{"width": {t}, "heads": ...}}}}')  # fmt: skip
+            f'"head_width": ...}}, "text_cfg": {{"width": {t}, "heads": ...}}}}'
+        )
     if "quick_gelu" not in fields:
         raise ValueError(
-            f"{path} does not say its activation, and a wrong one ruins the features silently; pass "
-            "quick_gelu=True (OpenAI, MetaCLIP, DFN, LAION-400M B/32) or False (LAION-2B, DataComp)")  # fmt: skip
+            f"{path} does not say its activation, and a wrong one ruins features silently; pass "
+            "quick_gelu=True (OpenAI, MetaCLIP, DFN, LAION-400M B/32) or False (LAION-2B, DataComp)"
+        )
     return CLIPConfig(**fields)
 
 
@@ -1164,12 +1392,16 @@ def _load(path, config, quick_gelu, image_size):
     raw = read_tensors(path)
     shapes = openai_names(raw.shapes())
     if not shapes.keys() >= CORE:
-        raise ValueError(f"{path}: not a CLIP of two transformers; it has {', '.join([*raw][:8])} "
-                         f"({len(raw)} in all)")  # fmt: skip
+        raise ValueError(
+            f"{path}: not a CLIP of two transformers; it has {', '.join([*raw][:8])} "
+            f"({len(raw)} in all)"
+        )
     said = _describe(path, raw, shapes, image_size is not None)
     if config and quick_gelu is None and said.get("quick_gelu") not in (None, config.quick_gelu):
-        raise ValueError(f"{path} says quick_gelu={said['quick_gelu']}, the config says "
-                         f"{config.quick_gelu}; pass quick_gelu= as well, which overrules both")  # fmt: skip
+        raise ValueError(
+            f"{path} says quick_gelu={said['quick_gelu']}, the config says "
+            f"{config.quick_gelu}; pass quick_gelu= as well, which overrules both"
+        )
     if quick_gelu is not None:
         said["quick_gelu"] = quick_gelu
     config = config or _complete(path, said)
@@ -1177,29 +1409,39 @@ def _load(path, config, quick_gelu, image_size):
     grid = "visual.positional_embedding"
     if image_size is not None:
         if type(image_size) is not int or image_size < config.patch_size:
-            raise ValueError(f"{path}: image_size is pixels, from a patch's {config.patch_size}, "
-                             f"not {image_size!r}")  # fmt: skip
+            raise ValueError(
+                f"{path}: image_size is pixels, from a patch's {config.patch_size}, "
+                f"not {image_size!r}"
+            )
         config = dataclasses.replace(config, image_size=image_size)
     for layers in ("vision_layers", "text_layers"):  # before they are built, however many
         if getattr(config, layers) != said[layers]:
-            raise ValueError(f"{path} does not fit the config: {layers} {said[layers]}, not "
-                             f"{getattr(config, layers)}")  # fmt: skip
+            raise ValueError(
+                f"{path} does not fit the config: {layers} {said[layers]}, not "
+                f"{getattr(config, layers)}"
+            )
     with torch.device("meta"):  # takes no memory: the tensors of the file become the weights
         model = CLIP(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [f"{k} missing" for k in expected if k not in shapes]
     wrong += [f"{k} unexpected" for k in shapes if k not in expected]
-    wrong = wrong or [f"{k} {[*shapes[k].shape]}, not {[*shape]}" for k, shape in expected.items()
-                      if shape != shapes[k].shape and (k != grid or image_size is None)]  # fmt: skip
+    wrong = wrong or [
+        f"{k} {[*shapes[k].shape]}, not {[*shape]}"
+        for k, shape in expected.items()
+        if shape != shapes[k].shape and (k != grid or image_size is None)
+    ]
     if wrong:
-        raise ValueError(f"{path} does not fit the config: {', '.join(wrong[:8])} "
-                         f"({len(wrong)} in all)")  # fmt: skip
+        raise ValueError(
+            f"{path} does not fit the config: {', '.join(wrong[:8])} ({len(wrong)} in all)"
+        )
     named = openai_names(raw)
     state = {name: named[name].float() for name in expected}
     if image_size is not None:
         state[grid] = _resize(state[grid], image_size // config.patch_size)
     model.load_state_dict(state, assign=True)
-    model.preprocess = dataclasses.replace(said.get("preprocess", model.preprocess), size=config.image_size)
+    model.preprocess = dataclasses.replace(
+        said.get("preprocess", model.preprocess), size=config.image_size
+    )
     model.tokenizer = said.get("tokenizer", {})
     return model.eval()
 
@@ -1214,8 +1456,9 @@ def save(model, path, layout="open_clip"):
     path = os.fspath(path)
     file = path.endswith((".safetensors", ".pt"))
     if layout not in ("open_clip", "openai", "hf") or layout == "hf" and file:
-        raise ValueError(f"{path}, layout {layout}: it is open_clip, openai, or hf, and for hf path "
-                         "is a folder")  # fmt: skip
+        raise ValueError(
+            f"{path}, layout {layout}: it is open_clip, openai, or hf, and for hf path is a folder"
+        )
     if layout == "openai":
         values = (c.image_size, c.context_length, c.vocab_size)
         state |= {name: torch.tensor(value) for name, value in zip(SCALARS, values)}
@@ -1223,8 +1466,10 @@ def save(model, path, layout="open_clip"):
         heads = (c.vision_heads * 64, c.text_heads * 64)
         usual = c.quick_gelu and heads == (c.vision_width, c.text_width) and not model.tokenizer
         if not usual or model.preprocess != Preprocess(size=c.image_size):
-            raise ValueError(f"{path}: OpenAI's code knows QuickGELU, heads 64 wide, its own tokens "
-                             "and its own preprocessing only; save as .safetensors")  # fmt: skip
+            raise ValueError(
+                f"{path}: OpenAI's code knows QuickGELU, heads 64 wide, its own tokens "
+                "and its own preprocessing only; save as .safetensors"
+            )
         with _aside(path) as f:
             return torch.save(state, f)
     if layout == "hf":
@@ -1237,7 +1482,10 @@ def save(model, path, layout="open_clip"):
     write_tensors(state, os.path.join(path, weights), metadata)
     configs = {"open_clip_config.json": _open_clip_config(c, model.preprocess, model.tokenizer)}
     if layout == "hf":
-        configs = {"config.json": _hf_config(c), "preprocessor_config.json": _hf_pixels(model.preprocess)}
+        configs = {
+            "config.json": _hf_config(c),
+            "preprocessor_config.json": _hf_pixels(model.preprocess),
+        }
     for name, config in configs.items():
         with _aside(os.path.join(path, name)) as f:
             f.write(json.dumps(config, indent=2).encode())
@@ -1273,8 +1521,13 @@ def _hf_config(c):
     v = both | {theirs: getattr(c, ours) for ours, theirs in HF_VISION.items()}
     t = both | {theirs: getattr(c, ours) for ours, theirs in HF_TEXT.items()}
     t |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1}
-    return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": c.embed_dim,
-            "vision_config": v, "text_config": t}  # fmt: skip
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": c.embed_dim,
+        "vision_config": v,
+        "text_config": t,
+    }
 
 
 def _hf_pixels(p):
@@ -1289,7 +1542,7 @@ def _hf_pixels(p):
     }
 
 
-# ------------------------------------------------------------------------------------------------------ downloads
+# ---------------------------------------------------------------------------------------- downloads
 
 MODEL_SERVER = "https://openaipublic.azureedge.net/clip/models"
 BPE_SERVER = "https://raw.githubusercontent.com/openai/CLIP/main/clip"
@@ -1297,8 +1550,14 @@ OPENAI = {  # published files and their sha256
     "ViT-B-32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "ViT-B-16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L-14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L-14-336": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
-    "bpe": ("bpe_simple_vocab_16e6.txt.gz", "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+    "ViT-L-14-336": (
+        "ViT-L-14-336px.pt",
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+    ),
+    "bpe": (
+        "bpe_simple_vocab_16e6.txt.gz",
+        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+    ),
 }
 
 
@@ -1333,13 +1592,16 @@ def _open(url, **headers):
     except urllib.error.HTTPError as e:
         raise OSError(f"{url}: the server answers {e.code} {e.reason}") from e
     except (OSError, ValueError, http.client.HTTPException) as e:
-        raise OSError(f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local "
-                      "file's path") from e  # fmt: skip
+        raise OSError(
+            f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local "
+            "file's path"
+        ) from e
 
 
 @contextlib.contextmanager
 def _alone(folder):
-    """One process at a time, where folders can be locked: who wants the same file meanwhile waits, and finds it."""
+    """One process at a time, where folders can be locked: who wants the same file meanwhile waits,
+    and finds it."""
     if fcntl is None:
         yield
         return
@@ -1381,15 +1643,20 @@ def _download(url, path, sha256):
         found = _sha256(part)
         if sha256 not in (None, found):
             part.unlink()
-            raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}; the download "
-                             "was thrown away")  # fmt: skip
+            raise ValueError(
+                f"{url}: its sha256 is {found}, not the expected {sha256}; the download "
+                "was thrown away"
+            )
         os.replace(part, path)
     return path
 
 
 def _fill(part, url, sha256):
-    """Adds to the part what it lacks of url, or begins anew where that cannot be checked or the server cannot do it."""
-    have = max(part.stat().st_size - 1, 0) if sha256 and part.exists() else 0  # -1: never ask for nothing, which fails
+    """Adds to the part what it lacks of url, or begins anew where that cannot be checked or the
+    server cannot do it."""
+    have = (
+        max(part.stat().st_size - 1, 0) if sha256 and part.exists() else 0
+    )  # -1: never ask for nothing, which fails
     try:
         answer = _open(url, Range=f"bytes={have}-")
     except OSError as e:
@@ -1397,7 +1664,9 @@ def _fill(part, url, sha256):
     with answer, open(part, "ab") as f:
         have, broken = have if answer.status == 206 else 0, None
         f.truncate(have)
-        length = answer.headers.get("Content-Length")  # a chunked answer has none, and ends with an empty chunk
+        length = answer.headers.get(
+            "Content-Length"
+        )  # a chunked answer has none, and ends with an empty chunk
         total = have + int(length) if length else None
         with tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True) as bar:
             try:
@@ -1408,11 +1677,19 @@ def _fill(part, url, sha256):
                 broken = e
     if broken or have < (total or 0):
         goes_on = ", it continues there" if sha256 else ""
-        raise OSError(f"{url} broke off after {have} of {total or 'unknown'} bytes; run again{goes_on}") from broken
+        raise OSError(
+            f"{url} broke off after {have} of {total or 'unknown'} bytes; run again{goes_on}"
+        ) from broken
 
 
-ALONG = {"config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
-         "merges.txt", "tokenizer.json"}  # fmt: skip
+ALONG = {
+    "config.json",
+    "open_clip_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "merges.txt",
+    "tokenizer.json",
+}
 
 
 def _fetch_hf(repo, wanted, cache):
@@ -1424,17 +1701,30 @@ def _fetch_hf(repo, wanted, cache):
     names = [wanted] if wanted else WEIGHTS
     if not any(os.path.exists(os.path.join(folder, name)) for name in names):
         listing = f"{_hub()}/api/models/{repo}?blobs=true"
-        with _open(listing) as answer, _reading(listing, "the answer is no list of a repository's files"):
-            files = {s["rfilename"]: (s.get("lfs") or {}).get("sha256") for s in json.load(answer)["siblings"]}
+        with (
+            _open(listing) as answer,
+            _reading(listing, "the answer is no list of a repository's files"),
+        ):
+            files = {
+                s["rfilename"]: (s.get("lfs") or {}).get("sha256")
+                for s in json.load(answer)["siblings"]
+            }
         main = [name for name in names if name in files][:1]
         if not main:
-            raise ValueError(f"hf:{repo} has no {wanted or 'CLIP weights'}; it has {', '.join([*files][:20])}")
+            raise ValueError(
+                f"hf:{repo} has no {wanted or 'CLIP weights'}; it has {', '.join([*files][:20])}"
+            )
         shard = re.escape(main[0].split(".")[0]) + r"-\d+-of-\d+\.\w+"
         shards = [name for name in files if re.fullmatch(shard, name)]
-        unverified = [name for name in main + shards if files[name] is None and ".index." not in name]
+        unverified = [
+            name for name in main + shards if files[name] is None and ".index." not in name
+        ]
         if unverified:
-            warnings.warn(f"hf:{repo}: the hub tells no sha256 of {', '.join(unverified)}, which cannot "
-                          "be verified", stacklevel=1)  # fmt: skip
+            warnings.warn(
+                f"hf:{repo}: the hub tells no sha256 of {', '.join(unverified)}, which cannot "
+                "be verified",
+                stacklevel=1,
+            )
         known |= {name: files[name] for name in [*(n for n in files if n in ALONG), *shards, *main]}
         os.makedirs(folder, exist_ok=True)
         with _aside(note) as f:
@@ -1445,9 +1735,10 @@ def _fetch_hf(repo, wanted, cache):
 
 
 def fetch(spec, cache=None):
-    """hf:ORG/REPO[/FILE], openai:NAME or https://...[#sha256=...] -> path, downloaded once into cache (default
-    ~/.cache/fomo), resumable and verified; anything else must be a path. HF_ENDPOINT and CLIP_MIRROR in the environment
-    name other servers. OSError without a network or a file, ValueError for a spec or a checksum that is wrong."""
+    """hf:ORG/REPO[/FILE], openai:NAME or https://...[#sha256=...] -> path, downloaded once into
+    cache (default ~/.cache/fomo), resumable and verified; anything else must be a path. HF_ENDPOINT
+    and CLIP_MIRROR in the environment name other servers. OSError without a network or a file,
+    ValueError for a spec or a checksum that is wrong."""
     spec, cache = os.fspath(spec), os.fspath(cache or os.path.expanduser("~/.cache/fomo"))
     scheme, _, rest = spec.partition(":")
     if scheme == "hf" and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)*", rest):
@@ -1465,8 +1756,10 @@ def fetch(spec, cache=None):
         name = os.path.basename(match[1].partition("?")[0]) or "file"
         return _download(match[1], os.path.join(cache, "web", key, name), match[2])
     if not os.path.exists(spec):
-        raise FileNotFoundError(f"{spec}: no such file or folder, nor hf:ORG/REPO[/FILE], https://...[#sha256=...] or "
-                                f"openai: with {', '.join(OPENAI)}")
+        raise FileNotFoundError(
+            f"{spec}: no such file or folder, nor hf:ORG/REPO[/FILE], https://...[#sha256=...] or "
+            f"openai: with {', '.join(OPENAI)}"
+        )
     return spec
 
 
@@ -1485,6 +1778,7 @@ def find_bpe(path_or_spec, cache=None):
                 return str(folder / name)
     if os.path.exists(path_or_spec):
         raise FileNotFoundError(
-            f"{path}: no bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json lies beside it, and "
-            "no open_clip is installed: pass such a file as --bpe, or --bpe openai:bpe, a download")  # fmt: skip
+            f"{path}: no bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json beside it, and "
+            "no open_clip is installed: pass such a file as --bpe, or --bpe openai:bpe, a download"
+        )
     return fetch("openai:bpe", cache)

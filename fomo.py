@@ -5,7 +5,7 @@
     python fomo.py --method joint                 the upper bound: all data at once
     python fomo.py report runs/*                  their table, and one picture of them all
     python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME
-    torchrun --nproc-per-node 2 fomo.py --method merge     the same on two GPUs, or two CPU processes
+    torchrun --nproc-per-node 2 fomo.py --method merge     the same on two GPUs or CPU processes
     python fomo.py evaluate --weights W --data D  scores of one checkpoint
     python fomo.py budget --model ViT-B-16        the compute of every method, counted
     python fomo.py merge BASE EXPERT... --technique ties -o OUT       merge files of weights
@@ -79,9 +79,16 @@ def option(group, default, text, choices=None, least=None, above=None):
 def of_method(name):
     """The option of some methods that methods.py calls so."""
     _, least, text = methods.OPTIONS[name]
-    uses = {m: getattr(kind, name) for m, kind in methods.METHODS.items() if name in methods.used(m)}
-    defaults = ", ".join(f"{m} {value}" for m, value in uses.items())
+    users = [m for m in methods.METHODS if name in methods.used(m)]
+    defaults = ", ".join(f"{m} {getattr(methods.METHODS[m], name)}" for m in users)
     return option("method", None, f"{text} (default {defaults})", least=least)
+
+
+def of_technique(name):
+    """The option of some merging techniques that merge.py calls so."""
+    kind = merge.OPTIONS[name]
+    uses = ", ".join(t for t in merge.TECHNIQUES if name in merge.used(t))
+    return option("merging", None, f"{uses}: {kind.help} (default {kind.default})")
 
 
 @dataclass
@@ -93,34 +100,34 @@ class Config:
     tasks: int = option("run", None, "T, updates in the stream (sec. 4)", least=1)
     budget: float = option("run", None, "GFLOPs of the whole stream, memory-adjusted (sec. 3.2);"
                            " default the paper's, in proportion to the model", above=0)
-    steps: int = option("run", None, "steps a task, whatever they cost, in place of --budget", least=1)
+    steps: int = option("run", None, "steps a task, whatever they cost; replaces --budget", least=1)
     batch_size: int = option("run", None, "image-text pairs a step", least=1)
     seed: int = option("run", 0, "of the order of concepts and samples; theta_0 and the drawn world"
                        " stay the same", least=0)
-    score_all: bool = option("run", False, "score all test data after every task; the paper, between"
-                             " the first and the last, a class-balanced subset")
+    score_all: bool = option("run", False, "score all test data after every task; the paper,"
+                             " between the first and the last, a class-balanced subset")
     out: str = option("run", None, "folder of the run; default runs/<method>-<seed>")
     plan: bool = option("run", False, "say what the run would do, time two steps, and stop")
-    accept_changes: bool = option("run", False, "go on with an unfinished run although its input has"
-                                  " changed; results.json records what")
+    accept_changes: bool = option("run", False, "go on with an unfinished run although its input"
+                                  " has changed; results.json records what")
 
-    model: str = option("theta_0", None, "architecture; tiny without --weights, else what the weights"
-                        " are", list(clip.CONFIGS))
+    model: str = option("theta_0", None, "architecture; tiny without --weights, else what the"
+                        " weights are", list(clip.CONFIGS))
     weights: str = option("theta_0", None, "a file or folder in any CLIP layout, hf:ORG/REPO,"
-                          " openai:ViT-B-32, or a URL; without, theta_0 is trained on the pool first")
+                          " openai:ViT-B-32, or a URL; without, it is trained on the pool first")
     activation: str = option("theta_0", "auto", "of --weights that do not say it",
                              ["auto", "gelu", "quick_gelu"])
-    bpe: str = option("theta_0", None, "tokenizer merges: bpe_simple_vocab_16e6.txt.gz or merges.txt;"
-                      " by default those beside the weights")
+    bpe: str = option("theta_0", None, "bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json or"
+                      " openai:bpe; default beside the weights, else an installed open_clip's")
     pretrain_steps: int = option("theta_0", 1800, "of training it on the pool", least=1)
     pretrain_lr: float = option("theta_0", 1.5e-3, "peak learning rate of that", above=0)
 
     data: tuple[str, ...] = option("data", (), "a folder in FoMo-in-Flux's layout, class folders, a"
                                    " .csv or .tsv, torchvision:NAME,...; without, the drawn world")
-    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default those of"
-                                      " the paper's 22 that are there")
-    pool: tuple[str, ...] = option("data", (), "the pretraining data P: datasets whose training split"
-                                   " stands for it, or WebDataset shards ('{000..331}.tar', a glob)")
+    heldout: tuple[str, ...] = option("data", None, "datasets never trained on: ZS; default"
+                                      " those of the paper's 22 that are there")
+    pool: tuple[str, ...] = option("data", (), "the pretraining data P: datasets whose training"
+                                   " split stands for it, or shards ('{000..331}.tar')")
     stream: str = option("data", None, "JSON list of DATASET+++class, in place of --order")
     order: str = option("data", "random", "of the concepts (sec. 3.3)", ORDERS)
     reverse: bool = option("data", False, "that order backwards")
@@ -140,7 +147,8 @@ class Config:
                          " replays 2 M of 2 B", least=0)
 
     lr: float = option("schedule", None, "peak learning rate (sec. 4)", above=0)
-    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)", list(methods.SCHEDULES))
+    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)",
+                           list(methods.SCHEDULES))
     meta: str = option("schedule", "none", "meta-schedule over tasks (sec. 6.1)",
                        sorted(set().union(*methods.SCHEDULES.values())))
     warmup: float = option("schedule", 0.1, "share of a task's steps (sec. 4)")
@@ -158,15 +166,25 @@ class Config:
     si_c: float = of_method("si_c")
     si_xi: float = of_method("si_xi")
 
-    merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs the"
-                                 " old weights")
+    merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs"
+                                 " the old weights")
     merge_init: str = option("merging", None, "what a task starts from if not as the method says"
                              " (TIME, 3)", list(merge.SOURCES))
     merge_deploy: str = option("merging", None, "what is evaluated and shipped, likewise",
                                list(merge.SOURCES[1:]))
     merge_technique: str = option("merging", "linear", "how weights are merged",
                                   list(merge.TECHNIQUES))
-    merge_options: tuple[str, ...] = option("merging", (), "of the technique, as density=0.2 scale=0.5")
+    density: float = of_technique("density")
+    whole: bool = of_technique("whole")
+    elect: bool = of_technique("elect")
+    function: str = of_technique("function")
+    drop: float = of_technique("drop")
+    top: float = of_technique("top")
+    bottom: float = of_technique("bottom")
+    strictness: float = of_technique("strictness")
+    agree: int = of_technique("agree")
+    lines: tuple[str, ...] = of_technique("lines")
+    merge_scale: float = of_technique("scale")
     merge_growth: str = option("merging", "uniform", "how the experts' weights grow with time, for"
                                " 'all'", list(merge.GROWTHS))
     merge_reverse: bool = option("merging", False, "they shrink instead")
@@ -175,15 +193,15 @@ class Config:
     device: str = option("machine", "auto", "auto is cuda where there is one, else cpu")
     precision: str = option("machine", "auto", "of the forward pass; auto is bf16 on a GPU that has"
                             " it, else fp32", ["auto", "fp32", "bf16", "fp16"])
-    micro_batch: int = option("machine", None, "pairs in memory at a time; the gradient is still the"
-                              " whole batch's, for a second forward pass", least=1)
-    threads: int = option("machine", None, "of a CPU process; default 1 for tiny, whose matrices are"
-                          " too small to share, else torch's", least=1)
-    workers: int = option("machine", -1, "processes that prepare batches; -1 is what the cores leave",
-                          least=-1)
+    micro_batch: int = option("machine", None, "pairs in memory at a time; the gradient is still"
+                              " the whole batch's, for a second forward pass", least=1)
+    threads: int = option("machine", None, "of a CPU process; default 1 for tiny, whose matrices"
+                          " are too small to share, else torch's", least=1)
+    workers: int = option("machine", -1, "processes that prepare batches; -1: what the cores"
+                          " leave", least=-1)
     cache: str = option("machine", "~/.cache/fomo", "folder for theta_0 and downloads")
-    save_every: float = option("machine", 300.0, "seconds from one saving of the state to the next, or"
-                               " 50 times what a saving takes", above=0)
+    save_every: float = option("machine", 300.0, "seconds from one saving of the state to the next,"
+                               " or 50 times what a saving takes", above=0)
 
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
@@ -349,8 +367,7 @@ def add_option(group, f):
 def refuse_unused(c, given):
     """ValueError where an option was given that this run has no use for: it would be ignored."""
     place = timeline_place(c)
-    merged = {place["init"], place["deploy"]} & {"ema", "all"}
-    technique = "nothing is merged by --method " + c.method
+    used = merge.timeline_used(place["init"], place["deploy"], c.merge_technique)
     reasons = {  # option -> why it does nothing here, or ""
         "budget": c.steps and "--steps says how many steps there are",
         "pretrain_steps": c.weights and "--weights is theta_0",
@@ -364,13 +381,7 @@ def refuse_unused(c, given):
         "order": c.stream and "--stream says the order",
         "reverse": c.stream and "--stream says the order",
         "cooldown": c.schedule != "rsqrt" and "it belongs to --schedule rsqrt",
-        "merge_weight": not ("ema" in merged and c.merge_technique in merge.AVERAGES)
-                        and "no running average of weights is kept",
-        "merge_growth": "all" not in merged and "it belongs to a merge of all experts",
-        "merge_reverse": "all" not in merged and "it belongs to a merge of all experts",
-        "merge_base": "all" not in merged and "it belongs to a merge of all experts",
-        "merge_technique": not merged and technique,
-        "merge_options": not merged and technique,
+        **{field: name not in used and "no merge here uses it" for field, name in MERGING.items()},
     }  # fmt: skip
     trains = c.method if c.method in methods.METHODS else "finetune"
     for name in methods.OPTIONS:
@@ -385,18 +396,20 @@ def refuse_unused(c, given):
             raise ValueError(f"{flag(name)} does nothing here: {reasons[name]}")
 
 
-def resolve(config):
+def resolve(config, trains=True):
     """-> (Config with nothing left open, Crew). ValueError where options do not go together."""
     c = dataclasses.replace(config)
+    if not trains and c.weights is None:
+        c.model = "tiny"  # nothing is asked of it
     if c.model is None and c.weights is None and not c.data:
         c.model = "tiny"
     if c.model is None and c.weights is None:
         raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny to"
                          " train one on --pool")
     if c.weights is None and c.model != "tiny":
-        raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or --model"
-                         " tiny")
-    if c.weights is None and c.data and not c.pool:
+        raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or"
+                         " --model tiny")
+    if trains and c.weights is None and c.data and not c.pool:
         raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
                          " that are it")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
@@ -413,7 +426,8 @@ def resolve(config):
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     crew = Crew(c)
     if c.batch_size < crew.count:
-        raise ValueError(f"a batch of {c.batch_size} has nothing for some of {crew.count} processes")
+        raise ValueError(f"a batch of {c.batch_size} has nothing for some of {crew.count}"
+                         " processes")
     return c, crew
 
 
@@ -440,21 +454,31 @@ def timeline_place(c):
     return place
 
 
+MERGING = {  # option -> what merge.Timeline calls it
+    "merge_technique": "technique", "merge_weight": "weight", "merge_growth": "expert_weights",
+    "merge_reverse": "reverse", "merge_base": "include_base", "merge_scale": "scale",
+    **{name: name for name in merge.OPTIONS if name not in ("scale", "seed")},
+}  # fmt: skip
+
+
 def merge_options(c):
     """Timeline's arguments."""
-    options = {}
-    for text in c.merge_options:
-        name, _, value = text.partition("=")
-        if name in ("init", "deploy", "technique", "weight", "anchored", "reverse", "include_base",
-                    "expert_weights", "base", "store", "self"):  # fmt: skip
-            raise ValueError(f"--merge-options {text}: {name} is no option of a technique")
-        options[name] = value  # a word, as in function=max, if none of these reads it
-        for read in (float, lambda text: json.loads(text.lower())):  # .5 is no JSON, True no number
-            with contextlib.suppress(ValueError):
-                options[name] = read(value)
-    return timeline_place(c) | {
-        "technique": c.merge_technique, "weight": c.merge_weight, "expert_weights": c.merge_growth,
-        "reverse": c.merge_reverse, "include_base": c.merge_base, **options}  # fmt: skip
+    options = timeline_place(c)
+    for field_name, name in MERGING.items():
+        value = getattr(c, field_name)
+        if value is not None and value is not False:  # else the technique's own
+            options[name] = lines_of(value) if name == "lines" else value
+    return options
+
+
+def lines_of(words):
+    """("0.5", "0.5", "linear") -> LiNeS' (alpha, beta, how)."""
+    try:
+        alpha, beta, how = words
+        return float(alpha), float(beta), how
+    except ValueError:
+        raise ValueError(f"--lines takes two numbers and a word, as in .5 .5 linear, got"
+                         f" {' '.join(words)}") from None
 
 
 def make_method(c):
@@ -546,8 +570,8 @@ def check_device(device):
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); without the option a run"
-                         " takes what there is") from None
+        raise ValueError(f"--device {device} cannot be used here ({reason}); without the option a"
+                         " run takes what there is") from None
     return device
 
 
@@ -562,7 +586,8 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, signal.SIGINT)  # some systems have no SIGHUP
                 self.before[number] = signal.signal(number, self._handle)
         return self
 
@@ -602,7 +627,8 @@ class Learner:
         self.others = None  # features of pool pictures, for --order performance
         self.broken = None  # takes sentences about pictures that cannot be read; None: an error
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
-        self.autocast = partial(torch.autocast, self.device.type, dtype=low, enabled=low is not None)
+        self.autocast = partial(torch.autocast, self.device.type, dtype=low,
+                                enabled=low is not None)  # fmt: skip
 
     def encode_image(self, images):
         """uint8 [b, 3, S, S] -> [b, D], normalised, in float32 whatever the tower runs in."""
@@ -639,8 +665,8 @@ class Learner:
         return loss
 
     def gradient(self, model, batch):
-        """What a method measures after a task: the loss of a batch, detached, its gradient in .grad.
-        In float16 it may overflow, and small entries vanish, unless it is scaled on the way."""
+        """What a method measures after a task: the loss of a batch, detached, and its gradient in
+        .grad. In float16 small entries would vanish, were it not scaled on the way."""
         enabled = self.c.precision == "fp16"
         scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=enabled)
         loss = self.backward(batch, scaler)
@@ -684,12 +710,13 @@ def load_world(c, crew):
     for note in world.notes:
         crew.say(note)
     if not world.heldout:
-        crew.say("nothing is held out (--heldout), so ZS has nothing to stand on: KA alone is scored")
+        crew.say("nothing is held out (--heldout), so ZS has nothing to stand on: KA alone is"
+                 " scored")
     return world
 
 
 def load_stream(learner):
-    """-> the concepts in order: --stream's, less those that nobody trains on, or those in --order."""
+    """-> the concepts in order: --stream's, less those that nobody trains on, or all in --order."""
     c, world, crew = learner.c, learner.world, learner.crew
     if c.stream is not None:
         kept, notes = data.trainable(data.read_stream(c.stream), world)
@@ -712,8 +739,8 @@ def order_key(learner, found):
     if c.order == "time":
         return data.times(found)
     if c.order in ("performance", "similarity") and c.weights is None:
-        raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream writes"
-                         " the order to a file)")
+        raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream"
+                         " writes the order to a file)")
     if c.order in ("performance", "similarity"):
         learner.model.to(learner.device).eval()
     if c.order == "similarity":
@@ -735,8 +762,10 @@ def concept_loss(learner, concept, prompt, most=32):
         learner.others = learner.image_features(others, among)
     with torch.no_grad():
         scale = learner.model.logit_scale.exp()
-        logits = scale * torch.cat([(image @ text.T), (learner.others @ text.T).T.expand(len(image), -1)], 1)
-        return float(F.cross_entropy(logits, torch.zeros(len(image), dtype=int, device=image.device)))
+        wrong = (learner.others @ text.T).T.expand(len(image), -1)  # [n, 256]
+        logits = scale * torch.cat([image @ text.T, wrong], dim=1)  # [n, 257], the first is right
+        target = torch.zeros(len(image), dtype=int, device=image.device)
+        return float(F.cross_entropy(logits, target))
 
 
 def load_learner(c, crew, world):
@@ -808,10 +837,11 @@ def announce(learner, mixture, tasks, steps, costs):
     processes = f" on {crew.count} processes" if crew.count > 1 else ""
     crew.say(f"{c.method}: {tasks} x {steps:,} steps of {c.batch_size} pairs{processes},"
              f" {passes:,.1f} times the {samples:,} samples of the stream;"
-             f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a step")
+             f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a"
+             " step")
     if passes > 50:
-        crew.say(f"warning: {passes:,.0f} passes over the same samples; a smaller --budget or --steps"
-                 " may do")
+        crew.say(f"warning: {passes:,.0f} passes over the same samples; a smaller --budget or"
+                 " --steps may do")
 
 
 def time_two_steps(learner, mixture):
@@ -867,15 +897,15 @@ def fingerprint(weights):
 
 def obtain_theta_0(learner, folder):
     """learner.model becomes theta_0: as the run's folder or --weights or the cache has it, or
-    trained on the pool now. It is kept in the run's folder, so that a cleared cache costs nothing."""
+    trained on the pool now. The run's folder keeps it, so that a cleared cache costs nothing."""
     c, crew, model = learner.c, learner.crew, learner.model
     own = folder.path / "theta_0.safetensors"
     if crew.told(own.exists()):
         load_theta_0(model, own)
         return
     if c.weights is None:
-        key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr, c.batch_size,
-                      c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
+        key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr,
+                      c.batch_size, c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
                       learner.device.type, learner.world.pool.content(),
                       torch.__version__])  # fmt: skip
         path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
@@ -886,7 +916,8 @@ def obtain_theta_0(learner, folder):
                 if crew.leads:  # tells now, not after the training, if the disk is full
                     save_theta_0(model, path.with_suffix(".probe.safetensors"))
                     path.with_suffix(".probe.safetensors").unlink()
-                crew.say(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as {path}")
+                crew.say(f"training theta_0 on the pool, once: {c.pretrain_steps} steps, kept as"
+                         f" {path}")
                 pretrain(learner, folder)
                 if crew.leads:
                     save_theta_0(model, path)
@@ -895,8 +926,8 @@ def obtain_theta_0(learner, folder):
 
 
 def pretrain(learner, folder):
-    """theta_0 by the loop above: one task, all of it pool, finetuning, CLIP's betas for a ViT (arXiv
-    2103.00020, tab. 19)."""
+    """theta_0 by the loop above: one task, all of it pool, finetuning, CLIP's betas for a ViT
+    (arXiv 2103.00020, tab. 19)."""
     c, model = learner.c, learner.model.to(learner.device)
     method = methods.METHODS["finetune"]()
     method.prepare(model)
@@ -1008,8 +1039,8 @@ def clamp_scale(model):
 
 
 def look_back(stage, folder):
-    """Yields (batch, samples in it) of D_t alone, each sample at most once in full batches (if there
-    are enough for one), for what a method measures after a task."""
+    """Yields (batch, samples in it) of D_t alone, each sample at most once in full batches (if
+    there are enough for one), for what a method measures after a task."""
     alone = copy.copy(stage.mixture)
     alone.ratios = (0, 1, 0)
     samples = alone.ends[stage.task + 1] - alone.ends[stage.task]
@@ -1052,7 +1083,8 @@ class ExpertFiles:
         self.hashes = list(hashes)
         for i, known in enumerate(hashes):
             if not self.path(i).exists():
-                raise ValueError(f"{self.path(i)} is missing: put it back, or delete the run's folder")
+                raise ValueError(f"{self.path(i)} is missing: put it back, or delete the run's"
+                                 " folder")
             if fingerprint(self[i]) != known:
                 raise ValueError(f"{self.path(i)} has changed since it was written: put it back, or"
                                  " delete the run's folder")
@@ -1120,8 +1152,10 @@ def summary(world, scores):
 
 def chance(world):
     """Scores of guessing: 1 / C, and about 5 / N for R@5."""
-    guess = {d.name: 100 / len(d.classes) if d.kind == "classification"
-             else 100 * min(1, 5 / len(d.test)) for d in world.adaptation + world.heldout}  # fmt: skip
+    guess = {}
+    for d in world.adaptation + world.heldout:
+        share = 1 / len(d.classes) if d.kind == "classification" else min(1, 5 / len(d.test))
+        guess[d.name] = 100 * share
     return summary(world, guess)
 
 
@@ -1211,19 +1245,22 @@ class Folder:
             before = dict(json.loads(config.read_text(encoding="utf-8")))
             self.run = before.pop("run", None)
         except (ValueError, TypeError, RecursionError) as e:
-            raise ValueError(f"{config} is no run's configuration ({e}): name another --out") from None
+            raise ValueError(f"{config} is no run's configuration ({e}): name another"
+                             " --out") from None
         self._compare_options(before)
         if self.run is None:
-            raise ValueError(f"{config} is of an older fomo.py: name another --out, or delete the run")
+            raise ValueError(f"{config} is of an older fomo.py: name another --out, or delete the"
+                             " run")
         self.state = self._read_state()
 
     def _compare_options(self, before):
         other = [k for k, value in self.options.items()
                  if k not in FREE + MACHINE and before.get(k) != value]  # fmt: skip
         if other:
-            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.options[k]}" for k in other)
-            raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}): name"
-                             " another --out")
+            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.options[k]}"
+                                for k in other)  # fmt: skip
+            raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}):"
+                             " name another --out")
 
     def _read_state(self):
         """The newest state that is whole. None where there is none yet."""
@@ -1251,8 +1288,9 @@ class Folder:
         try:
             yield
         except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError) as e:
-            raise ValueError(f"{self.path}/state.pt is no state of this run ({type(e).__name__}: {e}):"
-                             f" delete {self.path}") from e
+            fault = f"{type(e).__name__}: {e}"
+            raise ValueError(f"{self.path}/state.pt is no state of this run ({fault}): delete"
+                             f" {self.path}") from e
 
     # -------- then: is the input the same, and where was the run
 
@@ -1324,8 +1362,8 @@ class Folder:
         for fault in faults:
             self.log("broken picture", fault=fault)
         if len(self.broken) > self.c.max_broken:
-            raise ValueError(f"more than {self.c.max_broken} pictures cannot be read (--max-broken),"
-                             f" the last: {faults[-1]}")
+            raise ValueError(f"more than {self.c.max_broken} pictures cannot be read"
+                             f" (--max-broken), the last: {faults[-1]}")
 
     def log_step(self, stage, rate, loss, norm, logit_scale):
         event = "step" if stage.name == "stream" else "theta_0 step"
@@ -1365,7 +1403,8 @@ class Folder:
                              fingerprint(stage.learner.model.state_dict()))  # fmt: skip
         inside = None
         if stage.optimizer and stage.step <= stage.steps:
-            inside = {"optimizer": stage.optimizer.state_dict(), "scaler": stage.scaler.state_dict()}
+            inside = {"optimizer": stage.optimizer.state_dict(),
+                      "scaler": stage.scaler.state_dict()}  # fmt: skip
         elif stage.saved:
             inside = stage.saved
         if self.crew.leads:
@@ -1390,7 +1429,8 @@ class Folder:
         except RuntimeError as e:  # torch's for a write that fails
             part.unlink(missing_ok=True)
             free = shutil.disk_usage(self.path).free
-            raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are free)") from e
+            raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are"
+                          " free)") from e
         if path.exists():
             os.replace(path, self.path / "state-before.pt")
         os.replace(part, path)
@@ -1434,7 +1474,7 @@ class Folder:
         return f"all that was trained is kept in {self.path}; the same command goes on from there"
 
     def _close(self):
-        """Leave a finished run, or one that can go on; no half-written folder. Others' files stay."""
+        """Leave a finished run, or one that can go on, or nothing. Other people's files stay."""
         if self.log_file is None:
             return
         with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
@@ -1450,7 +1490,7 @@ class Folder:
 
 
 def check_folder(path, flag):
-    """ValueError where a folder cannot be, or be made: better said before the work than after it."""
+    """ValueError where a folder cannot be, or be made: better before the work than after it."""
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{path} cannot be written ({there} is not a folder that can be written):"
@@ -1461,13 +1501,15 @@ def check_file(path, inputs=()):
     """The same for a file, whose folder has to be there, and which must not be one of the inputs or
     hold what is not ours."""
     folder = os.path.dirname(os.path.abspath(path))
-    if not path or os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    can_be = os.path.isdir(folder) and os.access(folder, os.W_OK)
+    if not path or os.path.isdir(path) or not can_be:
         raise ValueError(f"--out {path!r} cannot be written: give a file's name in a folder that is"
                          " there and can be written")
-    if any(os.path.exists(p) and os.path.exists(path) and os.path.samefile(p, path) for p in inputs):
+    if any(os.path.realpath(p) == os.path.realpath(path) for p in inputs):
         raise ValueError(f"--out {path!r} is one of the inputs: give another name")
     if os.path.exists(path) and not is_ours(path):
-        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: give another name")
+        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: give another"
+                         " name")
 
 
 def is_ours(path):
@@ -1498,17 +1540,16 @@ def told_so_far(results):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------- reports
-
-# -------------------------------------------------------------------------------------- sub-commands
+# ----------------------------------------------------------------------------- sub-commands
 
 
 def report_command(argv):
     parser = argparse.ArgumentParser("fomo.py report", description="Table and pictures of finished"
                                      " runs; those that differ in their seed alone are one line.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; unfinished runs are left out")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="folders; unfinished runs are left out")  # fmt: skip
     parser.add_argument("-o", "--out", default="report.png",
-                        help="the pictures together; beside it each alone (default report.png)")  # fmt: skip
+                        help="the pictures; beside it each alone (default report.png)")  # fmt: skip
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--markdown", dest="style", action="store_const", const="markdown")
     style.add_argument("--json", dest="style", action="store_const", const="json")
@@ -1528,8 +1569,8 @@ EVALUATE = ("weights", "model", "activation", "bpe", "data", "heldout", "templat
 
 
 def evaluate_command(argv):
-    description = ("Scores of --weights on all test data of --data, the drawn world's without. --out"
-                   " is the file of scores (default scores.json).")  # fmt: skip
+    description = ("Scores of --weights on all test data of --data, the drawn world's without."
+                   " --out is the file of scores (default scores.json).")  # fmt: skip
     c = parse(argv, "fomo.py evaluate", description, EVALUATE)
     if c.weights is None:
         raise ValueError("evaluate scores --weights: name a checkpoint")
@@ -1555,8 +1596,9 @@ def evaluate_command(argv):
 
 
 def budget_command(argv):
-    parser = argparse.ArgumentParser("fomo.py budget", description="What a step of each method costs"
-                                     " and how many steps a budget buys, beside the paper's Table 4.")
+    parser = argparse.ArgumentParser(
+        "fomo.py budget", description="What a step of each method costs and how many steps a budget"
+                                      " buys, beside the paper's Table 4.")  # fmt: skip
     parser.add_argument("--model", default="ViT-B-16", choices=sorted(clip.CONFIGS),
                         help="(default ViT-B-16)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, help="pairs a step (default 512; tiny 64)")
@@ -1564,11 +1606,12 @@ def budget_command(argv):
                         help="(default bf16)")  # fmt: skip
     parser.add_argument("--rank", type=int, default=0,
                         help="of lora, dora, vera and galore; 0: the paper's")  # fmt: skip
-    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory (default"
-                        " the paper's, in proportion to a pair's; tiny 3000)")  # fmt: skip
+    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory"
+                        " (default the paper's, in proportion to a pair's; tiny 3000)")  # fmt: skip
     parser.add_argument("--tasks", type=int, nargs="+",
                         help="lengths of stream (default 20 50 100 200; tiny 8)")  # fmt: skip
-    parser.add_argument("--explain", choices=budget.METHODS, help="where one step's FLOPs and bytes go")
+    parser.add_argument("--explain", choices=budget.METHODS,
+                        help="where one step's FLOPs and bytes go")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the same numbers for programs")
     args = parser.parse_args(argv)
     config, defaults = clip.CONFIGS[args.model], TINY if args.model == "tiny" else PAPER
@@ -1590,61 +1633,62 @@ def budget_command(argv):
 
 
 def merge_command(argv):
-    p = argparse.ArgumentParser("fomo.py merge", description="Merge files of weights in any layout that clip.py reads.",
-                                argument_default=argparse.SUPPRESS)  # fmt: skip
+    p = argparse.ArgumentParser("fomo.py merge", argument_default=argparse.SUPPRESS,
+                                description="Merge files of weights in any layout.")  # fmt: skip
     p.add_argument("base", help="theta_0; the result has its names, dtypes and metadata")
     p.add_argument("experts", nargs="+", metavar="expert")
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
     p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
                    help="where no file says it (default auto)")  # fmt: skip
-    p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES, help="(default linear)")
-    p.add_argument("--weights", type=float, nargs="+", help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")
-    p.add_argument("--scale", type=float, help="all but linear, slerp: factor on the merged task vector (default 1)")
-    p.add_argument("--lines", nargs=3, metavar=("ALPHA", "BETA", "HOW"),
-                   help="LiNeS, all but linear, slerp; HOW: linear, quadratic or sqrt")  # fmt: skip
-    p.add_argument("--density", type=float, help="ties: share of each task vector kept (default .2)")
-    p.add_argument("--whole", action="store_true", help="ties: trim over all tensors together, not within each")
-    p.add_argument("--function", choices=("mean", "sum", "max"), help="ties, dare --elect (default mean)")
-    p.add_argument("--drop", type=float, help="dare: probability of dropping an entry (default .9)")
-    p.add_argument("--elect", action="store_true", help="dare: elect signs as ties does")
-    p.add_argument("--top", type=float, help="breadcrumbs: share of largest entries dropped (default .01)")
-    p.add_argument("--bottom", type=float, help="breadcrumbs: share of smallest entries dropped (default .85)")
-    p.add_argument("--strictness", type=float, help="tall-mask: lambda (default .4)")
-    p.add_argument("--agree", type=int, help="tall-mask: experts that must need an entry (default 2)")
-    p.add_argument("--seed", type=int, help="dare, random (default 0)")
+    p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES,
+                   help="(default linear)")  # fmt: skip
+    p.add_argument("--weights", type=float, nargs="+",
+                   help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")  # fmt: skip
+    for name, kind in merge.OPTIONS.items():
+        uses = ", ".join(t for t in merge.TECHNIQUES if name in merge.used(t))
+        text = f"{uses}: {kind.help}; {kind.limits} (default {kind.default})"
+        how = {"type": kind.kind}
+        if kind.kind is bool:
+            how = {"action": "store_true"}
+        elif name == "lines":
+            how = {"nargs": 3, "metavar": ("ALPHA", "BETA", "HOW")}
+        p.add_argument(flag(name), help=text.replace("%", "%%"), **how)
     options = vars(p.parse_args(argv))
-    base, experts, out, technique = (options.pop(k) for k in ("base", "experts", "out", "technique"))
+    base = options.pop("base")
+    experts = options.pop("experts")
+    technique = options.pop("technique")
     activation = options.pop("activation")
-    out = os.path.expanduser(out)
+    out = os.path.expanduser(options.pop("out"))
     weights = options.pop("weights", None)
     if "lines" in options:
-        try:
-            options["lines"] = (*map(float, options["lines"][:2]), options["lines"][2])
-        except ValueError:
-            raise ValueError(f"--lines takes two numbers and a word, got {' '.join(options['lines'])}") from None
+        options["lines"] = lines_of(options["lines"])
     if os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out or remove it")
     check_file(out)
     paths = [clip.fetch(os.path.expanduser(path)) for path in (base, *experts)]
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[activation]
-    metadata = clip.agree(paths, quick_gelu)
+    known = clip.agree(paths, quick_gelu)  # what load needs to know of the result
     files = [clip.read_tensors(path) for path in paths]
-    if any(set(f) != set(files[0]) for f in files):  # different layouts, or different models, which merge() then names
-        files = [clip.openai_names(f) for f in files]
-    began, readings = time.time(), {"ties": 3 if "whole" in options else 1, "tall-mask": 2}.get(technique, 1)
-    with Lines(desc=technique, total=len(files[0]) * len(experts) * readings, unit=" tensors") as bar:
-        merged = merge.merge(technique, files[0], [Watched(f, bar) for f in files[1:]], weights, **options)
-    clip.write_tensors(merged, out, {"format": "pt"} | files[0].metadata | metadata)
+    metadata = {"format": "pt"} | files[0].metadata | known
+    files = [clip.openai_names(f) for f in files]  # whatever their layouts
+    began = time.time()
+    total = len(files[0]) * len(experts) * (2 if technique == "tall-mask" else 1)
+    with tqdm(desc=technique, total=total, unit=" tensors", leave=False, disable=None) as bar:
+        watched = [Watched(f, bar, path) for f, path in zip(files, paths)]
+        merged = merge.merge(technique, watched[0], watched[1:], weights, **options)
+    clip.write_tensors(merged, out, metadata)
     plural = "s" * (len(experts) > 1)
-    print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out} ({time.time() - began:.1f} s)")
+    print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out}"
+          f" ({time.time() - began:.1f} s)")  # fmt: skip
 
 
 class Watched(clip.Tensors):
     """Tensors that move a bar when they are read."""
 
-    def __init__(self, tensors, bar):
+    def __init__(self, tensors, bar, path):
         super().__init__(tensors.readers, tensors.metadata)
         self.bar = bar
+        self.path = path  # merge names it where a tensor is not what it should be
 
     def __getitem__(self, name):
         self.bar.update()
@@ -1666,7 +1710,7 @@ def stream_command(argv):
     c = parse(argv, "fomo.py stream", description, (*WORLD, "order", "reverse"))
     out = c.out or "stream.json"
     check_file(out, c.data)
-    c, crew = resolve_for_reading(c)
+    c, crew = resolve(c, trains=False)
     learner = load_learner(c, crew, load_world(c, crew))
     stream = load_stream(learner)
     data.write_stream(stream, out)
@@ -1675,12 +1719,12 @@ def stream_command(argv):
 
 
 def inspect_command(argv):
-    description = ("Reads every picture of --data once, names those that are broken, and draws sheets"
-                   " of pictures with their captions into the folder --out (default inspect).")
+    description = ("Reads every picture of --data once, names those that are broken, and draws"
+                   " sheets of pictures with captions into the folder --out (default inspect).")
     c = parse(argv, "fomo.py inspect", description, WORLD)
     out = Path(c.out or "inspect")
     check_folder(out, "--out")
-    c, crew = resolve_for_reading(c)
+    c, crew = resolve(c, trains=False)
     world = load_world(c, crew)
     out.mkdir(parents=True, exist_ok=True)
     rows = [["dataset", "role", "split", "samples", "concepts", "captions", "broken"]]
@@ -1710,7 +1754,7 @@ def inspect_command(argv):
 
 def convert_command(argv):
     p = argparse.ArgumentParser("fomo.py convert", description="A checkpoint in another layout.")
-    p.add_argument("weights", help="as of --weights: a file, a folder, hf:ORG/REPO, openai:ViT-B-32")
+    p.add_argument("weights", help="a file, a folder, hf:ORG/REPO, openai:ViT-B-32")
     p.add_argument("out", help="file, or for hf a folder; must not exist")
     p.add_argument("--layout", required=True, choices=["open_clip", "openai", "hf"])
     p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
@@ -1725,14 +1769,6 @@ def convert_command(argv):
     print(f"{args.weights} in the layout of {args.layout}: {out}")
 
 
-def resolve_for_reading(c):
-    """As resolve(), for a command that trains nothing, and needs a model for some orders alone."""
-    c = dataclasses.replace(c, model=c.model or (None if c.weights else "tiny"))
-    c.pool = c.pool or c.data
-    c, crew = resolve(c)
-    return c, crew
-
-
 COMMANDS = {
     "report": report_command, "evaluate": evaluate_command, "budget": budget_command,
     "merge": merge_command, "convert": convert_command, "stream": stream_command,
@@ -1744,7 +1780,7 @@ FULL = "; free some space where --out or --cache lies and start the same command
 def main(argv=None):
     """Runs a command. What the user can mend is one sentence on stderr, and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch needs it to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds nothing here
     try:
@@ -1780,7 +1816,8 @@ def explain(e):
     text = str(e)
     if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "the memory is full: take --micro-batch, a smaller --batch-size or --precision bf16"
-    if "DataLoader worker" in text or isinstance(e, (ConnectionError, EOFError)):  # which torch raises wherever this process is when one dies
+    # torch raises these wherever this process is when one of its workers dies
+    if "DataLoader worker" in text or isinstance(e, (ConnectionError, EOFError)):
         return f"a process that prepares batches died ({e}): memory full? take fewer --workers"
     if isinstance(e, OSError) and e.strerror:
         place = f"{e.filename}: " if e.filename else ""
