@@ -1128,7 +1128,7 @@ def score_all(stage, shown, folder, everything, name):
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
     tasks = stage.task + (stage.step > 0)  # finished so far, this one included
     return {**summary(world, {name: n["score"] for name, n in numbers.items()}), "samples": samples,
-            **evaluate.by_concept(per_class, when, stage.tasks, tasks)}  # fmt: skip
+            **evaluate.by_concept(per_class, when, len(stage.concepts), tasks)}  # fmt: skip
 
 
 def score(learner, dataset, ids):

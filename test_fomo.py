@@ -68,6 +68,7 @@ import fomo
 import merge
 import methods
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 PARITY = clip.CLIPConfig(
     16, 32, 16, 128, 2, 2, 512, 8, 100, 64, 2, 2, 256
 )  # the parity model of the facts
@@ -4269,11 +4270,11 @@ def test_the_mixture_is_made_of_what_the_options_say(flux, tmp_path, monkeypatch
 def test_a_method_looks_back_on_the_tasks_own_samples_once_each(flux, tmp_path, monkeypatch):
     mixtures, seen, loader = [], [], data.loader
 
-    def watched(world, mixture, task, steps, *more):
+    def watched(world, mixture, task, steps, *more, **options):
         mixtures.append(mixture)
         if mixture.ratios == (0, 1, 0):
             seen.append([i for step in range(steps) for i in mixture.ids(task, step)])
-        return loader(world, mixture, task, steps, *more)
+        return loader(world, mixture, task, steps, *more, **options)
 
     monkeypatch.setattr(data, "loader", watched)
     options = ["--method", "ewc", "--out", str(tmp_path / "run")]
@@ -4302,7 +4303,7 @@ def test_pictures_are_normalised_and_both_directions_of_retrieval_count(world):
     image, text = learner.image_features(d.test, range(80)), learner.text_features(d.test.captions)
     both = evaluate.recall_at_k(image, text[:80], range(80))
     assert both[0] != both[1]
-    assert fomo.score(learner, d, range(80)) == pytest.approx(sum(both) / 2)
+    assert fomo.score(learner, d, range(80))["score"] == pytest.approx(sum(both) / 2)
 
 
 def test_a_text_that_repeats_in_a_batch_is_encoded_once_and_counts_as_often(world, monkeypatch):
@@ -4332,7 +4333,8 @@ def test_the_same_seed_gives_the_same_scores_and_another_another_order(flux, tmp
     losses = [[r["loss"] for r in map(json.loads, (tmp_path / n / "log.jsonl").read_text().splitlines()) if "loss" in r]
               for n in "abc"]  # fmt: skip
     assert a == b and losses[0] == losses[1] != losses[2]
-    assert a["theta_0"] == c["theta_0"]
+    alike = ("ka", "zs", "gm", "datasets", "samples")  # what it will learn when is another matter
+    assert [a["theta_0"][k] for k in alike] == [c["theta_0"][k] for k in alike]
 
 
 def test_merge_is_the_ema_of_what_the_tasks_end_with(flux, tmp_path, monkeypatch):
@@ -4361,7 +4363,7 @@ def test_merge_is_the_ema_of_what_the_tasks_end_with(flux, tmp_path, monkeypatch
 def test_every_cell_of_the_time_grid_runs_and_resumes(flux, tmp_path, monkeypatch, init, deploy):
     options = flux_options(flux, tmp_path, "--lr", "1e-2", "--merge-init", init, "--merge-deploy", deploy)
     if {init, deploy} & {"ema", "all"}:
-        options += ["--merge-technique", "ties", "--merge-options", "density=0.5", "scale=0.9"]
+        options += shlex.split("--merge-technique ties --density 0.5 --merge-scale 0.9")
     assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
     stop_at(monkeypatch, 2, 2)
     assert fomo.main([*options, "--out", str(tmp_path / "cut")]) == 143
@@ -4406,37 +4408,40 @@ def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp
         == 0
     )
     assert "1 of the stream's 4 concepts" in capsys.readouterr().out
-    crew = fomo.Crew(c := fomo.parse(["--stream", str(stream)]))
-    world = data.fomo_in_flux(flux, heldout=["DIGITS"])
-    assert fomo.load_stream(c, world, crew) == data.read_stream(stream)[1:]
+    learner = tiny_learner(data.fomo_in_flux(flux, heldout=["DIGITS"]), "--stream", str(stream))
+    assert fomo.load_stream(learner) == data.read_stream(stream)[1:]
 
 
 @pytest.mark.parametrize("options, says", [
-    (["--data", "/nowhere"], "/nowhere is not a folder"),
+    (["--data", "/nowhere"], "/nowhere is no folder"),
     (["--tasks", "99"], "34 concepts cannot make 99 tasks"),
     (["--steps", "0"], "--steps must be at least 1"),
     (["--budget", "1e-6"], "does not reach one step"),
     (["--budget", "0"], "--budget must be above 0"),
     (["--device", "abacus"], "--device abacus cannot be used"),
     (["--mixture", "nan/nan/nan"], "three shares that sum to 1"),
-    (["--merge-options", "technique=slerp"], "technique is no option of a technique"),
+    (["--density", ".2"], "--density does nothing here"),
+    (["--rank", "8"], "--rank does nothing here: --method merge"),
+    (["--cooldown", ".2"], "--cooldown does nothing here: it belongs to --schedule rsqrt"),
+    (["--micro-batch", "0"], "--micro-batch must be at least 1"),
+    (["--method", "finetune", "--merge-weight", ".5"], "--merge-weight does nothing here"),
+    (["--order", "similarity"], "--order similarity needs a model: name its --weights"),
+    (["--merge-technique", "ties", "--lines", ".5", "x"], "--lines takes two numbers and a word"),
     (["--mixture", "a/b"], "--mixture is P/D/B"),
     (["--mixture", ".5/.5/.5"], "three shares that sum to 1"),
-    (["--heldout", "NOPE"], "no dataset NOPE in .*; there are: ARROWS, DIGITS, LETTERS"),
-    (["--heldout", "DIGITS", "LETTERS", "ARROWS"], "no dataset of .* is to adapt to"),
-    (["--stream", "STREAM"], "names the dataset NOWHERE"),
+    (["--heldout", "NOPE"], "no dataset NOPE; there are: ARROWS, DIGITS, LETTERS"),
+    (["--heldout", "DIGITS", "LETTERS", "ARROWS"], "the stream is empty: no concept"),
+    (["--stream", "STREAM"], "2 concepts cannot make 3 tasks"),
     (["--stream", "BROKEN"], "is not valid JSON"),
     (["--stream", "MISSING"], "is not there"),
     (["--weights", "MISSING", "--model", "tiny"], "MISSING: no such file"),
     (["--model", "ViT-B-16"], "ViT-B-16 is not trained from nothing"),
     (["--pool"], "--pool names the datasets"),
     (["--schedule", "cosine", "--meta", "continued"], "--schedule cosine has --meta none"),
-    (["--merge-technique", "ties", "--merge-options", "density=0"], "density must be in"),
-    (["--merge-options", "magic=1"], "linear has no option 'magic'"),
+    (["--merge-technique", "ties", "--density", "0"], "density must be in"),
     (["--method", "lora", "--rank", "0"], "--rank must be at least 1"),
     (["--method", "lora", "--rank", "65"], "rank 65 is above the model's smallest width"),
     (["--device", "hpu"], "--device hpu cannot be used"),
-    (["--merge-options", "self=1"], "self is no option of a technique"),
     (["--budget", "1e300"], "are more than anybody takes"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_exit_2_and_no_folder(flux, tmp_path, capsys, options, says):
@@ -4454,19 +4459,18 @@ def test_bad_input_is_one_sentence_exit_2_and_no_folder(flux, tmp_path, capsys, 
     assert re.search(says, error) and error.startswith("fomo: ") and not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_does_not_decode_ends_the_run_and_loses_nothing(world, tmp_path, capsys):
-    root, out = write_flux(world, tmp_path / "root"), tmp_path / "run"
-    bad = min((root / "LETTERS" / "train").rglob("*.png"))
-    whole = bad.read_bytes()
-    stamp = bad.stat()
-    bad.write_bytes(whole[:60])
-    options = flux_options(root, tmp_path, "--steps", "12", "--tasks", "1", "--out", str(out))
-    assert fomo.main(options) == 2
-    assert f"{bad} does not decode as an image" in capsys.readouterr().err
-    assert (out / "state.pt").exists()
-    bad.write_bytes(whole)
-    os.utime(bad, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert fomo.main([*options, "--accept-changes"]) == 0
+def test_pictures_that_do_not_decode_are_replaced_and_named_up_to_a_limit(world, tmp_path, capsys):
+    root = write_flux(world, tmp_path / "root")
+    bad = sorted((root / "LETTERS" / "train").rglob("*.png"))[::2]
+    for picture in bad:
+        picture.write_bytes(picture.read_bytes()[:60])
+    options = flux_options(root, tmp_path, "--steps", "12", "--tasks", "1")
+    assert fomo.main([*options, "--out", str(tmp_path / "many")]) == 0
+    named = {row["fault"] for row in rows_of(tmp_path / "many", "broken picture")}
+    assert 10 < len(named) <= len(bad) and all(any(str(p) in n for p in bad) for n in named)
+    assert fomo.main([*options, "--max-broken", "3", "--out", str(tmp_path / "few")]) == 2
+    assert "more than 3 pictures cannot be read (--max-broken)" in capsys.readouterr().err
+    assert (tmp_path / "few" / "state.pt").exists()
 
 
 def test_a_run_that_was_killed_as_it_began_starts_again(flux, tmp_path):
@@ -4804,23 +4808,6 @@ def test_the_logged_rates_are_the_meta_schedules(flux, tmp_path, meta):
     assert (logged[1, 2] > logged[2, 2] > logged[3, 2]) == (meta != "none") and logged[1, 2] == 2e-4
 
 
-def test_runs_of_one_name_and_a_second_joint_run_keep_their_own_lines(flux, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(evaluate, "plot", lambda lines, path: drawn.append(list(lines)))
-    run = {"theta_0": {"ka": 1, "zs": 2}, "tasks": [{"ka": 3, "zs": 4}]}
-    runs = [
-        ("a/merge-0", "merge"),
-        ("b/merge-0", "merge"),
-        ("a/joint-0", "joint"),
-        ("b/joint-1", "joint"),
-    ]
-    fomo.draw(
-        fomo.named([(folder, run | {"config": {"method": method}}) for folder, method in runs]),
-        "p.png",
-    )
-    assert drawn == [["a/merge-0", "b/merge-0", "joint", "joint-1"]]
-
-
 def test_weights_that_are_not_finite_are_named(flux, tmp_path, capsys):
     model = clip.CLIP(clip.CONFIGS["tiny"])
     model.visual.proj.data[0, 0] = math.nan
@@ -4957,6 +4944,7 @@ def change_input(how, root, tmp, options, monkeypatch):
         edit("DIGITS_train.json", each("synthetic_merged_caption", ["another"]))
     elif how == "prompts":
         edit("LETTERS_test.json", each("primer_caption", "another prompt"))
+        edit("LETTERS_train.json", each("primer_caption", "another prompt"))
     elif how == "class names":
         edit("LETTERS_classnames.json", lambda tree: tree.__setitem__(0, "Aleph"))
     elif how == "stream":
@@ -5154,11 +5142,12 @@ def test_an_error_in_one_process_ends_all_with_a_sentence(world, flux, tmp_path)
     for bad in (root / "ARROWS" / "train").rglob("*.png"):
         bad.write_bytes(bad.read_bytes()[:60])
     clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
-    options = flux_options(root, tmp_path, "--weights", str(tmp_path / "w.safetensors"))
+    weights = ["--weights", str(tmp_path / "w.safetensors"), "--max-broken", "0"]
+    options = flux_options(root, tmp_path, *weights)
     began = time.time()
     done = torchrun(2, "fomo.py", *options, "--out", str(tmp_path / "run"), timeout=100)
     assert done.returncode != 0 and time.time() - began < 60
-    assert "does not decode as an image" in done.stderr
+    assert "more than 0 pictures cannot be read" in done.stderr
     assert (tmp_path / "run" / "state.pt").exists()
 
 
