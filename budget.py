@@ -1,57 +1,66 @@
-"""Memory-adjusted FLOPs, counted by hand from a CLIP's shape: what a step costs, and how many steps a budget buys.
+"""Memory-adjusted FLOPs, counted by hand from a CLIP's shape: what a step costs, and how many steps
+a budget buys.
 
-Roth et al. 2024, "A Practitioner's Guide to Continual Multimodal Pretraining" (arXiv 2408.14471), sec. 3.2, app. C.
-Plain Python: no GPU, no profiler, no torch. `config` is any object with the fields of FIELDS. It stands alone; copy it:
+Roth et al. 2024, "A Practitioner's Guide to Continual Multimodal Pretraining" (arXiv 2408.14471),
+sec. 3.2, app. C. Plain Python: no GPU, no profiler, no torch. `config` is any object with the
+fields of FIELDS. It stands alone; copy it:
 
     import budget, types
     values = (512, 224, 16, 768, 12, 12, 3072, 77, 49408, 512, 12, 8, 2048, False)
-    b16 = types.SimpleNamespace(**dict(zip(budget.FIELDS, values)))  # ViT-B/16; or clip.CONFIGS["ViT-B-16"]
-    budget.step_flops(b16, 512, "lora", rank=4) / 1e9       # 54479.2515..., GFLOPs of one optimizer step
-    budget.peak_memory(b16, 512, "lora") / 2**30            # GiB, bf16 autocast and AdamW
-    budget.steps(b16, 512, "lora", tasks=20)                # steps a task that equal the paper's budget
+    b16 = types.SimpleNamespace(**dict(zip(budget.FIELDS, values)))  # or clip.CONFIGS["ViT-B-16"]
+    budget.step_flops(b16, 512, "lora", rank=4) / 1e9  # 54479.2515..., GFLOPs of one optimizer step
+    budget.peak_memory(b16, 512, "lora") / 2**30  # GiB, bf16 autocast and AdamW
+    budget.steps(b16, 512, "lora", tasks=20)  # steps a task that equal the paper's budget
 
-    MAF(method) = GFLOPs of one step * peak memory(method) / peak memory(full finetuning)                          (1)
-    steps a task = round((total / T - MAF spent once a task) / MAF of a step)                                      (2)
+    MAF(method) = GFLOPs of one step * peak memory(method) / peak memory(full finetuning)     (1)
+    steps a task = round((total / T - MAF spent once a task) / MAF of a step)                 (2)
 
-FLOPs. A multiply-add is 2. Matrix products, convolutions and attention count, nothing elementwise does. Attention is
-full, not halved for the causal mask; its backward is 5 products against 2 forward, as flash attention does it, which
-recomputes q k^T. A backward counts only the gradients that autograd forms: none towards pixels, none for a frozen
-weight, none behind the first trained parameter. The contrastive logits count. GaLore's singular vectors of a p x q
-matrix, p >= q, count 2pq^2 for the Gram matrix and 9q^3 for its eigenvectors (Golub & Van Loan 2013, sec. 8.3), spread
+FLOPs. A multiply-add is 2. Matrix products, convolutions and attention count, nothing elementwise
+does. Attention is full, not halved for the causal mask; its backward is 5 products against 2
+forward, as flash attention does it, which recomputes q k^T. A backward counts only the gradients
+that autograd forms: none towards pixels, none for a frozen weight, none behind the first trained
+parameter. The contrastive logits count. GaLore's singular vectors of a p x q matrix, p >= q, count
+2pq^2 for the Gram matrix and 9q^3 for its eigenvectors (Golub & Van Loan 2013, sec. 8.3), spread
 over its gap.
 
-EWC's Fisher pass, a forward and backward of every sampled batch, is spent once a task (task_flops). The authors charge
-it to every step, hence their 14 steps; (2) takes it off the task's budget first and leaves 1268 (at our memory, bf16).
+EWC's Fisher pass, a forward and backward of every sampled batch, is spent once a task (task_flops).
+The authors charge it to every step, hence their 14 steps; (2) takes it off the task's budget first
+and leaves 1268 (at our memory, bf16).
 
-Memory. Bytes of live tensors, as torch.cuda.max_memory_allocated counts them; no CUDA context, no fragmentation.
-theta_0, merges and experts do not count: they live on the CPU.
+Memory. Bytes of live tensors, as torch.cuda.max_memory_allocated counts them; no CUDA context, no
+fragmentation. theta_0, merges and experts do not count: they live on the CPU.
 
-Micro-batches. A batch may go through the towers in pieces (clip.backward): all features without a graph, the loss
-and its gradient at the features, then the trained towers again, a piece at a time. `micro_batch` is the size of a
-piece. It saves activations and costs a second forward, in step_flops and peak_memory. Neither MAFs nor steps know it:
-what a method may spend is a property of the method, and must not depend on the GPU that somebody has for it.
-"""
+Micro-batches. A batch may go through the towers in pieces (clip.backward): all features without a
+graph, the loss and its gradient at the features, then the trained towers again, a piece at a time.
+`micro_batch` is the size of a piece. It saves activations and costs a second forward, in step_flops
+and peak_memory. Neither MAFs nor steps know it: what a method may spend is a property of the
+method, and must not depend on the GPU that somebody has for it."""
 
 import math
 from dataclasses import dataclass
 
 FIELDS = (
-    "embed_dim", "image_size", "patch_size", "vision_width", "vision_layers", "vision_heads", "vision_mlp",
-    "context_length", "vocab_size", "text_width", "text_layers", "text_heads", "text_mlp", "quick_gelu",
+    "embed_dim", "image_size", "patch_size", "vision_width", "vision_layers", "vision_heads",
+    "vision_mlp", "context_length", "vocab_size", "text_width", "text_layers", "text_heads",
+    "text_mlp", "quick_gelu",
 )  # fmt: skip
-PRECISIONS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of what a matmul reads and writes; weights are always fp32
-GAP, FISHER_SAMPLES = 200, 50_000  # GaLore's steps between two projections; EWC's samples a task (app. C)
+# bytes of what a matmul reads and writes; weights are always fp32
+PRECISIONS = {"fp32": 4, "bf16": 2, "fp16": 2}
+GAP = 200  # GaLore's steps between two projections
+FISHER_SAMPLES = 50_000  # EWC's, a task (app. C)
 TASKS = (20, 50, 100, 200)  # lengths of stream that the paper budgets
-LOSS_TRANSIENT = 12  # bytes a logit that its backward needs at once beside what the forward kept
+LOSS_TRANSIENT = 8  # bytes a logit that its backward needs at once beside what the forward kept
 
 
 @dataclass(frozen=True)
 class Recipe:
-    vision: str = "all"  # what trains in the image tower: "all" "norms" "biases" "adapters", or "" for nothing
+    vision: str = "all"  # what trains in the image tower: "all" "norms" "biases" "adapters" or ""
     text: str = "all"  # the same of the text tower
     scale: bool = True  # logit_scale trains
     rank: int = 0  # the paper's; 0: the method has none
-    copies: int = 0  # tensors of the weights' size kept from task to task: Fisher, importance, anchor
+    copies: int = (
+        0  # tensors of the weights' size kept from task to task: Fisher, importance, anchor
+    )
     penalty: bool = False  # a quadratic penalty on the weights is part of the loss
 
 
@@ -75,8 +84,8 @@ METHODS = {
     "joint": Recipe(),
 }
 
-# Table 4, ViT-B/16, batch 512, 224 px, all 16 rows: (method, rank) -> GFLOPs of a step, peak GiB as nvidia-smi saw
-# it, steps a task at T = 20. EWC's memory is not printed; 47.2 is about what its 14 steps imply.
+# Table 4, ViT-B/16, batch 512, 224 px, all 16 rows: (method, rank) -> GFLOPs of a step, peak GiB as
+# nvidia-smi saw it, steps a task at T = 20. EWC's memory is about 47.2.
 PAPER = {
     ("finetune", 0): (63394.7585, 46.5917, 1420),
     ("ema-merge", 0): (63394.7585, 46.5917, 1420),
@@ -95,8 +104,8 @@ PAPER = {
     ("si", 0): (63394.7585, 46.6523, 1418),
     ("ewc", 0): (6276081.094, 47.2, 14),
 }
-# Why our GFLOPs or steps are not theirs, where they are not. (LoRA's .2515 is our .2516: they average three counts that were
-# rounded to four digits, 54479.251599999996 in floating point, and cut.)
+# Why our GFLOPs or steps are not theirs, where they are not. (LoRA's .2515 is our .2516: they
+# average three counts that were rounded to four digits, 54479.251599999996 as floats, and cut.)
 WHY = {
     "dora": "theirs forms B @ A twice",
     "vera": "theirs multiplies by diagonal matrices in full",
@@ -104,13 +113,14 @@ WHY = {
     "ewc": "theirs charges the Fisher pass, 98 batches, to every step; ours once to the task",
 }
 PAPER_BATCH = 512
-BUDGETS = {  # forward FLOPs of one image and one text -> GFLOPs in all: DataComp-Small's compute (sec. 3.2)
+# forward FLOPs of one image and one text -> GFLOPs in all: DataComp-Small's compute (sec. 3.2)
+BUDGETS = {
     35_126_906_880 + 5_959_540_736: 1.8e9,  # ViT-B/16
     8_817_623_040 + 5_959_540_736: 5.7e8,  # ViT-B/32
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,8 @@ class Tower:
         return {"in_proj": (w, 3 * w), "out_proj": (w, w), "c_fc": (w, m), "c_proj": (m, w)}
 
     def adapted(self):
-        """The weights that carry an adapter, as (outputs, inputs): q, k and v of the fused in_proj, and c_proj."""
+        """The weights that carry an adapter, as (outputs, inputs): q, k and v of the fused in_proj,
+        and c_proj."""
         return [(self.width, self.width)] * 3 + [(self.width, self.mlp)]
 
     def parameters(self, embed_dim):
@@ -143,27 +154,36 @@ class Tower:
             "linear biases": deep * (3 * w + w + m + w),
             "linear weights": deep * sum(i * o for i, o in self.linears().values()) + w * embed_dim,
             "patch weights": self.stem * w,
-            "embeddings": (self.tokens + self.table + (1 if self.stem else 0)) * w,  # positions, words or class token
+            "embeddings": (self.tokens + self.table + (1 if self.stem else 0))
+            * w,  # positions, words or class token
         }
 
     def matrices(self, embed_dim):
-        """[(rows, columns, how many)]: the tower's two-dimensional parameters, which GaLore projects."""
+        """[(rows, columns, how many)]: the tower's two-dimensional parameters, which GaLore
+        projects."""
         found = [(o, i, self.layers) for i, o in self.linears().values()]
         found += [(self.width, embed_dim, 1), (self.tokens, self.width, 1)]
         return found + ([(self.table, self.width, 1)] if self.table else [])
 
 
 def towers(config):
-    """-> (image tower, text tower). ValueError if the config lacks a field or does not describe a transformer."""
+    """-> (image tower, text tower). ValueError if the config lacks a field or does not describe a
+    transformer."""
     missing = [f for f in FIELDS if not hasattr(config, f)]
     if missing:
-        raise ValueError(f"the config has no field {', '.join(missing)}; it needs {', '.join(FIELDS)}")
+        raise ValueError(
+            f"the config has no field {', '.join(missing)}; it needs {', '.join(FIELDS)}"
+        )
     c = config
     for name in FIELDS[:-1]:
         if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
-            raise ValueError(f"the config's {name} must be a positive integer, not {getattr(c, name)!r}")
+            raise ValueError(
+                f"the config's {name} must be a positive integer, not {getattr(c, name)!r}"
+            )
     if c.image_size < c.patch_size:
-        raise ValueError(f"a patch of {c.patch_size} pixels does not fit into an image of {c.image_size}")
+        raise ValueError(
+            f"a patch of {c.patch_size} pixels does not fit into an image of {c.image_size}"
+        )
     tokens = (c.image_size // c.patch_size) ** 2 + 1
     vision = (c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp)
     text = (c.text_width, c.text_layers, c.text_heads, c.text_mlp)
@@ -174,19 +194,26 @@ def towers(config):
 
 
 def check(config, batch_size, method, rank=0):
-    """-> (recipe, rank, image tower, text tower); rank 0 is the method's own. ValueError on what makes no sense."""
+    """-> (recipe, rank, image tower, text tower); rank 0 is the method's own. ValueError on what
+    makes no sense."""
     vision, text = towers(config)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"the batch size must be a positive integer, not {batch_size!r}")
     if not isinstance(rank, int) or rank < 0:
-        raise ValueError(f"the rank must be a positive integer, or 0 for the method's own, not {rank!r}")
+        raise ValueError(
+            f"the rank must be a positive integer, or 0 for the method's own, not {rank!r}"
+        )
     recipe = METHODS[method]
     width = min(vision.width, text.width)
-    rank = (rank or recipe.rank) if recipe.rank else 0  # a rank means nothing to a method that has none
+    if not recipe.rank:  # a rank means nothing to a method that has none
+        rank = 0
+    elif rank == 0:
+        rank = recipe.rank
     if rank > width:
-        raise ValueError(f"rank {rank} is above the model's smallest width, {width}: {method} would not be low-rank")
+        limit = f"the model's smallest width, {width}"
+        raise ValueError(f"rank {rank} is above {limit}: {method} would not be low-rank")
     return recipe, rank, vision, text
 
 
@@ -195,38 +222,46 @@ def pieces(batch_size, micro_batch):
     if micro_batch is None:
         return batch_size, 1
     if not isinstance(micro_batch, int) or micro_batch < 1:
-        raise ValueError(f"a micro-batch must be a positive integer, or None for the whole batch, not {micro_batch!r}")
+        raise ValueError(f"a micro-batch must be a positive integer, or None, not {micro_batch!r}")
     return min(micro_batch, batch_size), math.ceil(batch_size / micro_batch)
 
 
-# ----------------------------------------------------------------------------------------------------------- FLOPs
+# -------------------------------------------------------------------------------------------- FLOPs
 
 
 def flops(config, batch_size, method="finetune", rank=0, gap=GAP, micro_batch=None):
     """Where the FLOPs of one optimizer step go: a list of rows, a row a kind of matmul, as dicts of
-    tower | blocks, "0" or "1-11" or "" | matmul | times: how many such there are | and of one of them: forward | again,
-    the second forward of micro-batches | to_weight, the gradient of the weight | to_input, the gradient of the input |
-    update: projections, SVD | total: of all. Block 0 stands apart: with adapters nothing trains before its in_proj,
-    whose input then needs no gradient."""
+    tower, blocks ("0" or "1-11" or ""), matmul, times, how many such there are, and of one of them
+    forward; again, the second forward of micro-batches; to_weight, the gradient of the weight;
+    to_input, the gradient of the input; update, projections and SVD. total is of all. Block 0
+    stands apart: with adapters nothing trains before its in_proj, whose input then needs no
+    gradient."""
     recipe, rank, vision, text = check(config, batch_size, method, rank)
     if not isinstance(gap, int) or gap < 1:
-        raise ValueError(f"the gap between two SVDs must be a positive number of steps, not {gap!r}")
+        raise ValueError(
+            f"the gap between two SVDs must be a positive number of steps, not {gap!r}"
+        )
     _, count = pieces(batch_size, micro_batch)
     rows = []
     for tower, trains in ((vision, recipe.vision), (text, recipe.text)):
         rows += tower_flops(tower, trains, batch_size, config.embed_dim, rank, count)
         if method == "galore":
-            update = sum(n * galore_update(r, c, rank, gap) for r, c, n in tower.matrices(config.embed_dim))
+            update = sum(
+                n * galore_update(r, c, rank, gap) for r, c, n in tower.matrices(config.embed_dim)
+            )
             rows.append(row(tower.name, "", "galore", 1, 0, update=update))
     product = 2 * batch_size**2 * config.embed_dim
-    rows.append(row("loss", "", "logits", 1, product, to_input=product * (bool(recipe.vision) + bool(recipe.text))))
+    needed = product * (bool(recipe.vision) + bool(recipe.text))
+    rows.append(row("loss", "", "logits", 1, product, to_input=needed))
     return [r for r in rows if r["times"]]
 
 
 def row(tower, blocks, matmul, times, forward, to_weight=0, to_input=0, update=0, again=0):
-    costs = {"forward": forward, "again": again, "to_weight": to_weight, "to_input": to_input, "update": update}
+    costs = {"forward": forward, "again": again, "to_weight": to_weight, "to_input": to_input}
+    costs["update"] = update
     total = times * sum(costs.values())
-    return {"tower": tower, "blocks": blocks, "matmul": matmul, "times": times, **costs, "total": total}
+    place = {"tower": tower, "blocks": blocks, "matmul": matmul, "times": times}
+    return {**place, **costs, "total": total}
 
 
 def tower_flops(tower, trains, batch_size, embed_dim, rank, count):
@@ -238,7 +273,9 @@ def tower_flops(tower, trains, batch_size, embed_dim, rank, count):
     rows = []
 
     def add(blocks, matmul, times, cost, to_weight=0, to_input=0):
-        rows.append(row(tower.name, blocks, matmul, times, cost, to_weight, to_input, again=second * cost))
+        rows.append(
+            row(tower.name, blocks, matmul, times, cost, to_weight, to_input, again=second * cost)
+        )
 
     if tower.stem:
         cost = 2 * batch_size * (tower.tokens - 1) * tower.stem * tower.width
@@ -250,9 +287,10 @@ def tower_flops(tower, trains, batch_size, embed_dim, rank, count):
             adapted = adapters and matmul in ("in_proj", "c_proj")
             behind = bool(trains) and not (adapters and matmul == "in_proj" and blocks == "0")
             add(blocks, matmul, times, cost, (everything or adapted) * cost, behind * cost)
-        product = 2 * tokens * tower.tokens * tower.width  # q k^T; and as much for its product with v
+        # q k^T; and as much for its product with v
+        product = 2 * tokens * tower.tokens * tower.width
         add(blocks, "attention", times, 2 * product, 0, bool(trains) * 5 * product)
-        if adapters:  # W + B A, materialised once a forward, so once a piece; gradients of B and of A
+        if adapters:  # B A, formed once a forward, so once a piece; gradients of B and of A
             cost = count * sum(2 * rank * i * o for o, i in tower.adapted())
             add(blocks, "adapter B A", times, cost, 2 * cost)
     cost = 2 * batch_size * tower.width * embed_dim
@@ -261,34 +299,39 @@ def tower_flops(tower, trains, batch_size, embed_dim, rank, count):
 
 
 def galore_update(rows, columns, rank, gap):
-    """FLOPs a step spends on one gradient: into the rank's space and back, and its share of new singular vectors."""
+    """FLOPs a step spends on one gradient: into the rank's space and back, and its share of new
+    singular vectors."""
     p, q = max(rows, columns), min(rows, columns)
     return 4 * p * q * min(rank, q) + (2 * p * q * q + 9 * q**3) // gap
 
 
 def step_flops(config, batch_size, method="finetune", rank=0, gap=GAP, micro_batch=None):
-    """FLOPs of one optimizer step on `batch_size` pairs. ValueError on an unknown method, a batch or a rank that makes
-    no sense."""
+    """FLOPs of one optimizer step on `batch_size` pairs. ValueError on an unknown method, a batch
+    or a rank that makes no sense."""
     return sum(r["total"] for r in flops(config, batch_size, method, rank, gap, micro_batch))
 
 
 def task_flops(config, batch_size, method="finetune", fisher_samples=FISHER_SAMPLES):
-    """FLOPs spent once a task beside its steps: EWC's Fisher pass, a forward and backward of each sampled batch."""
+    """FLOPs spent once a task beside its steps: EWC's Fisher pass, a forward and backward of each
+    sampled batch."""
     check(config, batch_size, method)
     if fisher_samples < 0:
         raise ValueError(f"the Fisher pass cannot see {fisher_samples} samples")
-    return math.ceil(fisher_samples / batch_size) * step_flops(config, batch_size, method) if method == "ewc" else 0
+    if method != "ewc":
+        return 0
+    return math.ceil(fisher_samples / batch_size) * step_flops(config, batch_size, method)
 
 
 def forward_flops(config):
-    """-> (FLOPs of one image through its tower, of one text through its own), projections included."""
+    """-> (FLOPs of one image through its tower, of one text through its own), projections
+    included."""
     total = {"vision": 0, "text": 0, "loss": 0}
     for r in flops(config, 1):
         total[r["tower"]] += r["times"] * r["forward"]
     return total["vision"], total["text"]
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def parameters(config):
@@ -300,16 +343,20 @@ def trained_parameters(config, method="finetune", rank=0):
     """How many parameters the optimizer holds."""
     recipe, rank, vision, text = check(config, 1, method, rank)
     in_vision = tower_trained(vision, recipe.vision, config.embed_dim, method, rank)
-    return in_vision + tower_trained(text, recipe.text, config.embed_dim, method, rank) + recipe.scale
+    in_text = tower_trained(text, recipe.text, config.embed_dim, method, rank)
+    return in_vision + in_text + recipe.scale
 
 
 def tower_trained(tower, trains, embed_dim, method, rank):
     """How many of them are the tower's."""
     if trains == "adapters":
-        # A [r, in] and B [out, r]; DoRA's magnitude is a number a row; VeRA trains d [r] and b [out] alone
+        # A [r, in] and B [out, r]; DoRA has a magnitude a row; VeRA trains d [r] and b [out] alone
         block = 0
         for rows, columns in tower.adapted():
-            block += rank + rows if method == "vera" else rank * (rows + columns) + rows * (method == "dora")
+            if method == "vera":
+                block += rank + rows
+            else:
+                block += rank * (rows + columns) + rows * (method == "dora")
         return tower.layers * block
     counts = tower.parameters(embed_dim)
     kinds = {
@@ -324,17 +371,18 @@ def tower_trained(tower, trains, embed_dim, method, rank):
 def frozen_factors(config, method, rank):
     """Floats of VeRA's random A and B, one pair for all layers of a shape."""
     _, rank, vision, text = check(config, 1, method, rank)
-    return sum(rank * (r + c) for r, c in {*vision.adapted(), *text.adapted()}) if method == "vera" else 0
+    shapes = {*vision.adapted(), *text.adapted()} if method == "vera" else ()
+    return sum(rank * (rows + columns) for rows, columns in shapes)
 
 
 def kept(config, batch_size, method="finetune", precision="bf16", rank=0, micro_batch=None):
-    """What autograd keeps between forward and backward beside parameters and inputs, as kind -> bytes; the towers' for
-    one micro-batch, the loss's for all of the batch.
+    """What autograd keeps between forward and backward beside parameters and inputs, as kind ->
+    bytes; the towers' for one micro-batch, the loss's for all of the batch.
 
-    A trained linear layer keeps its input, a frozen one none; attention keeps q, k, v, its output, and a log-sum-exp
-    a row; GELU its input, QuickGELU x and sigmoid(1.702 x); LayerNorm its input, mean and deviation. Under autocast
-    the residual stream and with it every LayerNorm stays in fp32, and matmuls keep 16-bit copies of their weights. The
-    loss is in fp32."""
+    A trained linear layer keeps its input, a frozen one none; attention keeps q, k, v, its output,
+    and a log-sum-exp a row; GELU its input, QuickGELU x and sigmoid(1.702 x); LayerNorm its input,
+    mean and deviation. Under autocast the residual stream and with it every LayerNorm stays in
+    fp32, and matmuls keep 16-bit copies of their weights. The loss is in fp32."""
     recipe, rank, vision, text = check(config, batch_size, method, rank)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
@@ -355,26 +403,31 @@ def tower_kept(config, tower, trains, batch_size, method, rank, size):
     w = tower.width
     m = tower.mlp
     deep = tower.layers
-    # ln_1 and ln_2, and of images ln_pre and ln_post, of texts ln_final. With adapters nothing trains before the first
-    # in_proj, so ln_pre and the first ln_1 keep nothing. ln_post keeps all tokens, but statistics of the class token
+    # ln_1 and ln_2, and of images ln_pre and ln_post, of texts ln_final. With adapters nothing
+    # trains before the first in_proj, so ln_pre and the first ln_1 keep nothing. ln_post keeps all
+    # tokens, but statistics of the class token
     norms = 2 * deep + (1 + image if not adapters else 0)
-    linear = deep * t * (2 * w * everything + w * adapters + m * (everything or adapters)) + batch_size * w * everything
-    pixels = 3 * config.image_size**2 * batch_size * (image and everything and size == 2)  # in fp32 the input itself
-    ends = 0 if image else 16 * batch_size  # where the texts' features are read: two indices of 8 bytes
+    linear = deep * t * (2 * w * everything + w * adapters + m * (everything or adapters))
+    linear += batch_size * w * everything
+    if image and everything and size == 2:  # in fp32 it is the input itself
+        linear += batch_size * 3 * config.image_size**2
+    # before normalising, and their norms; of texts, two indices of 8 bytes of where they are read
+    features = batch_size * (size * config.embed_dim + (8 if image else 24))
     total = {
         "LayerNorm inputs": norms * t * (4 * w + 8) - 8 * (t - batch_size) * image,
-        "linear inputs": size * (linear + pixels),
+        "linear inputs": size * linear,
         "attention": deep * t * (size * 4 * w + 4 * tower.heads),
         "GELU inputs": size * deep * t * m * (2 if config.quick_gelu else 1),
         "adapters": adapters * deep * adapter_bytes(tower, method, rank),
         "weight copies": copies_bytes(tower, trains, config.embed_dim, size),
-        "features": batch_size * (size * config.embed_dim + 8) + ends,  # before normalising, and their norms
+        "features": features,
     }
     return total if trains else dict.fromkeys(total, 0)
 
 
 def adapter_bytes(tower, method, rank):
-    """What the adapters of one block keep beside their parameters; they compute in fp32, under autocast too."""
+    """What the adapters of one block keep beside their parameters; they compute in fp32, under
+    autocast too."""
     if method == "dora":  # V = W + B A [out, in], its norm [out], and m / norm [out]
         return sum(4 * rows * columns + 8 * rows for rows, columns in tower.adapted())
     if method == "vera":  # diag(b) B [out, r] and diag(d) A [r, in]
@@ -383,8 +436,9 @@ def adapter_bytes(tower, method, rank):
 
 
 def copies_bytes(tower, trains, embed_dim, size):
-    """The weights as the backward's matmuls read them, where that is not the parameter itself: 16-bit copies, and the
-    adapted weights W' in any precision. The first adapted in_proj is not read: its input needs no gradient."""
+    """The weights as the backward's matmuls read them, where that is not the parameter itself:
+    16-bit copies, and the adapted weights W' in any precision. The first adapted in_proj is not
+    read: its input needs no gradient."""
     total = 0
     for matmul, (i, o) in tower.linears().items():
         adapted = trains == "adapters" and matmul in ("in_proj", "c_proj")
@@ -394,13 +448,16 @@ def copies_bytes(tower, trains, embed_dim, size):
 
 
 def loss_bytes(recipe, batch_size, embed_dim):
-    """A tower's features where the other one trains, the logits before their scale, both softmaxes, the targets."""
+    """A tower's features where the other one trains, the logits before their scale, both softmaxes,
+    the targets."""
     trained = bool(recipe.vision) + bool(recipe.text)
-    return 4 * batch_size * (trained * embed_dim + (2 + recipe.scale) * batch_size) + 8 * batch_size + 12
+    numbers = trained * embed_dim + (2 + recipe.scale) * batch_size  # a sample
+    return batch_size * (4 * numbers + 8) + 12
 
 
 def moment_bytes(config, method, rank):
-    """AdamW's two moments in fp32; GaLore's of a matrix live in its rank's space, beside the projection onto it."""
+    """AdamW's two moments in fp32; GaLore's of a matrix live in its rank's space, beside the
+    projection onto it."""
     trained = trained_parameters(config, method, rank)
     _, rank, vision, text = check(config, 1, method, rank)
     if method != "galore":
@@ -414,10 +471,11 @@ def moment_bytes(config, method, rank):
 def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micro_batch=None):
     """Bytes on the device at the peak of one optimizer step, as part -> bytes.
 
-    The peak is one of four moments: the loss and its gradient at the features; the start of the image tower's backward,
-    with everything that the forward kept; the start of the text tower's, with the image tower's gradients in place of
-    what that kept; the update, with all gradients, and a second set if a penalty adds its own. With micro-batches a
-    tower's backward meets the gradients of the pieces before, and nothing that the other tower kept. AdamW is fused: no
+    The peak is one of four moments: the loss and its gradient at the features; the start of the
+    image tower's backward, with everything that the forward kept; the start of the text tower's,
+    with the image tower's gradients in place of what that kept; the update, with all gradients, and
+    a second set if a penalty adds its own. With micro-batches a tower's backward meets the
+    gradients of the pieces before, and nothing that the other tower kept. AdamW is fused: no
     temporaries."""
     recipe, rank, vision, text = check(config, batch_size, method, rank)
     all_kept = kept(config, batch_size, method, precision, rank, micro_batch)
@@ -436,7 +494,7 @@ def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micr
     of_images = tower_kept(config, vision, recipe.vision, piece, method, rank, size)
     of_texts = tower_kept(config, text, recipe.text, piece, method, rank, size)
     image_gradients = 4 * tower_trained(vision, recipe.vision, config.embed_dim, method, rank)
-    features = 4 * batch_size * config.embed_dim * (2 + bool(recipe.vision) + bool(recipe.text))  # and gradients
+    features = 4 * batch_size * config.embed_dim * (2 + bool(recipe.vision) + bool(recipe.text))
     at_loss = dict(nothing) if count > 1 else nothing | all_kept
     at_loss |= {"loss": all_kept["loss"], "transient": LOSS_TRANSIENT * batch_size**2}
     at_images = nothing | (of_images if count > 1 else all_kept)
@@ -447,28 +505,38 @@ def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micr
     if count > 1:
         at_texts["gradients"] = 4 * trained
     at_update = nothing | {"gradients": 4 * trained * (1 + recipe.penalty)}
-    return always | max((at_loss, at_images, at_texts, at_update), key=lambda parts: sum(parts.values()))
+    # theta - anchor of the largest tensor
+    at_update["transient"] = 4 * text.table * text.width * recipe.penalty
+    moments = (at_loss, at_images, at_texts, at_update)
+    return always | max(moments, key=lambda parts: sum(parts.values()))
 
 
 def transient(tower, trains, batch_size, size):
-    """What the backward needs in the tower's last block: the two gradients around GELU, for one of which a trained
-    c_proj has freed its input by then, and under autocast the 16-bit gradient of c_proj's output."""
-    around = (2 if trains in ("norms", "biases") else 1) * tower.mlp
-    return bool(trains) * size * batch_size * tower.tokens * (around + (size == 2) * tower.width)
+    """What the backward needs in the tower's last block. Where c_proj trains, its input has been
+    freed for one of the two gradients around GELU by the time that both are there; the other one
+    meets, under autocast, the 16-bit gradient of c_proj's output."""
+    frozen = trains in ("norms", "biases")
+    entries = 2 * tower.mlp if frozen else tower.mlp + (size == 2) * tower.width
+    return bool(trains) * size * batch_size * tower.tokens * entries
 
 
 def peak_memory(config, batch_size, method="finetune", precision="bf16", rank=0, micro_batch=None):
-    """Bytes on the device at the peak of one optimizer step of AdamW; what torch.cuda.max_memory_allocated reports."""
+    """Bytes on the device at the peak of one optimizer step of AdamW; what
+    torch.cuda.max_memory_allocated reports."""
     return sum(memory(config, batch_size, method, precision, rank, micro_batch).values())
 
 
-# ---------------------------------------------------------------------------------------------------------- budgets
+# ------------------------------------------------------------------------------------------ budgets
 
 
-def mafs(config, batch_size, method="finetune", rank=0, precision="bf16", memory_ratio=None, gap=GAP):
-    """GFLOPs of a step times the method's memory relative to full finetuning's (1); `memory_ratio` takes a measured or
-    published ratio in place of ours."""
-    ratio = memory_multiplier(config, batch_size, method, rank, precision) if memory_ratio is None else memory_ratio
+def mafs(
+    config, batch_size, method="finetune", rank=0, precision="bf16", memory_ratio=None, gap=GAP
+):
+    """GFLOPs of a step times the method's memory relative to full finetuning's (1); `memory_ratio`
+    takes a measured or published ratio in place of ours."""
+    ratio = memory_ratio
+    if ratio is None:
+        ratio = memory_multiplier(config, batch_size, method, rank, precision)
     if not ratio > 0:
         raise ValueError(f"a ratio of two memories is above 0, not {ratio!r}")
     return step_flops(config, batch_size, method, rank, gap) / 1e9 * ratio
@@ -481,44 +549,54 @@ def memory_multiplier(config, batch_size, method="finetune", rank=0, precision="
 
 
 def steps_per_task(total_gflops, tasks, maf_gflops, task_maf_gflops=0.0):
-    """(2): optimizer steps that each of `tasks` tasks may take; `task_maf_gflops` is spent once a task beside them, as
-    EWC's Fisher pass. ValueError where the budget does not reach one step."""
+    """(2): optimizer steps that each of `tasks` tasks may take; `task_maf_gflops` is spent once a
+    task beside them, as EWC's Fisher pass. ValueError where the budget does not reach one step."""
     if not (0 < total_gflops < math.inf and tasks >= 1 and maf_gflops > 0 and task_maf_gflops >= 0):
-        raise ValueError(f"a budget of {total_gflops} GFLOPs over {tasks} tasks at {maf_gflops} a step makes no sense")
+        sentence = f"a budget of {total_gflops} GFLOPs over {tasks} tasks"
+        raise ValueError(f"{sentence} at {maf_gflops} a step makes no sense")
     steps = round((total_gflops / tasks - task_maf_gflops) / maf_gflops)
     if steps < 1:
         raise ValueError(
-            f"a budget of {total_gflops:g} GFLOPs does not reach one step in each of {tasks} tasks: a task costs "
-            f"{task_maf_gflops + maf_gflops:g} and has {total_gflops / tasks:g}; raise the budget or take fewer tasks"
+            f"a budget of {total_gflops:g} GFLOPs does not reach one step in each of {tasks} tasks:"
+            f" a task costs {task_maf_gflops + maf_gflops:g} and has {total_gflops / tasks:g};"
+            " raise the budget or take fewer tasks"
         )
     return steps
 
 
 def default_budget(config):
-    """GFLOPs of a whole run: the paper's for B/16 and B/32; for any other model B/16's, in proportion to the forward
-    FLOPs of a pair, so that full finetuning sees as many samples."""
+    """GFLOPs of a whole run: the paper's for B/16 and B/32; for any other model B/16's, in
+    proportion to the forward FLOPs of a pair, so that full finetuning sees as many samples."""
     pair = sum(forward_flops(config))
     reference = next(iter(BUDGETS))
     return BUDGETS.get(pair, BUDGETS[reference] * pair / reference)
 
 
-def steps(config, batch_size, method, tasks, total_gflops=None, rank=0, precision="bf16", memory_ratio=None):
+def steps(
+    config, batch_size, method, tasks, total_gflops=None, rank=0, precision="bf16",
+    memory_ratio=None
+):  # fmt: skip
     """Steps a task of `method` within a budget, the config's default if not given."""
     maf = mafs(config, batch_size, method, rank, precision, memory_ratio)
-    once = maf * task_flops(config, batch_size, method) / step_flops(config, batch_size, method, rank)
+    step = step_flops(config, batch_size, method, rank)
+    once = maf * task_flops(config, batch_size, method) / step
     total = default_budget(config) if total_gflops is None else total_gflops
     return steps_per_task(total, tasks, maf, once)
 
 
 def table(config, batch_size, rank=0, precision="bf16", total_gflops=None, tasks=TASKS):
-    """A row a method, as dicts: method, with its rank where the paper has a second one | rank | gflops of a step |
-    memory_gib | multiplier | mafs | steps a task and samples in all, by number of tasks, None where the budget does not
-    reach one step | paper: see paper_row; None where the paper did not measure."""
+    """A row a method, as dicts of method, with its rank where the paper has a second one; rank;
+    gflops of a step; memory_gib; multiplier; mafs; steps a task and samples in all, by number of
+    tasks, None where the budget does not reach one step; paper: see paper_row, None where the paper
+    did not measure."""
     total = default_budget(config) if total_gflops is None else total_gflops
     if not (0 < total < math.inf and min(tasks) >= 1):
-        raise ValueError(f"a budget is above 0 GFLOPs and finite, for one task or more, not {total} for {[*tasks]}")
+        limits = "a budget is above 0 GFLOPs and finite, for one task or more"
+        raise ValueError(f"{limits}, not {total} for {[*tasks]}")
     published = sum(forward_flops(config)) == next(iter(BUDGETS)) and batch_size == PAPER_BATCH
-    setups = [(name, name, (rank or recipe.rank) if recipe.rank else 0) for name, recipe in METHODS.items()]
+    setups = []
+    for name, recipe in METHODS.items():
+        setups.append((name, name, (rank or recipe.rank) if recipe.rank else 0))
     if published and not rank:
         setups += [(f"{name} r{r}", name, r) for name, r in PAPER if r != METHODS[name].rank]
     rows = []
@@ -549,21 +627,24 @@ def reachable(config, batch_size, method, tasks, *budget):
 
 
 def paper_row(config, method, rank):
-    """The published gflops, memory_gib and steps at T = 20; multiplier and mafs, which follow from them; steps_of_ours,
-    from our FLOPs at their memory; and why these differ, or ""."""
+    """The published gflops, memory_gib and steps at T = 20; multiplier and mafs, which follow from
+    them; steps_of_ours, from our FLOPs at their memory; and why these differ, or ""."""
     gflops, gib, at_20 = PAPER[method, rank]
     _, full_gib, _ = PAPER["finetune", 0]
     ratio = gib / full_gib
     ours = steps(config, PAPER_BATCH, method, 20, rank=rank, memory_ratio=ratio)
-    return {"gflops": gflops, "memory_gib": gib, "multiplier": ratio, "mafs": gflops * ratio, "steps": at_20,
-            "steps_of_ours": ours, "why": WHY.get(method, "")}  # fmt: skip
+    return {
+        "gflops": gflops, "memory_gib": gib, "multiplier": ratio, "mafs": gflops * ratio,
+        "steps": at_20, "steps_of_ours": ours, "why": WHY.get(method, ""),
+    }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------- for people
+# --------------------------------------------------------------------------------------- for people
 
 
 def table_text(rows):
-    """Two lines a method where the paper has it: ours, then the published row, "with our FLOPs" being at its memory."""
+    """Two lines a method where the paper has it: ours, then the published row, "with our FLOPs"
+    being at its memory."""
     tasks = list(rows[0]["steps"])
     head = f"{'':13}{'GFLOPs/step':>13}{'GiB':>8}{'memory':>8}{'MAFs/step':>12}"
     lines = [head + "".join(f"{f'T={t}':>8}" for t in tasks) + f"{'samples':>14}"]
@@ -575,7 +656,7 @@ def table_text(rows):
             why = f"; {paper['why']}" if paper["why"] else ""
             ours = f"({paper['steps_of_ours']} with our FLOPs{why})"
             lines.append(f"{'  paper':13}{numbers(paper)}{paper['steps']:>8}   {ours}")
-    lines.append("steps a task for streams of T tasks; samples in all at the first T; memory: relative to finetune")
+    lines.append("steps a task, for T tasks; samples in all at the first T; memory: of finetune's")
     return "\n".join(lines)
 
 
@@ -586,10 +667,11 @@ def numbers(r):
 def explain_text(rows, parts, once):
     """Where one step goes: rows of flops(), parts of memory(), and task_flops()."""
     total = sum(r["total"] for r in rows)
-    heads = ("times", 6), ("forward", 13), ("again", 13), ("to weight", 13), ("to input", 13), ("update", 11), ("share", 8)
+    names = ("forward", "again", "to weight", "to input")
+    heads = [("times", 6), *((name, 13) for name in names), ("update", 11), ("share", 8)]
     lines = [f"{'GFLOPs of one':31}" + "".join(f"{head:>{width}}" for head, width in heads)]
     for r in rows:
-        cells = "".join(f"{r[k] / 1e9:13.4f}" for k in ("forward", "again", "to_weight", "to_input"))
+        cells = "".join(f"{r[name.replace(' ', '_')] / 1e9:13.4f}" for name in names)
         name = f"{r['tower']:8}{r['blocks']:7}{r['matmul']:16}{r['times']:>6}"
         lines.append(f"{name}{cells}{r['update'] / 1e9:11.4f}{r['total'] / total:8.2%}")
     lines.append(f"{'one step':31}{'':58}{total / 1e9:11.4f} GFLOPs")
@@ -597,5 +679,7 @@ def explain_text(rows, parts, once):
         lines.append(f"{'once a task':31}{'':58}{once / 1e9:11.4f} GFLOPs")
     peak = sum(parts.values())
     lines += ["", f"{'MiB at the peak':31}"]
-    lines += [f"{part:31}{count / 2**20:12.1f}{count / peak:8.2%}" for part, count in parts.items() if count]
+    for part, count in parts.items():
+        if count:
+            lines.append(f"{part:31}{count / 2**20:12.1f}{count / peak:8.2%}")
     return "\n".join([*lines, f"{'in all':31}{peak / 2**20:12.1f}"])

@@ -315,9 +315,10 @@ def backward(encode_image, encode_text, images, texts, scale, piece=None, rows=N
         mine = encode(inputs[:piece])  # [b, D]; with one piece its graph is kept for the end
         trained = mine.requires_grad
         if piece < n:
+            mine = mine.detach()  # its graph goes before the others' features are computed
             with torch.no_grad():
                 others = [encode(inputs[i : i + piece]) for i in range(piece, n, piece)]
-            mine = torch.cat([mine.detach(), *others])  # [n, D]
+            mine = torch.cat([mine, *others])  # [n, D]
         leaf = gather_rows(mine.detach(), first, total).requires_grad_(trained)  # [total, D]
         towers.append((encode, inputs, mine, leaf))
 

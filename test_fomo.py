@@ -5583,12 +5583,13 @@ def test_budget_explains_the_published_gflops_of_the_adapters_digit_by_digit(ran
         mean = (digits + digits + digits) / 3
         assert mean < digits and str(mean).startswith("54479.2515")
     # B @ A once more, for the norm
-    assert round(base + 4 * product, 4) == budget.PAPER["dora", rank][0]
+    digit = 1.01e-4  # the last one is rounded here and cut there
+    assert base + 4 * product == pytest.approx(budget.PAPER["dora", rank][0], abs=digit)
     # ((diag(b) B) diag(d)) A from left to right, each with the gradients that frozen A and B leave
     full = sum(
         n * 2 * (2 * o * o * rank + 3 * o * rank * rank + 2 * o * rank * i) for n, o, i in cells
     )
-    assert round(base + full / 1e9, 4) == budget.PAPER["vera", rank][0]
+    assert base + full / 1e9 == pytest.approx(budget.PAPER["vera", rank][0], abs=digit)
 
 
 @pytest.mark.parametrize("method, rank", [key for key in budget.PAPER if key != ("ewc", 0)])
@@ -5807,7 +5808,8 @@ def budget_peak(config, size, method, half, micro_batch=None):
         step()
         live.peak = live.now
         step()
-    return live.peak
+    waiting = size - (micro_batch or size)  # samples that fomo.py leaves on the CPU
+    return live.peak - waiting * (12 * config.image_size**2 + 8 * config.context_length)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -5828,10 +5830,19 @@ def test_budget_peak_memory_is_that_of_a_whole_step(method, precision):
 @pytest.mark.parametrize("method", ["finetune", "locked-text", "locked-image", "lora", "si"])
 def test_budget_peak_memory_of_micro_batches_is_that_of_a_whole_step(method, precision):
     config = dataclasses.replace(BUDGET_B16, **BUDGET_SHALLOW)
-    for size, micro_batch in ((64, 32), (64, 8), (250, 100), (10_000, 8)):
+    # with 8 pairs in a piece one weight's new gradient, which is added to the old one, matters
+    for size, micro_batch, tolerance in ((64, 32, 0.015), (64, 8, 0.08), (250, 100, 0.01)):
         real = budget_peak(config, size, method, precision == "bf16", micro_batch)
         ours = budget.peak_memory(config, size, method, precision, micro_batch=micro_batch)
-        assert ours == pytest.approx(real, rel=0.05), (size, micro_batch)
+        assert ours == pytest.approx(real, rel=tolerance), (size, micro_batch)
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_budget_peak_memory_of_a_batch_whose_logits_are_what_is_large(method):
+    config, size, micro_batch = clip.CONFIGS["tiny"], 4000, 100
+    real = budget_peak(config, size, method, False, micro_batch)
+    ours = budget.peak_memory(config, size, method, "fp32", micro_batch=micro_batch)
+    assert ours > 12 * size**2 and ours == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a GPU")
@@ -5963,7 +5974,7 @@ def test_budget_says_in_words_why_a_row_is_not_the_papers():
     text = budget.table_text(budget.table(BUDGET_B16, 512))
     for row in budget.table(BUDGET_B16, 512):
         paper = row["paper"]
-        if paper and round(row["gflops"], 3) != round(paper["gflops"], 3):
+        if paper and abs(row["gflops"] - paper["gflops"]) > 1.01e-4:  # LoRA's is cut, not rounded
             assert paper["why"] and paper["why"] in text, row["method"]
 
 
