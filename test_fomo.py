@@ -7041,6 +7041,110 @@ class TestMergeCommand:
         )
 
 
+MERGE_BENCH = {name: (name, {}) for name in merge.TECHNIQUES} | {
+    "ties, whole": ("ties", {"whole": True}),
+    "dare, elect": ("dare", {"elect": True}),
+    "breadcrumbs, whole, elect": ("breadcrumbs", {"whole": True, "elect": True}),
+}
+MERGE_BENCH_CASES = ["read", *MERGE_BENCH, "ties, stacked", "ema copy", "ema update"]
+
+
+def bench_merge(argv):
+    """Seconds on the CPU and peak memory of merging files, one thread. Every case runs in a process
+    of its own, so that its peak is its own."""
+    p = argparse.ArgumentParser("test_fomo.py merge", description=bench_merge.__doc__)
+    p.add_argument("--model", choices=clip.CONFIGS, default="ViT-B-16")
+    p.add_argument("--experts", type=int, default=20, help="random files, written first")
+    p.add_argument("--folder", help="where they are written, then removed; default the system's tmp")
+    p.add_argument("--rounds", type=int, default=3, help="of each case, in turns; the median counts")
+    p.add_argument("--cases", nargs="+", choices=MERGE_BENCH_CASES, default=MERGE_BENCH_CASES)
+    p.add_argument("--here", help=argparse.SUPPRESS)  # the folder of a process that measures
+    args = p.parse_args(argv)
+    if args.here:
+        print(json.dumps(bench_merge_case(args.here, args.cases[0])))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        template = clip.CLIP(clip.CONFIGS[args.model]).state_dict()
+        size = sum(t.nbytes for t in template.values())
+        for i in range(args.experts + 1):
+            noise = {n: t + 1e-3 * (i > 0) * torch.randn(t.shape) for n, t in template.items()}
+            clip.write_tensors(noise, os.path.join(folder, f"{i:03}.safetensors"))
+        del template, noise
+        print(f"{args.experts} experts of {args.model}, {size / 1e6:.0f} MB each, one thread")
+        runs = {case: [] for case in args.cases}
+        for _ in range(args.rounds):
+            for case in args.cases:
+                command = [sys.executable, __file__, "merge", "--here", folder, "--cases", case]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                runs[case].append(json.loads(done.stdout))
+    rows = {}
+    for case, found in runs.items():
+        seconds = statistics.median(run["cpu_seconds"] for run in found)
+        peak = max(run["peak_bytes"] for run in found) / size
+        rows[case] = {"cpu_seconds": seconds, "peak_in_models": peak}
+        print(f"{case:26}{seconds:9.2f} s on the CPU, peak {peak:5.2f} x the model")
+    print(json.dumps({"model": args.model, "experts": args.experts, "bytes": size, "cases": rows}))
+
+
+def bench_merge_case(folder, case):
+    """-> seconds on the CPU, and the peak of memory above the interpreter, in bytes (Linux)."""
+    torch.set_num_threads(1)
+    base, *experts = [clip.read_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    theta = {name: experts[0][name] for name in base} if case.startswith("ema") else {}
+    if case in MERGE_BENCH:
+        technique, options = MERGE_BENCH[case]
+        work = functools.partial(merge.merge, technique, base, experts, **options)
+    elif case == "read":
+        work = functools.partial(bench_merge_read, base, experts)
+    elif case == "ties, stacked":
+        work = functools.partial(bench_merge_stacked_ties, base, experts)
+    elif case == "ema update":
+        work = functools.partial(merge.Timeline(base).add, theta)
+    else:
+        copies = {name: tensor.clone() for name, tensor in theta.items()}
+        work = functools.partial(bench_merge_copy, copies, theta)
+    before = bench_merge_memory("VmRSS")
+    began = time.process_time()
+    work()
+    seconds = time.process_time() - began
+    return {"cpu_seconds": seconds, "peak_bytes": bench_merge_memory("VmHWM") - before}
+
+
+def bench_merge_memory(field):
+    """Bytes: VmRSS now, VmHWM at the peak. (getrusage's peak includes the parent's, by fork.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def bench_merge_read(base, experts):
+    for name in base:
+        for expert in experts:
+            expert[name].sum()
+
+
+def bench_merge_copy(copies, theta):
+    for name, tensor in theta.items():
+        copies[name].copy_(tensor)
+
+
+def bench_merge_stacked_ties(base, experts, density=0.2):
+    """TIES as it is usually written down, all experts of a tensor at once."""
+    merged = {}
+    for name in base:
+        theta_0 = base[name]
+        taus = []
+        for expert in experts:
+            tau = (expert[name] - theta_0).reshape(-1)
+            keep = max(1, round(density * len(tau)))
+            threshold = tau.abs().kthvalue(len(tau) - keep + 1).values
+            taus.append(torch.where(tau.abs() >= threshold, tau, 0))
+        taus = torch.stack(taus)  # [k, n]
+        taus *= (taus > 0) == (taus.sum(0) >= 0)
+        mean = taus.sum(0) / (taus != 0).sum(0).clamp(min=1)
+        merged[name] = theta_0 + mean.view_as(theta_0)
+    return merged
+
+
 # ------------------------------------------------------------------------------------------------------ methods
 
 METHODS_ADAPTERS = ("lora", "dora", "vera")
@@ -7978,6 +8082,65 @@ def test_a_schedule_that_does_not_exist_is_refused_with_those_that_do():
     for wrong in ({"step": 10}, {"step": -1}, {"task": -1}, *bounds):
         with pytest.raises(ValueError, match="count from 0|lie in 0..1"):
             methods.learning_rate(**{"step": 0, "steps": 10, "task": 0, **wrong})
+
+
+def bench_methods(argv):
+    """A step of each method in units of a finetuning step; the two alternate. On a CPU its time is
+    counted, not the clock's. Penalties are on (task 2)."""
+    p = argparse.ArgumentParser("test_fomo.py methods", description=bench_methods.__doc__)
+    p.add_argument("--model", choices=clip.CONFIGS, default="tiny")
+    p.add_argument("--batch-size", type=int, default=128, help="image-text pairs")
+    p.add_argument("--rounds", type=int, default=20, help="timed pairs of steps, after two untimed")
+    p.add_argument("--methods", nargs="+", choices=methods.METHODS, default=[*methods.METHODS])
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args(argv)
+    config = clip.CONFIGS[args.model]
+    n = args.batch_size
+    where = f"{torch.get_num_threads()} CPU threads"
+    if args.device.startswith("cuda"):
+        where = torch.cuda.get_device_name()
+    print(f"{args.model}, batch {n}, {where}, median of {args.rounds} alternating rounds")
+    torch.manual_seed(0)
+    images = torch.randn(n, 3, config.image_size, config.image_size, device=args.device)
+    tokens = torch.randint(1, config.vocab_size - 1, (n, config.context_length), device=args.device)
+    tokens[:, -1] = config.vocab_size - 1  # the end token: texts of full length, the costliest
+    model = clip.CLIP(config).to(args.device)
+    rows = {}
+    for name in args.methods:
+        mine = bench_methods_step(name, copy.deepcopy(model), (images, tokens))
+        finetune = bench_methods_step("finetune", copy.deepcopy(model), (images, tokens))
+        pairs = [(mine(), finetune()) for _ in range(args.rounds + 2)][2:]
+        low, ratio, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+        milliseconds = 1e3 * statistics.median(a for a, _ in pairs)
+        rows[name] = {"ms": milliseconds, "ratio": ratio, "quartiles": [low, high]}
+        print(f"{name:12}{milliseconds:9.1f} ms{ratio:8.3f} ({low:.3f} to {high:.3f})", flush=True)
+    print(json.dumps({"model": args.model, "batch_size": n, "where": where, "methods": rows}))
+
+
+def bench_methods_step(name, model, batch):
+    """-> function that takes one step in the method's second task and returns its seconds."""
+    method = methods_ready(name, model)
+    cuda = batch[0].is_cuda
+    clock = time.perf_counter if cuda else time.process_time
+
+    def step():
+        began = clock()
+        (methods_loss(model, batch) + method.penalty(model)).backward()
+        torch.nn.utils.clip_grad_norm_(method.trained.values(), 1.0)
+        method.after_backward(model, 1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        return clock() - began
+
+    for task in range(2):
+        optimizer = method.optimizer(model)
+        method.before_task(model, task)
+        if task == 0:
+            step()
+            method.after_task(model, [(batch, len(batch[0]))], methods_loss)
+    return step
 
 
 # ------------------------------------------------------------------------------------- benchmarks
