@@ -28,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -870,7 +871,9 @@ def inputs(learner, stream, steps):
     if world.pool is not None:
         found["pool"] = world.pool.fingerprint()
     if c.weights is not None:
-        found["weights"] = fingerprint(learner.model.state_dict())
+        model = learner.model
+        says = [dataclasses.asdict(model.config), dataclasses.asdict(model.preprocess)]
+        found["weights"] = digest([fingerprint(model.state_dict()), *says])
     if learner.merges:
         found["tokenizer"] = hashlib.sha256(Path(learner.merges).read_bytes()).hexdigest()
     device = learner.device
@@ -1854,4 +1857,5 @@ def explain(e):
 
 
 if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_: print(f"fomo: {message}", file=sys.stderr)
     sys.exit(main())
