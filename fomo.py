@@ -1601,6 +1601,10 @@ def evaluate_command(argv):
     for d in Lines(datasets, "scoring", len(datasets), 0, learner):
         numbers[d.name] = score(learner, d, range(len(d.test)), templates)
     scores = summary(world, {name: n["score"] for name, n in numbers.items()})
+    if crew.leads:
+        samples = sum(len(d.test) for d in datasets)
+        write_json(out, {"weights": c.weights, **scores, "samples": samples, "numbers": numbers,
+                         "chance": chance(world)})  # fmt: skip
     roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
     crew.say(evaluate.score_table(numbers, roles, before))
     for d in datasets if more.per_class else ():
@@ -1608,10 +1612,6 @@ def evaluate_command(argv):
             baseline = before and before.get(d.name)
             crew.say(f"\n{d.name}\n{evaluate.class_table(numbers[d.name], d.classes, baseline)}")
     means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
-    if crew.leads:
-        samples = sum(len(d.test) for d in datasets)
-        write_json(out, {"weights": c.weights, **scores, "samples": samples, "numbers": numbers,
-                         "chance": chance(world)})  # fmt: skip
     crew.say(f"{'  '.join(means)} (all of it in {out})")
 
 
