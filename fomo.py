@@ -28,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -298,6 +299,7 @@ def run(config):
         method.prepare(learner.model.to(learner.device))
         results = costs | {
             "theta_0": None, "tasks": [], "chance": chance(world), "steps_per_task": steps,
+            "heldout": [d.name for d in world.heldout],
             "theta_0_sha256": fingerprint(theta_0), "trained_parameters": 0,
         }  # fmt: skip
         if tasks:
@@ -319,10 +321,12 @@ def run(config):
 # --------------------------------------------------------- what a run reads before it does anything
 
 
-def parse(argv, program="fomo.py", description=__doc__, names=None):
-    """Config from arguments: one option a field, its type the field's. names: only these fields."""
+def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
+    """Config from arguments: one option a field, its type the field's. names: only these fields;
+    parents: parsers of further options, for --help."""
     parser = argparse.ArgumentParser(
         program, usage=f"{program} [options]", allow_abbrev=False, description=description,
+        parents=parents,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     groups = {}
@@ -333,6 +337,7 @@ def parse(argv, program="fomo.py", description=__doc__, names=None):
                 groups[group] = parser.add_argument_group(group)
             add_option(groups[group], f)
     given = vars(parser.parse_args(argv))
+    given = {f.name: given[f.name] for f in fields(Config) if f.name in given}
     for name in PATHS:
         if isinstance(given.get(name), str):
             given[name] = os.path.expanduser(given[name])
@@ -866,7 +871,9 @@ def inputs(learner, stream, steps):
     if world.pool is not None:
         found["pool"] = world.pool.fingerprint()
     if c.weights is not None:
-        found["weights"] = fingerprint(learner.model.state_dict())
+        model = learner.model
+        says = [dataclasses.asdict(model.config), dataclasses.asdict(model.preprocess)]
+        found["weights"] = digest([fingerprint(model.state_dict()), *says])
     if learner.merges:
         found["tokenizer"] = hashlib.sha256(Path(learner.merges).read_bytes()).hexdigest()
     device = learner.device
@@ -1128,15 +1135,16 @@ def score_all(stage, shown, folder, everything, name):
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
     tasks = stage.task + (stage.step > 0)  # finished so far, this one included
     return {**summary(world, {name: n["score"] for name, n in numbers.items()}), "samples": samples,
-            **evaluate.by_concept(per_class, when, stage.tasks, tasks)}  # fmt: skip
+            **evaluate.by_concept(per_class, when, len(stage.concepts), tasks)}  # fmt: skip
 
 
-def score(learner, dataset, ids):
+def score(learner, dataset, ids, templates=None):
     """The numbers of the test samples `ids`, as evaluate.py has them."""
     test = dataset.test
     image = learner.image_features(test, ids)
     if dataset.kind == "classification":
-        weights = evaluate.classifier(learner.text_features, dataset.prompts)
+        texts = dataset.classes if templates else dataset.prompts
+        weights = evaluate.classifier(learner.text_features, texts, templates)
         return evaluate.classification(image, weights, test.labels[ids])
     captions = [[c] if isinstance(c, str) else c for c in (test.captions[i] for i in ids)]
     owner = [i for i, several in enumerate(captions) for _ in several]
@@ -1445,6 +1453,7 @@ class Folder:
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results["accepted_changes"] = self.run["accepted_changes"]
         results |= {"seconds": self.seconds(), "config": self.options}
+        results["over_time"] = evaluate.over_time(results)
         if results["tasks"]:  # which this process need not have trained
             shown.model.load_state_dict(stage.timeline.deploy())
         if not self.crew.leads:
@@ -1571,7 +1580,12 @@ EVALUATE = ("weights", "model", "activation", "bpe", "data", "heldout", "templat
 def evaluate_command(argv):
     description = ("Scores of --weights on all test data of --data, the drawn world's without."
                    " --out is the file of scores (default scores.json).")  # fmt: skip
-    c = parse(argv, "fomo.py evaluate", description, EVALUATE)
+    extra = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    extra.add_argument("--templates", help="file of templates with {}, one a line, to average over")
+    extra.add_argument("--per-class", action="store_true", help="the scores of each class too")
+    extra.add_argument("--baseline", help="a scores.json to put beside")
+    more, argv = extra.parse_known_args(argv)
+    c = parse(argv, "fomo.py evaluate", description, EVALUATE, [extra])
     if c.weights is None:
         raise ValueError("evaluate scores --weights: name a checkpoint")
     out = c.out or "scores.json"
@@ -1579,20 +1593,35 @@ def evaluate_command(argv):
     c, crew = resolve(c)
     world = load_world(c, crew)
     learner = load_learner(c, crew, world)
+    templates = more.templates and evaluate.read_templates(os.path.expanduser(more.templates))
+    before = more.baseline and read_numbers(os.path.expanduser(more.baseline))
     learner.model.to(learner.device).eval()
     numbers = {}
     datasets = world.adaptation + world.heldout
     for d in Lines(datasets, "scoring", len(datasets), 0, learner):
-        numbers[d.name] = score(learner, d, range(len(d.test)))
+        numbers[d.name] = score(learner, d, range(len(d.test)), templates)
     scores = summary(world, {name: n["score"] for name, n in numbers.items()})
-    roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
-    crew.say(evaluate.score_table(numbers, roles))
-    means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     if crew.leads:
         samples = sum(len(d.test) for d in datasets)
         write_json(out, {"weights": c.weights, **scores, "samples": samples, "numbers": numbers,
                          "chance": chance(world)})  # fmt: skip
+    roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
+    crew.say(evaluate.score_table(numbers, roles, before))
+    for d in datasets if more.per_class else ():
+        if numbers[d.name].get("per_class"):
+            baseline = before and before.get(d.name)
+            crew.say(f"\n{d.name}\n{evaluate.class_table(numbers[d.name], d.classes, baseline)}")
+    means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     crew.say(f"{'  '.join(means)} (all of it in {out})")
+
+
+def read_numbers(path):
+    """What `evaluate` wrote of another checkpoint."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8"))["numbers"])
+    except (ValueError, KeyError, TypeError) as e:
+        fault = type(e).__name__
+        raise ValueError(f"{path} is no scores.json of fomo.py evaluate ({fault})") from e
 
 
 def budget_command(argv):
@@ -1828,4 +1857,5 @@ def explain(e):
 
 
 if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_: print(f"fomo: {message}", file=sys.stderr)
     sys.exit(main())

@@ -390,17 +390,10 @@ def layer_scales(names, alpha=0.5, beta=0.5, how="linear"):
 
 
 TECHNIQUES = {
-    "linear": linear,
-    "slerp": slerp,
-    "task-arithmetic": task_arithmetic,
-    "ties": ties,
-    "dare": dare,
-    "breadcrumbs": breadcrumbs,
-    "magmax": magmax,
-    "model-stock": model_stock,
-    "random": random,
-    "tall-mask": tall_mask,
-}
+    "linear": linear, "slerp": slerp, "task-arithmetic": task_arithmetic, "ties": ties,
+    "dare": dare, "breadcrumbs": breadcrumbs, "magmax": magmax, "model-stock": model_stock,
+    "random": random, "tall-mask": tall_mask,
+}  # fmt: skip
 THETA = ("linear", "slerp")  # these return weights, the others a task vector
 LINEAR = ("linear", "task-arithmetic")  # every entry is merged on its own, a scalar too
 AVERAGES = ("linear", "slerp", "random")  # weights sum to one
@@ -699,16 +692,10 @@ def _check_names(base, other, what):
 # ------------------------------------------------------------------------------- merging over time
 
 GROWTHS = {
-    "uniform": lambda i: 1,
-    "linear": lambda i: i,
-    "sqrt": math.sqrt,
-    "quadratic": lambda i: i**2,
-    "cubic": lambda i: i**3,
-    "fifth": lambda i: i**5,
-    "tenth": lambda i: i**10,
-    "exponential": lambda i: 2**i,
-    "logarithmic": lambda i: math.log(i + 1),
-}
+    "uniform": lambda i: 1, "linear": lambda i: i, "sqrt": math.sqrt, "quadratic": lambda i: i**2,
+    "cubic": lambda i: i**3, "fifth": lambda i: i**5, "tenth": lambda i: i**10,
+    "exponential": lambda i: 2**i, "logarithmic": lambda i: math.log(i + 1),
+}  # fmt: skip
 
 
 def expert_weights(tasks, how="uniform", reverse=False, include_base=False):

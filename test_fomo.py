@@ -68,6 +68,7 @@ import fomo
 import merge
 import methods
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 PARITY = clip.CLIPConfig(
     16, 32, 16, 128, 2, 2, 512, 8, 100, 64, 2, 2, 256
 )  # the parity model of the facts
@@ -3314,8 +3315,8 @@ def write_large_flux(root, share):
 
 # The README's zero-shot list of the paper's code for ViT-B/32: 41 sets to adapt to, 22 held out.
 B32_ADAPTATION = """72.7 15.0 46.7 75.8 4.7 59.7 14.6 64.1 2.1 5.5 78.7 50.9 71.9 68.9 11.8 54.5
-    23.9 68.0 50.3 8.1 5.4 14.2 25.6 20.2 80.2 16.8 32.1 58.9 54.0 49.4 63.6 41.8 28.3 0.2 62.5 16.8 0.3
-    68.2 41.0 32.5 17.5"""
+    23.9 68.0 50.3 8.1 5.4 14.2 25.6 20.2 80.2 16.8 32.1 58.9 54.0 49.4 63.6 41.8 28.3 0.2 62.5 16.8
+    0.3 68.2 41.0 32.5 17.5"""
 B32_HELDOUT = """90.7 88.5 85.9 93.7 19.1 49.2 77.0 92.3 82.5 48.6 65.5 23.1 40.7 73.9 52.3 57.6
     69.2 82.7 72.0 90.7 96.4 42.8"""
 
@@ -4269,11 +4270,11 @@ def test_the_mixture_is_made_of_what_the_options_say(flux, tmp_path, monkeypatch
 def test_a_method_looks_back_on_the_tasks_own_samples_once_each(flux, tmp_path, monkeypatch):
     mixtures, seen, loader = [], [], data.loader
 
-    def watched(world, mixture, task, steps, *more):
+    def watched(world, mixture, task, steps, *more, **options):
         mixtures.append(mixture)
         if mixture.ratios == (0, 1, 0):
             seen.append([i for step in range(steps) for i in mixture.ids(task, step)])
-        return loader(world, mixture, task, steps, *more)
+        return loader(world, mixture, task, steps, *more, **options)
 
     monkeypatch.setattr(data, "loader", watched)
     options = ["--method", "ewc", "--out", str(tmp_path / "run")]
@@ -4302,7 +4303,7 @@ def test_pictures_are_normalised_and_both_directions_of_retrieval_count(world):
     image, text = learner.image_features(d.test, range(80)), learner.text_features(d.test.captions)
     both = evaluate.recall_at_k(image, text[:80], range(80))
     assert both[0] != both[1]
-    assert fomo.score(learner, d, range(80)) == pytest.approx(sum(both) / 2)
+    assert fomo.score(learner, d, range(80))["score"] == pytest.approx(sum(both) / 2)
 
 
 def test_a_text_that_repeats_in_a_batch_is_encoded_once_and_counts_as_often(world, monkeypatch):
@@ -4332,7 +4333,8 @@ def test_the_same_seed_gives_the_same_scores_and_another_another_order(flux, tmp
     losses = [[r["loss"] for r in map(json.loads, (tmp_path / n / "log.jsonl").read_text().splitlines()) if "loss" in r]
               for n in "abc"]  # fmt: skip
     assert a == b and losses[0] == losses[1] != losses[2]
-    assert a["theta_0"] == c["theta_0"]
+    alike = ("ka", "zs", "gm", "datasets", "samples")  # what it will learn when is another matter
+    assert [a["theta_0"][k] for k in alike] == [c["theta_0"][k] for k in alike]
 
 
 def test_merge_is_the_ema_of_what_the_tasks_end_with(flux, tmp_path, monkeypatch):
@@ -4361,7 +4363,7 @@ def test_merge_is_the_ema_of_what_the_tasks_end_with(flux, tmp_path, monkeypatch
 def test_every_cell_of_the_time_grid_runs_and_resumes(flux, tmp_path, monkeypatch, init, deploy):
     options = flux_options(flux, tmp_path, "--lr", "1e-2", "--merge-init", init, "--merge-deploy", deploy)
     if {init, deploy} & {"ema", "all"}:
-        options += ["--merge-technique", "ties", "--merge-options", "density=0.5", "scale=0.9"]
+        options += shlex.split("--merge-technique ties --density 0.5 --merge-scale 0.9")
     assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
     stop_at(monkeypatch, 2, 2)
     assert fomo.main([*options, "--out", str(tmp_path / "cut")]) == 143
@@ -4381,7 +4383,8 @@ def test_joint_is_one_run_over_everything_and_zero_shot_none(flux, tmp_path):
         )
     joint, zero = scores(tmp_path / "joint"), scores(tmp_path / "zero-shot")
     assert [row["steps"] for row in joint["tasks"]] == [9] and zero["tasks"] == []
-    assert zero["final"] == zero["theta_0"] == joint["theta_0"]
+    for k in zero["final"]:
+        assert zero["final"][k] == zero["theta_0"][k] == joint["theta_0"][k]
     runs = [str(tmp_path / m) for m in ("joint", "zero-shot", "finetune")]
     assert fomo.main(["report", *runs, "-o", str(tmp_path / "report.png")]) == 0
     assert Image.open(tmp_path / "report.png").size[0] > 600
@@ -4406,37 +4409,40 @@ def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp
         == 0
     )
     assert "1 of the stream's 4 concepts" in capsys.readouterr().out
-    crew = fomo.Crew(c := fomo.parse(["--stream", str(stream)]))
-    world = data.fomo_in_flux(flux, heldout=["DIGITS"])
-    assert fomo.load_stream(c, world, crew) == data.read_stream(stream)[1:]
+    learner = tiny_learner(data.fomo_in_flux(flux, heldout=["DIGITS"]), "--stream", str(stream))
+    assert fomo.load_stream(learner) == data.read_stream(stream)[1:]
 
 
 @pytest.mark.parametrize("options, says", [
-    (["--data", "/nowhere"], "/nowhere is not a folder"),
+    (["--data", "/nowhere"], "/nowhere is no folder"),
     (["--tasks", "99"], "34 concepts cannot make 99 tasks"),
     (["--steps", "0"], "--steps must be at least 1"),
     (["--budget", "1e-6"], "does not reach one step"),
     (["--budget", "0"], "--budget must be above 0"),
     (["--device", "abacus"], "--device abacus cannot be used"),
     (["--mixture", "nan/nan/nan"], "three shares that sum to 1"),
-    (["--merge-options", "technique=slerp"], "technique is no option of a technique"),
+    (["--density", ".2"], "--density does nothing here"),
+    (["--rank", "8"], "--rank does nothing here: --method merge"),
+    (["--cooldown", ".2"], "--cooldown does nothing here: it belongs to --schedule rsqrt"),
+    (["--micro-batch", "0"], "--micro-batch must be at least 1"),
+    (["--method", "finetune", "--merge-weight", ".5"], "--merge-weight does nothing here"),
+    (["--order", "similarity"], "--order similarity needs a model: name its --weights"),
+    (["--merge-technique", "ties", "--lines", ".5", "x"], "--lines takes two numbers and a word"),
     (["--mixture", "a/b"], "--mixture is P/D/B"),
     (["--mixture", ".5/.5/.5"], "three shares that sum to 1"),
-    (["--heldout", "NOPE"], "no dataset NOPE in .*; there are: ARROWS, DIGITS, LETTERS"),
-    (["--heldout", "DIGITS", "LETTERS", "ARROWS"], "no dataset of .* is to adapt to"),
-    (["--stream", "STREAM"], "names the dataset NOWHERE"),
+    (["--heldout", "NOPE"], "no dataset NOPE; there are: ARROWS, DIGITS, LETTERS"),
+    (["--heldout", "DIGITS", "LETTERS", "ARROWS"], "the stream is empty: no concept"),
+    (["--stream", "STREAM"], "2 concepts cannot make 3 tasks"),
     (["--stream", "BROKEN"], "is not valid JSON"),
     (["--stream", "MISSING"], "is not there"),
     (["--weights", "MISSING", "--model", "tiny"], "MISSING: no such file"),
     (["--model", "ViT-B-16"], "ViT-B-16 is not trained from nothing"),
     (["--pool"], "--pool names the datasets"),
     (["--schedule", "cosine", "--meta", "continued"], "--schedule cosine has --meta none"),
-    (["--merge-technique", "ties", "--merge-options", "density=0"], "density must be in"),
-    (["--merge-options", "magic=1"], "linear has no option 'magic'"),
+    (["--merge-technique", "ties", "--density", "0"], "density must be in"),
     (["--method", "lora", "--rank", "0"], "--rank must be at least 1"),
     (["--method", "lora", "--rank", "65"], "rank 65 is above the model's smallest width"),
     (["--device", "hpu"], "--device hpu cannot be used"),
-    (["--merge-options", "self=1"], "self is no option of a technique"),
     (["--budget", "1e300"], "are more than anybody takes"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_exit_2_and_no_folder(flux, tmp_path, capsys, options, says):
@@ -4454,19 +4460,18 @@ def test_bad_input_is_one_sentence_exit_2_and_no_folder(flux, tmp_path, capsys, 
     assert re.search(says, error) and error.startswith("fomo: ") and not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_does_not_decode_ends_the_run_and_loses_nothing(world, tmp_path, capsys):
-    root, out = write_flux(world, tmp_path / "root"), tmp_path / "run"
-    bad = min((root / "LETTERS" / "train").rglob("*.png"))
-    whole = bad.read_bytes()
-    stamp = bad.stat()
-    bad.write_bytes(whole[:60])
-    options = flux_options(root, tmp_path, "--steps", "12", "--tasks", "1", "--out", str(out))
-    assert fomo.main(options) == 2
-    assert f"{bad} does not decode as an image" in capsys.readouterr().err
-    assert (out / "state.pt").exists()
-    bad.write_bytes(whole)
-    os.utime(bad, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert fomo.main([*options, "--accept-changes"]) == 0
+def test_pictures_that_do_not_decode_are_replaced_and_named_up_to_a_limit(world, tmp_path, capsys):
+    root = write_flux(world, tmp_path / "root")
+    bad = sorted((root / "LETTERS" / "train").rglob("*.png"))[::2]
+    for picture in bad:
+        picture.write_bytes(picture.read_bytes()[:60])
+    options = flux_options(root, tmp_path, "--steps", "12", "--tasks", "1")
+    assert fomo.main([*options, "--out", str(tmp_path / "many")]) == 0
+    named = {row["fault"] for row in rows_of(tmp_path / "many", "broken picture")}
+    assert 10 < len(named) <= len(bad) and all(any(str(p) in n for p in bad) for n in named)
+    assert fomo.main([*options, "--max-broken", "3", "--out", str(tmp_path / "few")]) == 2
+    assert "more than 3 pictures cannot be read (--max-broken)" in capsys.readouterr().err
+    assert (tmp_path / "few" / "state.pt").exists()
 
 
 def test_a_run_that_was_killed_as_it_began_starts_again(flux, tmp_path):
@@ -4600,7 +4605,7 @@ def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, ca
     assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
-        patch.setattr(evaluate, "plot", lambda *a: (_ for _ in ()).throw(full))
+        patch.setattr(evaluate, "page", lambda *a: (_ for _ in ()).throw(full))
         assert fomo.main(options) == 2 and "No space left" in capsys.readouterr().err
     assert fomo.main([*options, "--lr", "1e-4"]) == 2
     assert "--lr was 0.0005, is 0.0001" in capsys.readouterr().err
@@ -4804,23 +4809,6 @@ def test_the_logged_rates_are_the_meta_schedules(flux, tmp_path, meta):
     assert (logged[1, 2] > logged[2, 2] > logged[3, 2]) == (meta != "none") and logged[1, 2] == 2e-4
 
 
-def test_runs_of_one_name_and_a_second_joint_run_keep_their_own_lines(flux, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(evaluate, "plot", lambda lines, path: drawn.append(list(lines)))
-    run = {"theta_0": {"ka": 1, "zs": 2}, "tasks": [{"ka": 3, "zs": 4}]}
-    runs = [
-        ("a/merge-0", "merge"),
-        ("b/merge-0", "merge"),
-        ("a/joint-0", "joint"),
-        ("b/joint-1", "joint"),
-    ]
-    fomo.draw(
-        fomo.named([(folder, run | {"config": {"method": method}}) for folder, method in runs]),
-        "p.png",
-    )
-    assert drawn == [["a/merge-0", "b/merge-0", "joint", "joint-1"]]
-
-
 def test_weights_that_are_not_finite_are_named(flux, tmp_path, capsys):
     model = clip.CLIP(clip.CONFIGS["tiny"])
     model.visual.proj.data[0, 0] = math.nan
@@ -4957,6 +4945,7 @@ def change_input(how, root, tmp, options, monkeypatch):
         edit("DIGITS_train.json", each("synthetic_merged_caption", ["another"]))
     elif how == "prompts":
         edit("LETTERS_test.json", each("primer_caption", "another prompt"))
+        edit("LETTERS_train.json", each("primer_caption", "another prompt"))
     elif how == "class names":
         edit("LETTERS_classnames.json", lambda tree: tree.__setitem__(0, "Aleph"))
     elif how == "stream":
@@ -5154,11 +5143,12 @@ def test_an_error_in_one_process_ends_all_with_a_sentence(world, flux, tmp_path)
     for bad in (root / "ARROWS" / "train").rglob("*.png"):
         bad.write_bytes(bad.read_bytes()[:60])
     clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
-    options = flux_options(root, tmp_path, "--weights", str(tmp_path / "w.safetensors"))
+    weights = ["--weights", str(tmp_path / "w.safetensors"), "--max-broken", "0"]
+    options = flux_options(root, tmp_path, *weights)
     began = time.time()
     done = torchrun(2, "fomo.py", *options, "--out", str(tmp_path / "run"), timeout=100)
     assert done.returncode != 0 and time.time() - began < 60
-    assert "does not decode as an image" in done.stderr
+    assert "more than 0 pictures cannot be read" in done.stderr
     assert (tmp_path / "run" / "state.pt").exists()
 
 
@@ -5413,43 +5403,39 @@ def test_nothing_but_the_promised_packages_is_imported():
 
 
 def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
-    """What is short is run; of runs and benchmarks the options are resolved; files that are not there are asked for."""
+    """What is short is run; of runs the options are resolved; missing files are asked for."""
     lines = map(str.strip, (HERE / "README.md").read_text().splitlines())
     commands = []
     for line in lines:
         loop = re.fullmatch(r"for m in ([\w -]+); do (python .*); done", line)
-        commands += (
-            [loop[2].replace("$m", m) for m in loop[1].split()]
-            if loop
-            else [line] * line.startswith("python ")
-        )
+        if loop:
+            commands += [loop[2].replace("$m", m) for m in loop[1].split()]
+        elif line.startswith(("python ", "torchrun ")):
+            commands.append(line)
     assert "python fomo.py --method merge" in commands and len(commands) > 20
     assert "python fomo.py --out compare/si --method si" in commands
-    outs = [
-        words[words.index("--out") + 1] for words in map(shlex.split, commands) if "--out" in words
-    ]
-    assert (
-        len(outs) == len(set(outs)) > 15 and "runs/merge-0" not in outs
-    )  # each can be run after the others
+    outs = [w[w.index("--out") + 1] for w in map(shlex.split, commands) if "--out" in w]
+    # each can be run after the others
+    assert len(outs) == len(set(outs)) > 15 and "runs/merge-0" not in outs
     for i in range(3):
         torch.manual_seed(i)
         clip.write_tensors({"a": torch.randn(3, 4)}, tmp_path / ("BASE", "A", "B")[i])
         (tmp_path / ("BASE", "A", "B")[i]).rename(tmp_path / f"{('BASE', 'A', 'B')[i]}.safetensors")
     monkeypatch.chdir(tmp_path)
-    benched = []
-    monkeypatch.setattr(fomo, "bench_merge", benched.append)
-    monkeypatch.setattr(fomo, "bench_methods", benched.append)
     for command in commands:
-        program, *argv = shlex.split(command)[1:]
-        if program == "-m":
-            assert argv[0] == "pytest" and (HERE / argv[-1]).exists()
-        elif argv[0] in ("report", "evaluate"):
+        words = shlex.split(command)
+        argv = words[words.index("fomo.py") + 1 :] if "fomo.py" in words else words[1:]
+        if argv[0] == "-m":
+            assert argv[1] == "pytest" and (HERE / argv[-1]).exists()
+        elif argv[0] == "test_fomo.py":
+            assert argv[1] in BENCHES
+        elif argv[0] in ("report", "evaluate", "stream", "inspect", "convert"):
             assert fomo.main(argv) == 2  # by a sentence, not by the parser, which would raise
         elif argv[0] in fomo.COMMANDS:
             assert fomo.main(argv) == 0, command
         else:
             fomo.resolve(fomo.parse(argv))
-    assert len(benched) == 2 and (tmp_path / "OUT.safetensors").exists()
+    assert (tmp_path / "OUT.safetensors").exists()
 
 
 def test_the_readme_states_the_size_of_the_code():
@@ -8160,7 +8146,8 @@ def bench_methods_step(name, model, batch):
 # ------------------------------------------------------------------------------------- benchmarks
 
 BENCHES = {
-    "kills": bench_kills, "merge": bench_merge, "methods": bench_methods, "train": bench_train,
+    "train": bench_train, "merge": bench_merge, "methods": bench_methods, "data": bench_data,
+    "evaluate": bench_evaluate, "kills": bench_kills,
 }  # fmt: skip
 
 if __name__ == "__main__":
