@@ -6268,7 +6268,7 @@ class TestMergeTechniques:
             "weights": torch.tensor(each, dtype=torch.float64)[:, None],
             "generator": merge._generator(0, "w"), **options,
         }  # fmt: skip
-        exec(definition, world)
+        exec(definition, world)  # noqa: S102 - our own docstring
         expected = world["theta"] if technique in merge.THETA else base + world["tau"]
         merge_close(merge_one(technique, base, experts, weights), expected, 1e-12)
 
