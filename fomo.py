@@ -1073,7 +1073,9 @@ class ExpertFiles:
         return len(self.hashes)
 
     def __getitem__(self, i):
-        return clip.read_tensors(self.path(i))
+        tensors = clip.read_tensors(self.path(i))
+        tensors.path = str(self.path(i))  # merge names it where a tensor is not what it should be
+        return tensors
 
     def append(self, weights):
         if self.crew.leads:
@@ -1701,7 +1703,8 @@ def merge_command(argv):
     metadata = {"format": "pt"} | files[0].metadata | known
     files = [clip.openai_names(f) for f in files]  # whatever their layouts
     began = time.time()
-    total = len(files[0]) * len(experts) * (2 if technique == "tall-mask" else 1)
+    readings = 3 if options.get("whole") else 2 if technique == "tall-mask" else 1
+    total = len(files[0]) * len(experts) * readings
     with tqdm(desc=technique, total=total, unit=" tensors", leave=False, disable=None) as bar:
         watched = [Watched(f, bar, path) for f, path in zip(files, paths)]
         merged = merge.merge(technique, watched[0], watched[1:], weights, **options)
