@@ -1005,6 +1005,10 @@ class Lines(tqdm):
             bar_format=None if self.bar else "{desc}: {n_fmt} of {total_fmt}, {rate_fmt},"
                                              " {remaining} left")  # fmt: skip
 
+    def clear(self, nolock=False):
+        if self.bar:
+            super().clear(nolock)
+
     def display(self, msg=None, pos=None):
         if self.bar:
             return super().display(msg, pos)
