@@ -7,6 +7,9 @@
     python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME
     torchrun --nproc-per-node 2 fomo.py --method merge     the same on two GPUs or CPU processes
     python fomo.py evaluate --weights W --data D  scores of one checkpoint
+    python fomo.py inspect --data D               what the data are, and what is broken in them
+    python fomo.py stream --data D --order time   an order of concepts, as a file
+    python fomo.py convert IN OUT --layout hf     a checkpoint in another layout
     python fomo.py budget --model ViT-B-16        the compute of every method, counted
     python fomo.py merge BASE EXPERT... --technique ties -o OUT       merge files of weights
 
@@ -239,8 +242,11 @@ class Stage:
 
 def train(stage, folder):
     """The loop: each task starts from what the timeline says, trains, is merged and scored."""
-    learner, method, timeline = stage.learner, stage.method, stage.timeline
-    model, c = learner.model, learner.c
+    learner = stage.learner
+    method = stage.method
+    timeline = stage.timeline
+    model = learner.model
+    c = learner.c
     for task in range(stage.task, stage.tasks):
         if stage.step == 0:
             if task == 0 or timeline.init != "latest":  # else the model is where it was left
@@ -248,7 +254,8 @@ def train(stage, folder):
             method.before_task(model, task)
         model.train()
         start_optimizer(stage)
-        optimizer, scaler = stage.optimizer, stage.scaler
+        optimizer = stage.optimizer
+        scaler = stage.scaler
         batches = learner.batches(stage.mixture, task, stage.steps, stage.step)
         for batch in Lines(batches, title(stage), stage.steps, stage.step, learner):
             rate = set_rate(optimizer, stage.rate(step=stage.step, steps=stage.steps, task=task))
@@ -271,7 +278,8 @@ def train(stage, folder):
             stage.step = stage.steps + 1
         stage.optimizer = stage.scaler = optimizer = scaler = None  # free, while others score
         stage.score(task)
-        stage.task, stage.step = task + 1, 0
+        stage.task = task + 1
+        stage.step = 0
         folder.save(stage)
 
 
@@ -438,7 +446,8 @@ def resolve(config, trains=True):
 
 def check_range(f, value):
     """ValueError unless the field's value lies where its option says."""
-    least, above = f.metadata["least"], f.metadata["above"]
+    least = f.metadata["least"]
+    above = f.metadata["above"]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not abs(value) < (2**31 if f.type is int else math.inf):
@@ -626,7 +635,8 @@ class Learner:
         self.merges = merges  # path of the tokenizer's file
         self.device = crew.device
         pixels = model.preprocess
-        self.mean, self.std = pixels.mean, pixels.std
+        self.mean = pixels.mean
+        self.std = pixels.std
         self.geometry = {"resize": pixels.resize, "interpolation": pixels.interpolation}
         self.size = model.config.image_size
         self.others = None  # features of pool pictures, for --order performance
@@ -722,7 +732,9 @@ def load_world(c, crew):
 
 def load_stream(learner):
     """-> the concepts in order: --stream's, less those that nobody trains on, or all in --order."""
-    c, world, crew = learner.c, learner.world, learner.crew
+    c = learner.c
+    world = learner.world
+    crew = learner.crew
     if c.stream is not None:
         kept, notes = data.trainable(data.read_stream(c.stream), world)
         for note in notes:
@@ -734,7 +746,8 @@ def load_stream(learner):
 
 def order_key(learner, found):
     """What --order sorts the concepts by (sec. 3.3), None where it needs no key."""
-    c, world = learner.c, learner.world
+    c = learner.c
+    world = learner.world
     prompt = {(d.name, name): prompt for d in world.adaptation
               for name, prompt in zip(d.classes, d.prompts)}  # fmt: skip
     if c.order == "frequency":
@@ -831,7 +844,8 @@ def plan(c, model_config, samples):
 
 def announce(learner, mixture, tasks, steps, costs):
     """The first lines of a run: what it will do, how often it sees a sample, what that costs."""
-    c, crew = learner.c, learner.crew
+    c = learner.c
+    crew = learner.crew
     if not tasks:
         return
     method = "finetune" if c.method == "zero-shot" else c.method
@@ -862,7 +876,8 @@ def time_two_steps(learner, mixture):
 
 def inputs(learner, stream, steps):
     """What decides what is trained and scored, as hashes or in words, by name."""
-    c, world = learner.c, learner.world
+    c = learner.c
+    world = learner.world
     found = {"stream": digest(stream), "steps a task": str(steps)}
     for d in world.adaptation + world.heldout:
         found[f"{d.name}: class names and prompts"] = digest([d.kind, d.classes, d.prompts])
@@ -905,7 +920,9 @@ def fingerprint(weights):
 def obtain_theta_0(learner, folder):
     """learner.model becomes theta_0: as the run's folder or --weights or the cache has it, or
     trained on the pool now. The run's folder keeps it, so that a cleared cache costs nothing."""
-    c, crew, model = learner.c, learner.crew, learner.model
+    c = learner.c
+    crew = learner.crew
+    model = learner.model
     own = folder.path / "theta_0.safetensors"
     if crew.told(own.exists()):
         load_theta_0(model, own)
@@ -935,7 +952,8 @@ def obtain_theta_0(learner, folder):
 def pretrain(learner, folder):
     """theta_0 by the loop above: one task, all of it pool, finetuning, CLIP's betas for a ViT
     (arXiv 2103.00020, tab. 19)."""
-    c, model = learner.c, learner.model.to(learner.device)
+    c = learner.c
+    model = learner.model.to(learner.device)
     method = methods.METHODS["finetune"]()
     method.prepare(model)
     mixture = data.Mixture(learner.world, [[]], c.batch_size, ratios=(1, 0, 0))
@@ -1127,7 +1145,9 @@ def score_task(stage, shown, folder, task):
 def score_all(stage, shown, folder, everything, name):
     """-> a row of results.json, of the weights in `shown`: {"ka", "zs", "gm", "datasets": {name:
     percent}, "samples"} and what evaluate.by_concept says."""
-    world, numbers, samples = shown.world, {}, 0
+    world = shown.world
+    numbers = {}
+    samples = 0
     shown.model.to(shown.device).eval()
     datasets = world.adaptation + world.heldout
     for d in Lines(datasets, name, len(datasets), 0, shown):
@@ -1326,7 +1346,8 @@ class Folder:
 
     @staticmethod
     def _change(name, before, found):
-        old, new = before.get(name), found.get(name)
+        old = before.get(name)
+        new = found.get(name)
         if old is None or new is None:
             return f"{name} {'is new' if old is None else 'has gone'}"
         return f"{name} changed" if len(old) == 64 else f"{name} was {old}, is {new}"
@@ -1434,7 +1455,8 @@ class Folder:
         self.due = time.monotonic() + max(self.c.save_every, 50 * cost)  # at most 2 % of the time
 
     def _write(self, state):
-        path, part = self.path / "state.pt", self.path / "state.pt.part"
+        path = self.path / "state.pt"
+        part = self.path / "state.pt.part"
         try:
             with open(part, "wb") as f:
                 torch.save(state, f)
@@ -1649,7 +1671,8 @@ def budget_command(argv):
                         help="where one step's FLOPs and bytes go")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the same numbers for programs")
     args = parser.parse_args(argv)
-    config, defaults = clip.CONFIGS[args.model], TINY if args.model == "tiny" else PAPER
+    config = clip.CONFIGS[args.model]
+    defaults = TINY if args.model == "tiny" else PAPER
     size = defaults["batch_size"] if args.batch_size is None else args.batch_size
     total = args.budget
     if total is None:
