@@ -36,8 +36,8 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-# Threads that wait for each other spin for a moment, then sleep: beside other work spinning alone is
-# 20 times slower than one thread, sleeping at once a third slower when idle. Read as torch loads.
+# Threads that wait for each other spin for a moment, then sleep. Spinning alone is 20 times slower
+# than one thread beside other work, sleeping at once a third slower when idle. Torch reads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy
