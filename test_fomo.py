@@ -5415,7 +5415,7 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
         elif line.startswith(("python ", "torchrun ")):
             commands.append(line)
     assert "python fomo.py --method merge" in commands and len(commands) > 20
-    assert "python fomo.py --out compare/si --method si" in commands
+    assert "python fomo.py --threads 1 --cache mine/cache --out compare/si --method si" in commands
     outs = [w[w.index("--out") + 1] for w in map(shlex.split, commands) if "--out" in w]
     # each can be run after the others
     assert len(outs) == len(set(outs)) > 15 and "runs/merge-0" not in outs
