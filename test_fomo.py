@@ -1,11 +1,13 @@
-"""All tests, grouped by file. Oracles over snapshots: closed forms, other libraries, the papers' figures.
+"""All tests, grouped by file. Oracles over snapshots: closed forms, other
+libraries, the papers' figures.
 
 python -m pytest -q test_fomo.py
 """
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads spin beside a busy process; first of all
+# two threads spin beside a busy process; first of all
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import ast
@@ -78,7 +80,8 @@ SMALL = clip.CLIPConfig(
 
 
 def clip_random(config, seed=0):
-    """A model whose biases and norms are random too, so that no transposed or swapped tensor stays unseen."""
+    """A model whose biases and norms are random too, so that no transposed or
+    swapped tensor stays unseen."""
     torch.manual_seed(seed)
     model = clip.CLIP(config).eval()
     with torch.no_grad():
@@ -108,7 +111,7 @@ def clip_oracle(config):
     return open_clip.CLIP(**c)
 
 
-# ---------------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------ model
 
 
 CLIP_WIDE = clip._config(
@@ -205,7 +208,7 @@ def test_every_config_has_open_clips_parameters_and_published_counts():
                 assert round(sum(map(math.prod, ours.values())) / 1e6, 2) == millions[name]
 
 
-# -------------------------------------------------------------------------------------------------------- layouts
+# ---------------------------------------------------------------------------------------- layouts
 
 
 def test_round_trips_are_bitwise(tmp_path):
@@ -506,7 +509,8 @@ CLIP_PIXELS = {  # what people's preprocessor_config.json hold -> ours, or words
     ),
     "not normalised": ({"size": 32, "crop_size": 32, "do_normalize": False}, "do_normalize False"),
     "not resized": ({"size": 32, "crop_size": 32, "do_resize": False}, "do_resize False"),
-    "rescaled": ({"size": 32, "crop_size": 32, "rescale_factor": 1 / 127.5}, "rescale_factor 0.007"),
+    "rescaled": ({"size": 32, "crop_size": 32, "rescale_factor": 1 / 127.5},
+                 "rescale_factor 0.007"),
     "not cropped": ({"size": 32, "do_center_crop": False}, "do_center_crop False"),
     "a smaller crop": ({"size": 40, "crop_size": 32}, "crop_size 32"),
     "nearest": ({"size": 32, "crop_size": 32, "resample": 0}, "resample 0"),
@@ -601,7 +605,8 @@ def test_a_config_of_other_sizes_than_the_tensors_is_refused(tmp_path):
     del good["preprocess_cfg"]
     for tower, key, value, words in (("vision_cfg", "layers", 3, "vision_layers 3, not 2"),
                                      ("text_cfg", "vocab_size", 50, "vocab_size 50, not 40"),
-                                     ("vision_cfg", "image_size", 64, "64, not 32; image_size=")):  # fmt: skip
+                                     ("vision_cfg", "image_size", 64,
+                                      "64, not 32; image_size=")):  # fmt: skip
         model = good["model_cfg"]
         file.write_text(json.dumps({"model_cfg": model | {tower: model[tower] | {key: value}}}))
         with pytest.raises(ValueError, match=words):
@@ -624,7 +629,8 @@ def clip_trees(state):
     """Checkpoints as training scripts save them."""
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}}
     under = {prefix: {prefix + k: v for k, v in state.items()}
-             for prefix in ("model.", "clip.", "clip_model.", "module.model.", "module.", "net.x.")}  # fmt: skip
+             for prefix in ("model.", "clip.", "clip_model.",
+                            "module.model.", "module.", "net.x.")}  # fmt: skip
     yield from under.values()
     yield {"epoch": 1, "model_state_dict": state, "optimizer_state_dict": optimizer}
     yield {"model": state, "optimizer": optimizer, "epoch": 1}
@@ -723,7 +729,7 @@ def test_describe_reads_no_weights_and_agree_finds_what_differs(tmp_path, monkey
     assert clip.agree([tmp_path / "hf", tmp_path / "plain.safetensors"], quick_gelu=False)
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------ files
 
 
 def test_torchscript_archive_is_read_without_running_its_code(tmp_path):
@@ -816,7 +822,8 @@ def test_a_torch_file_loses_no_tensor_silently(tmp_path):
 
 
 def test_a_flipped_bit_where_a_zip_says_what_lies_where_is_seen(tmp_path):
-    """All bits of the member's local header but its extra field's length, which nothing else in the file tells."""
+    """All bits of the member's local header but its extra field's length, which
+    nothing else in the file tells."""
     torch.save({"a": torch.arange(1000.0)}, tmp_path / "a.pt")
     good = (tmp_path / "a.pt").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
@@ -954,7 +961,9 @@ def test_an_index_of_shards_that_lists_none_is_named(tmp_path):
         "{}": "weight_map is no list",
         '{"weight_map": {"a": 3}}': "weight_map is no list",
         "[]": "not JSON",
-        '{"weight_map": {"a": "model.safetensors.index.json"}}': "neither a torch zip nor safetensors",
+        '{"weight_map": {"a": "model.safetensors.index.json"}}': (
+            "neither a torch zip nor safetensors"
+        ),
     }.items():
         index.write_text(text)
         with pytest.raises(ValueError, match=words) as e:
@@ -1005,7 +1014,8 @@ def test_a_config_of_impossible_sizes_is_refused(tmp_path):
 
 def test_pickles_that_lie_about_their_tensors_are_named(tmp_path):
     torch.save({"a": torch.ones(4)}, tmp_path / "a.pt")
-    for old, new in ((b"K\x00K\x04\x85", b"K\x00K\x05\x85"), (b"K\x00K\x04\x85", b"J\xff\xff\xff\xffK\x04\x85"),
+    for old, new in ((b"K\x00K\x04\x85", b"K\x00K\x05\x85"),
+                     (b"K\x00K\x04\x85", b"J\xff\xff\xff\xffK\x04\x85"),
                      (b"K\x00K\x04\x85", b"K\x00N\x85")):  # fmt: skip
         with (
             zipfile.ZipFile(tmp_path / "a.pt") as good,
@@ -1021,7 +1031,8 @@ def test_pickles_that_lie_about_their_tensors_are_named(tmp_path):
 
 CLIP_PEAK = """
 import sys, torch, clip
-def kib(field): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+def kib(field): return next(int(line.split()[1]) for line in open("/proc/self/status") \
+if line.startswith(field))
 before = kib("VmRSS")
 model = clip.load(sys.argv[1])
 size = sum(p.nbytes for p in model.parameters())
@@ -1033,7 +1044,8 @@ print((kib("VmHWM") - before) * 1024 / size, size)
     not os.path.exists("/proc/self/status"), reason="reads the peak from Linux's /proc"
 )
 def test_loading_costs_one_model_of_memory(tmp_path):
-    """VmHWM is the peak of everything resident, mapped file pages included, and starts anew with the subprocess."""
+    """VmHWM is the peak of everything resident, mapped file pages included, and
+    starts anew with the subprocess."""
     config = clip.CONFIGS["ViT-B-16"]
     with torch.device("meta"):
         model = clip.CLIP(config)
@@ -1124,7 +1136,7 @@ def test_hostile_files_end_in_a_sentence_soon_and_in_little_memory(tmp_path, kin
     assert int(kib) < 400_000 and int(length) < 5000 and named == "True", out.stdout
 
 
-# ------------------------------------------------------------------------------------------------------ downloads
+# -------------------------------------------------------------------------------------- downloads
 
 
 class ClipServer(http.server.BaseHTTPRequestHandler):
@@ -1214,7 +1226,8 @@ def test_whoever_downloads_the_same_file_meanwhile_waits_and_gets_it(clip_server
     clip_server.files["/w.pt"] = body
     for check in ("", f"#sha256={hashlib.sha256(body).hexdigest()}"):
         spec, paths = f"{clip_server.url}/w.pt{check}", []
-        threads = [threading.Thread(target=lambda s, p: p.append(clip.fetch(s, tmp_path)), args=(spec, paths))
+        threads = [threading.Thread(target=lambda s, p: p.append(clip.fetch(s, tmp_path)),
+                                    args=(spec, paths))
                    for _ in range(4)]  # fmt: skip
         for thread in threads:
             thread.start()
@@ -1381,7 +1394,7 @@ def test_the_hub_is_asked_over_https_alone(monkeypatch, tmp_path, url):
         clip.load("hf:org/repo", cache=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
+# -------------------------------------------------------------------------------------- tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -1477,8 +1490,9 @@ CLIP_STRINGS = (
 
 
 def test_tokenizer_equals_open_clips_on_a_corpus(clip_tokenizer):
-    """What may differ: captions where ftfy guesses another encoding (we stop at Windows-1252 and intact sequences), and
-    U+0345, which the regex package counts as a letter because it folds to an iota."""
+    """What may differ: captions where ftfy guesses another encoding (we stop at
+    Windows-1252 and intact sequences), and U+0345, which the regex package counts as a
+    letter because it folds to an iota."""
     oracle, ftfy = (
         pytest.importorskip("open_clip.tokenizer").SimpleTokenizer(),
         pytest.importorskip("ftfy"),
@@ -1708,7 +1722,7 @@ def test_an_installed_packages_merges_are_found_and_the_refusal_names_the_option
     assert clip.find_bpe(tmp_path / "w.pt") == str(cached / "merges.txt")
 
 
-# ------------------------------------------------------------------------------------------------------------ data.py
+# ---------------------------------------------------------------------------------------- data.py
 
 
 @pytest.fixture(scope="module")
@@ -3311,7 +3325,7 @@ def write_large_flux(root, share):
     return entries
 
 
-# -------------------------------------------------------------------------------------------------------- evaluate.py
+# ------------------------------------------------------------------------------------ evaluate.py
 
 # The README's zero-shot list of the paper's code for ViT-B/32: 41 sets to adapt to, 22 held out.
 B32_ADAPTATION = """72.7 15.0 46.7 75.8 4.7 59.7 14.6 64.1 2.1 5.5 78.7 50.9 71.9 68.9 11.8 54.5
@@ -3990,7 +4004,7 @@ def _memory(field):
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-# ------------------------------------------------------------------------------------------------------------ fomo.py
+# ---------------------------------------------------------------------------------------- fomo.py
 
 HERE = Path(fomo.__file__).parent
 TINY_RUN = shlex.split("--model tiny --tasks 3 --steps 3 --batch-size 16 --workers 0")
@@ -4142,7 +4156,9 @@ def test_a_method_that_goes_on_starts_from_what_it_learnt(flux, tmp_path, monkey
 
     monkeypatch.setattr(methods.Method, "before_task", began)
     monkeypatch.setattr(methods.Method, "after_task", ended)
-    options = flux_options(flux, tmp_path, "--lr", "1e-2", "--tasks", "2", "--out", str(tmp_path / "a"))
+    options = flux_options(
+        flux, tmp_path, "--lr", "1e-2", "--tasks", "2", "--out", str(tmp_path / "a")
+    )
     assert fomo.main([*options, "--method", "lora"]) == 0
     first, second = starts[-2:]
     assert any(not torch.equal(first[k], ends[-2][k]) for k in first)
@@ -4179,8 +4195,9 @@ def test_the_loop_calls_every_hook_in_its_place_with_what_the_options_say(
                 0.3,
                 0.0,
             }
-            assert lr == methods.learning_rate(calls.count("step") - 1 - 4 * calls.count("after"), 4,
-                                               calls.count("after"), 2e-3, warmup=0.5, floor=0.25)  # fmt: skip
+            assert lr == methods.learning_rate(calls.count("step") - 1 - 4 * calls.count("after"),
+                                               4, calls.count("after"), 2e-3, warmup=0.5,
+                                               floor=0.25)  # fmt: skip
 
         def after_task(self, model, batches, loss):
             calls.append("after")
@@ -4259,7 +4276,8 @@ def test_the_mixture_is_made_of_what_the_options_say(flux, tmp_path, monkeypatch
     monkeypatch.setattr(data, "Mixture", lambda *a, **k: made.append(a) or mixture(*a, **k))
     for seed in ("0", "1"):
         options = shlex.split(
-            f"--method zero-shot --mixture .1/.2/.7 --replay 5 --seed {seed} --out {tmp_path / seed}"
+            f"--method zero-shot --mixture .1/.2/.7 --replay 5 --seed {seed} "
+            f"--out {tmp_path / seed}"
         )
         assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
     a, b = [args for args in made if len(args[1]) == 3]  # the others are theta_0's
@@ -4330,7 +4348,9 @@ def test_the_same_seed_gives_the_same_scores_and_another_another_order(flux, tmp
             == 0
         )
     a, b, c = (scores(tmp_path / name) for name in "abc")
-    losses = [[r["loss"] for r in map(json.loads, (tmp_path / n / "log.jsonl").read_text().splitlines()) if "loss" in r]
+    losses = [[r["loss"]
+               for r in map(json.loads, (tmp_path / n / "log.jsonl").read_text().splitlines())
+               if "loss" in r]
               for n in "abc"]  # fmt: skip
     assert a == b and losses[0] == losses[1] != losses[2]
     alike = ("ka", "zs", "gm", "datasets", "samples")  # what it will learn when is another matter
@@ -4361,7 +4381,9 @@ def test_merge_is_the_ema_of_what_the_tasks_end_with(flux, tmp_path, monkeypatch
 @pytest.mark.parametrize("init", merge.SOURCES)
 @pytest.mark.parametrize("deploy", merge.SOURCES[1:])
 def test_every_cell_of_the_time_grid_runs_and_resumes(flux, tmp_path, monkeypatch, init, deploy):
-    options = flux_options(flux, tmp_path, "--lr", "1e-2", "--merge-init", init, "--merge-deploy", deploy)
+    options = flux_options(
+        flux, tmp_path, "--lr", "1e-2", "--merge-init", init, "--merge-deploy", deploy
+    )
     if {init, deploy} & {"ema", "all"}:
         options += shlex.split("--merge-technique ties --density 0.5 --merge-scale 0.9")
     assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
@@ -4535,7 +4557,9 @@ def folders_are_refused(flux, tmp_path, capsys):
     cache = ["--cache", str(tmp_path / "file"), "--out", str(tmp_path / "run")]
     for options, name in ((["--out", str(tmp_path / "file" / "run")], "--out"), (cache, "--cache")):
         assert fomo.main(flux_options(flux, tmp_path, *options)) == 2
-        assert re.search(f"file is not a folder .*: name another with {name}", capsys.readouterr().err)
+        assert re.search(
+            f"file is not a folder .*: name another with {name}", capsys.readouterr().err
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -4803,7 +4827,8 @@ def test_the_logged_rates_are_the_meta_schedules(flux, tmp_path, meta):
     assert fomo.main(flux_options(flux, tmp_path, *options, "--out", str(tmp_path / "run"))) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     logged = {(row["task"], row["step"]): row["lr"] for row in rows if row["event"] == "step"}
-    expected = {(task + 1, step): methods.learning_rate(step, 12, task, 2e-4, "rsqrt", meta, 0.25, 0.2)
+    expected = {(task + 1, step):
+                methods.learning_rate(step, 12, task, 2e-4, "rsqrt", meta, 0.25, 0.2)
                 for task in range(3) for step in range(12)}  # fmt: skip
     assert logged == expected
     assert (logged[1, 2] > logged[2, 2] > logged[3, 2]) == (meta != "none") and logged[1, 2] == 2e-4
@@ -4878,7 +4903,9 @@ def test_a_signal_while_others_score_or_theta_0_trains_loses_nothing(
     assert len(rows_of(cut, "theta_0 step")) == 6
 
 
-def test_a_second_signal_stops_at_once_and_keeps_the_last_state(flux, tmp_path, monkeypatch, capsys):
+def test_a_second_signal_stops_at_once_and_keeps_the_last_state(
+    flux, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
     clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
     options = flux_options(flux, tmp_path, "--weights", str(tmp_path / "w.safetensors"))
@@ -5076,7 +5103,12 @@ def torchrun(n, *command, **options):
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
     port = ["--master-port", str(random.randrange(20000, 60000))]
     return subprocess.run(
-        [*program, *port, *command], cwd=HERE, capture_output=True, text=True, check=False, **options
+        [*program, *port, *command],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
     )
 
 
@@ -5225,7 +5257,7 @@ def bench_kills(argv):
             print(json.dumps(row), flush=True)
 
 
-# ------------------------------------------------------------------------------------------ training
+# --------------------------------------------------------------------------------------- training
 
 TRAIN_CASES = ("ours", "ours in pieces", "open_clip")
 
@@ -5307,7 +5339,11 @@ def train_case(args):
             torch.cuda.synchronize()
         seconds.append(clock() - began)
     peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM") - args.idle
-    return {"seconds": statistics.median(seconds), "peak_bytes": peak, "above_bytes": peak - weights}
+    return {
+        "seconds": statistics.median(seconds),
+        "peak_bytes": peak,
+        "above_bytes": peak - weights,
+    }
 
 
 def matmul_rate(device, precision):
@@ -5327,8 +5363,9 @@ def matmul_rate(device, precision):
 
 
 def bench_train(argv):
-    """A training step: samples and FLOPs a second, peak memory, whole and in pieces, and open_clip's
-    beside it. On a CPU one thread's CPU time counts; each case runs in a process of its own."""
+    """A training step: samples and FLOPs a second, peak memory, whole and in
+    pieces, and open_clip's beside it. On a CPU one thread's CPU time counts; each
+    case runs in a process of its own."""
     p = argparse.ArgumentParser("test_fomo.py train", description=bench_train.__doc__)
     p.add_argument("--model", choices=clip.CONFIGS, default="ViT-B-32")
     p.add_argument("--batch-size", type=int, default=64)
@@ -5363,11 +5400,13 @@ def bench_train(argv):
         if "seconds" in row:
             row["samples_a_second"] = args.batch_size / row["seconds"]
         rows.append(row)
-        print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        print(
+            " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        )
     print(json.dumps(vars(args) | {"matmul_tflops": rate / 1e12, "rows": rows}))
 
 
-# ---------------------------------------------------------------------------------------------------- the house itself
+# ------------------------------------------------------------------------------- the house itself
 
 
 def test_each_module_imports_alone_in_an_empty_folder(tmp_path):
@@ -5455,7 +5494,7 @@ def test_the_readme_states_the_size_of_the_code():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- budget
+# ----------------------------------------------------------------------------------------- budget
 
 BUDGET_B16 = clip.CONFIGS["ViT-B-16"]
 BUDGET_SHALLOW = {"vision_layers": 2, "text_layers": 3}
@@ -5477,7 +5516,8 @@ BUDGET_DISTINCT = [
 
 
 class BudgetAdapter(nn.Module):
-    """The adapters' formulas, written here a second time: on `pieces` matrices stacked in one weight, in fp32."""
+    """The adapters' formulas, written here a second time: on `pieces` matrices
+    stacked in one weight, in fp32."""
 
     def __init__(self, method, weight, rank, pieces):
         super().__init__()
@@ -5532,7 +5572,8 @@ def budget_flash(q, k, v, is_causal):
 
 
 def budget_counted(config, size, method, micro_batch=None):
-    """FlopCounterMode's count of a real forward and backward; on the meta device, which computes shapes alone."""
+    """FlopCounterMode's count of a real forward and backward; on the meta device,
+    which computes shapes alone."""
     with torch.device("meta"):
         model = budget_model(config, method)
         images, tokens = budget_batch(config, size)
@@ -5622,7 +5663,8 @@ def test_budget_memory_multiplier_is_near_the_published_one(method, rank, precis
     ours = budget.memory_multiplier(BUDGET_B16, 512, method, rank, precision)
     _, full, _ = budget.PAPER["finetune", 0]
     _, gib, _ = budget.PAPER[method, rank]
-    # nvidia-smi counts a CUDA context and the allocator's reserve too: of locked-image's 12 GiB a large part
+    # nvidia-smi counts a CUDA context and the allocator's reserve too: of locked-image's 12 GiB
+    # a large part
     assert ours == pytest.approx(gib / full, rel=0.15 if method == "locked-image" else 0.08)
 
 
@@ -5710,8 +5752,9 @@ def test_budget_equals_flop_counter_on_galore_s_projections():
 
 
 def budget_kept(config, size, method, cuda=False):
-    """Bytes that autograd saves in a real forward, once per storage, beside parameters, buffers and the batch. With
-    cuda, under bf16 autocast on a pretended GPU: shapes and dtypes of CUDA's kernels, and no numbers."""
+    """Bytes that autograd saves in a real forward, once per storage, beside parameters, buffers
+    and the batch. With cuda, under bf16 autocast on a pretended GPU: shapes and dtypes of
+    CUDA's kernels, and no numbers."""
     model, batch = budget_model(config, method), budget_batch(config, size)
     own, seen, alive = (
         {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch)},
@@ -5788,8 +5831,8 @@ class BudgetLive(TorchDispatchMode):
 
 
 def budget_peak(config, size, method, half, micro_batch=None):
-    """Peak bytes of a whole second step, AdamW included, without computing it. CUDA's autocast keeps LayerNorms in
-    fp32, the CPU's does not: they are given what they would get there."""
+    """Peak bytes of a whole second step, AdamW included, without computing it. CUDA's autocast
+    keeps LayerNorms in fp32, the CPU's does not: they are given what they would get there."""
     layer_norm, recipe = F.layer_norm, budget.METHODS[method]
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), BudgetLive() as live:
         if half:
@@ -6045,7 +6088,7 @@ def test_budget_of_all_methods_and_configs_takes_under_50_ms_without_torch():
     assert (count, torch_too) == (9, False) and seconds < 0.05
 
 
-# ------------------------------------------------------------------------------------------------------- merge.py
+# --------------------------------------------------------------------------------------- merge.py
 
 MERGE_A, MERGE_B = (
     torch.tensor([1.0, -2, 0.1, 3, 0, -0.5]),
@@ -6131,8 +6174,8 @@ def merge_oracle(technique, base, experts, w=None, **o):
 
 
 def merge_random(kind, k=3, n=400, dtype=torch.float64, seed=0):
-    """base [n] and k experts [n]. On the grid, sums are exact in float32 too, and equal magnitudes, zero entries and
-    sums of zero abound."""
+    """base [n] and k experts [n]. On the grid, sums are exact in float32 too, and equal magnitudes,
+    zero entries and sums of zero abound."""
     g = torch.Generator().manual_seed(seed)
     base, tau = (
         torch.randn(n, generator=g, dtype=torch.float64),
@@ -6154,9 +6197,12 @@ def merge_random(kind, k=3, n=400, dtype=torch.float64, seed=0):
 
 
 MERGE_CASES = [
-    ("linear", {}), ("slerp", {}), ("task-arithmetic", {"scale": 0.3}), ("ties", {}), ("ties", {"density": 1}),
-    ("ties", {"density": 0.5, "function": "sum", "scale": 0.5}), ("ties", {"density": 0.37, "function": "max"}),
-    ("breadcrumbs", {}), ("breadcrumbs", {"top": 0.2, "bottom": 0.3}), ("breadcrumbs", {"top": 0}), ("magmax", {}),
+    ("linear", {}), ("slerp", {}), ("task-arithmetic", {"scale": 0.3}), ("ties", {}),
+    ("ties", {"density": 1}),
+    ("ties", {"density": 0.5, "function": "sum", "scale": 0.5}),
+    ("ties", {"density": 0.37, "function": "max"}),
+    ("breadcrumbs", {}), ("breadcrumbs", {"top": 0.2, "bottom": 0.3}), ("breadcrumbs", {"top": 0}),
+    ("magmax", {}),
     ("model-stock", {}), ("tall-mask", {}), ("tall-mask", {"strictness": 1.0, "agree": 3}),
 ]  # fmt: skip
 
@@ -6176,7 +6222,8 @@ class TestMergeTechniques:
 
     @pytest.mark.parametrize("whole", [False, True])
     def test_ties_value_of_the_official_code_is_that_of_one_entry_more(self, whole):
-        """(1.5, -2, 0, 3, 0, -.55), which facts.md gives for 3 of 6, is the official code's k + 1 = 4 of 6."""
+        """(1.5, -2, 0, 3, 0, -.55), which facts.md gives for 3 of 6,
+        is the official code's k + 1 = 4 of 6."""
         merged = merge_one("ties", torch.zeros(6), [MERGE_A, MERGE_B], density=4 / 6, whole=whole)
         merge_close(merged, [1.5, -2, 0, 3, 0, -0.55])
 
@@ -6245,7 +6292,8 @@ class TestMergeTechniques:
 
     @pytest.mark.parametrize("density", [0.1, 0.5, 1])
     def test_ties_agrees_with_peft(self, density):
-        """Per tensor, top-k of 400 entries. Unweighted: peft elects before it weights, we and mergekit after."""
+        """Per tensor, top-k of 400 entries. Unweighted: peft elects before it weights,
+        we and mergekit after."""
         ties = pytest.importorskip("peft.utils.merge_utils").ties
         base, experts = merge_random("gauss")
         theirs = base + ties(list(experts - base), torch.ones(3), density)
@@ -6254,7 +6302,8 @@ class TestMergeTechniques:
 
     @pytest.mark.parametrize("technique", merge.TECHNIQUES)
     def test_the_definition_in_the_docstring_is_what_is_computed(self, technique):
-        """Runs the indented lines on float64 [k, n] at once, and compares with the streamed merge."""
+        """Runs the indented lines on float64 [k, n] at once, and compares with the
+        streamed merge."""
         function = merge.TECHNIQUES[technique]
         lines = function.__doc__.split("\n")
         definition = "\n".join(line[8:] for line in lines if line.startswith(" " * 8))
@@ -6337,8 +6386,10 @@ class TestMergeCut:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("kind", ["gauss", "grid", "tiny and huge", "zeros"])
     def test_is_the_stable_top_k(self, kind, dtype):
-        tau = {"gauss": torch.randn(5000, dtype=dtype), "grid": torch.randn(5000, dtype=dtype).round(),
-               "tiny and huge": torch.randn(5000, dtype=dtype) * 10.0 ** torch.randint(-44, 38, (5000,)),
+        tau = {"gauss": torch.randn(5000, dtype=dtype),
+               "grid": torch.randn(5000, dtype=dtype).round(),
+               "tiny and huge":
+               torch.randn(5000, dtype=dtype) * 10.0 ** torch.randint(-44, 38, (5000,)),
                "zeros": torch.zeros(5000, dtype=dtype)}[kind].to(dtype)  # fmt: skip
         for k in (1, 2, 999, 4999, 5000):
             cut, more = merge.Cut(k, dtype), True
@@ -6352,7 +6403,8 @@ class TestMergeCut:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("kind", ["gauss", "grid"])
     def test_ties_over_the_whole_vector_has_one_threshold(self, monkeypatch, kind, dtype):
-        """Tensors of unlike scale, so that per tensor differs; ties go to the largest tensor, then the first entry."""
+        """Tensors of unlike scale, so that per tensor differs; ties go to the largest
+        tensor, then the first entry."""
         monkeypatch.setattr(merge, "PIECE", 64)
         base, experts = merge_random(kind, n=600, dtype=dtype)
         experts = base + (experts - base) * torch.cat(
@@ -6403,8 +6455,10 @@ class TestMergeTensors:
         g = torch.Generator().manual_seed(0)
 
         def some():
-            return {"w": torch.randn(8, 5, generator=g), "scale": torch.randn((), generator=g), "ids": torch.arange(6),
-                    "half": torch.randn(9, generator=g).bfloat16(), "empty": torch.zeros(0, 3)}  # fmt: skip
+            return {"w": torch.randn(8, 5, generator=g), "scale": torch.randn((), generator=g),
+                    "ids": torch.arange(6),
+                    "half": torch.randn(9, generator=g).bfloat16(),
+                    "empty": torch.zeros(0, 3)}  # fmt: skip
 
         models = [some() for _ in range(4)]
         before = [{n: t.clone() for n, t in m.items()} for m in models]
@@ -6520,8 +6574,10 @@ class TestMergeTensors:
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
     def test_files_read_in_pieces_merge_as_tensors_do(self, tmp_path, suffix):
         g = torch.Generator().manual_seed(0)
-        models = [{"long": torch.randn(2 * merge.ONCE + 7, generator=g), "turned": torch.randn(5, 300, generator=g).T,
-                   "half": torch.randn(9, 2, generator=g).half(), "empty": torch.zeros(0, 3), "one": torch.ones(())}
+        models = [{"long": torch.randn(2 * merge.ONCE + 7, generator=g),
+                   "turned": torch.randn(5, 300, generator=g).T,
+                   "half": torch.randn(9, 2, generator=g).half(),
+                   "empty": torch.zeros(0, 3), "one": torch.ones(())}
                   for _ in range(4)]  # fmt: skip
         files = [tmp_path / f"{i}.{suffix}" for i in range(4)]
         for model, path in zip(models, files):
@@ -6591,8 +6647,8 @@ class TestMergeTensors:
         )
 
     def test_peak_memory_is_below_twice_the_model(self, tmp_path):
-        """Three experts of 74 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter, each technique in a
-        process of its own."""
+        """Three experts of 74 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter,
+        each technique in a process of its own."""
         config = clip._config(256, 224, 16, (512, 4, 8, 2048), (256, 4, 4), vocab=8000)
         for i in range(4):
             torch.manual_seed(i)
@@ -6601,10 +6657,13 @@ class TestMergeTensors:
         script = """
 import os, sys, clip, merge, torch
 def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+    return next(int(line.split()[1]) * 1024 \
+for line in open("/proc/self/status") if line.startswith(field))
 models = [clip.read_tensors(f"{sys.argv[1]}/{i}.safetensors") for i in range(4)]
-merge.merge("ties", {"w": torch.zeros(9)}, [{"w": torch.ones(9)}], whole=True)  # libraries load on first use
-for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whole": True}), ("dare", {"elect": True})]:
+merge.merge("ties", {"w": torch.zeros(9)}, [{"w": torch.ones(9)}], whole=True)  \
+# libraries load on first use
+for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whole": True}), \
+("dare", {"elect": True})]:
     if os.fork() == 0:
         before = status("VmRSS")
         merged = merge.merge(technique, models[0], models[1:], **options)
@@ -6639,30 +6698,38 @@ for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whol
         ("agree must", lambda m: merge.merge("tall-mask", m, [m], agree=1.5)),
         ("two experts", lambda m: merge.merge("model-stock", m, [m])),
         ("technique must be one of", lambda m: merge.merge("tise", m, [m])),
-        ("tensor b is only in the expert 1", lambda m: merge.merge("linear", m, [m, {**m, "b": m["w"]}])),
+        ("tensor b is only in the expert 1",
+         lambda m: merge.merge("linear", m, [m, {**m, "b": m["w"]}])),
         ("tensor w is only in the base", lambda m: merge.merge("linear", m, [{}])),
-        (r"tensor w is torch.float32 \[2\] in expert 0", lambda m: merge.merge("linear", m, [{"w": torch.zeros(2)}])),
+        (r"tensor w is torch.float32 \[2\] in expert 0",
+         lambda m: merge.merge("linear", m, [{"w": torch.zeros(2)}])),
         ("tensor w is torch.int64", lambda m: merge.merge("linear", m, [{"w": torch.arange(3)}])),
-        ("weights must sum to one for linear", lambda m: merge.merge("linear", m, [m, m], [0.5, 0.6])),
+        ("weights must sum to one for linear",
+         lambda m: merge.merge("linear", m, [m, m], [0.5, 0.6])),
         ("one per expert", lambda m: merge.merge("ties", m, [m, m], [1])),
         ("magmax takes no weights", lambda m: merge.merge("magmax", m, [m], [1])),
         ("not be negative", lambda m: merge.merge("slerp", m, [m, m], [1.5, -0.5])),
         (r"density must be in \(0, 1\], got 0", lambda m: merge.merge("ties", m, [m], density=0)),
-        (r"density must be in \(0, 1\], got 1.5", lambda m: merge.merge("ties", m, [m], density=1.5)),
+        (r"density must be in \(0, 1\], got 1.5",
+         lambda m: merge.merge("ties", m, [m], density=1.5)),
         ("drop must be", lambda m: merge.merge("dare", m, [m], drop=1)),
         ("sum must be below 1", lambda m: merge.merge("breadcrumbs", m, [m], top=0.2)),
-        ("function must be mean, sum or max", lambda m: merge.merge("ties", m, [m], function="median")),
+        ("function must be mean, sum or max",
+         lambda m: merge.merge("ties", m, [m], function="median")),
         ("linear has no option 'density'", lambda m: merge.merge("linear", m, [m], density=0.5)),
-        ("linear has no option 'lines'", lambda m: merge.merge("linear", m, [m], lines=(1, 1, "linear"))),
+        ("linear has no option 'lines'",
+         lambda m: merge.merge("linear", m, [m], lines=(1, 1, "linear"))),
         ("lines must", lambda m: merge.merge("ties", m, [m], lines=(1, 1, "cubic"))),
         ("init must be one of", lambda m: merge.Timeline(m, init="zero")),
         ("deploy must be one of", lambda m: merge.Timeline(m, deploy="zero-shot")),
         ("weight must be in", lambda m: merge.Timeline(m, weight=1.1)),
         ("density must be", lambda m: merge.Timeline(m, technique="ties", density=2)),
-        ("expert_weights must be uniform", lambda m: merge.Timeline(m, technique="magmax", expert_weights="sqrt")),
+        ("expert_weights must be uniform",
+         lambda m: merge.Timeline(m, technique="magmax", expert_weights="sqrt")),
         ("expert_weights must be one of", lambda m: merge.Timeline(m, expert_weights="square")),
         ("tensor w is only in the base", lambda m: merge.Timeline(m).add({})),
-        (r"tensor w is \[4\] in the new expert", lambda m: merge.Timeline(m).add({"w": torch.zeros(4)})),
+        (r"tensor w is \[4\] in the new expert",
+         lambda m: merge.Timeline(m).add({"w": torch.zeros(4)})),
         ("the state is of a timeline that keeps",
          lambda m: merge.Timeline(m).load_state(merge.Timeline(m, deploy="all").state())),
     ])  # fmt: skip
@@ -6682,7 +6749,8 @@ def merge_train(timeline, steps):
 
 
 def merge_train_on(timeline, thetas):
-    """Adds thetas to what each task starts from. -> what is started from and deployed at the end."""
+    """Adds thetas to what each task starts from. -> what is started from and
+    deployed at the end."""
     for theta in thetas:
         timeline.add({"w": timeline.start()["w"] + theta})
     return torch.cat([timeline.start()["w"], timeline.deploy()["w"]])
@@ -6709,12 +6777,16 @@ class MergeFiles:
 
 
 class TestMergeTimeline:
-    # theta_0 = 0, the tasks add 8, 16, 32, w = .5. Starts: zero-shot 0 0 0, latest 0 8 24, ema 0 4 12, all 0 8 16.
+    # theta_0 = 0, the tasks add 8, 16, 32, w = .5.
+    # Starts: zero-shot 0 0 0, latest 0 8 24, ema 0 4 12, all 0 8 16.
     @pytest.mark.parametrize("init, deploy, expected", [
-        ("zero-shot", "latest", [8, 16, 32]), ("zero-shot", "ema", [4, 10, 21]), ("zero-shot", "all", [8, 12, 56 / 3]),
-        ("latest", "latest", [8, 24, 56]), ("latest", "ema", [4, 14, 35]), ("latest", "all", [8, 16, 88 / 3]),
+        ("zero-shot", "latest", [8, 16, 32]), ("zero-shot", "ema", [4, 10, 21]),
+        ("zero-shot", "all", [8, 12, 56 / 3]),
+        ("latest", "latest", [8, 24, 56]), ("latest", "ema", [4, 14, 35]),
+        ("latest", "all", [8, 16, 88 / 3]),
         ("ema", "latest", [8, 20, 44]), ("ema", "ema", [4, 12, 28]), ("ema", "all", [8, 14, 24]),
-        ("all", "latest", [8, 24, 48]), ("all", "ema", [4, 14, 31]), ("all", "all", [8, 16, 80 / 3]),
+        ("all", "latest", [8, 24, 48]), ("all", "ema", [4, 14, 31]),
+        ("all", "all", [8, 16, 80 / 3]),
     ])  # fmt: skip
     def test_cell_by_hand(self, init, deploy, expected):
         timeline = merge.Timeline(
@@ -6724,12 +6796,15 @@ class TestMergeTimeline:
         assert merge_train(timeline, [8, 16, 32]) == pytest.approx(expected, rel=1e-14)
 
     @pytest.mark.parametrize("name, expected", [
-        ("finetune", [1, 3, 7]), ("zs-merge", [0.1, 0.29, 0.661]), ("offline-merge", [1, 1.5, 7 / 3]),
-        ("ema-merge", [0.1, 0.1 + 0.2, 0.3 + 0.4]),  # a step enters with 1 - w: .9 m + .1 (m + step)
+        ("finetune", [1, 3, 7]), ("zs-merge", [0.1, 0.29, 0.661]),
+        ("offline-merge", [1, 1.5, 7 / 3]),
+        # a step enters with 1 - w: .9 m + .1 (m + step)
+        ("ema-merge", [0.1, 0.1 + 0.2, 0.3 + 0.4]),
         ("ft-merge", [0.1, 0.1 * 2.1, 0.1 * 4.21]),  # .9 * 0 + .1 (m + step)
     ])  # fmt: skip
     def test_named_methods(self, name, expected):
-        """Steps 1, 2, 4 from 0 with w = .9; zs-merge, whose experts they are, is the published .1, .29, .661."""
+        """Steps 1, 2, 4 from 0 with w = .9; zs-merge, whose experts they are, is the
+        published .1, .29, .661."""
         timeline = merge.Timeline(
             {"w": torch.zeros(2, dtype=torch.float64)}, **merge.TIMELINES[name], weight=0.9
         )
@@ -6784,7 +6859,8 @@ class TestMergeTimeline:
             merge_close(timeline.deploy()["w"], running, 1e-12)
 
     def test_random_chain_draws_anew_at_every_task(self):
-        """With w = .5 twice the same draw would leave theta_1 nothing, or its half whole; anew, a quarter is left."""
+        """With w = .5 twice the same draw would leave theta_1 nothing, or its half
+        whole; anew, a quarter is left."""
         n = 10_000
         timeline = merge.Timeline({"w": torch.zeros(n)}, technique="random", weight=0.5)
         for value in (1.0, 2.0):
@@ -6793,8 +6869,10 @@ class TestMergeTimeline:
         assert shares == pytest.approx([0.25, 0.25, 0.5], abs=5 * 0.5 / math.sqrt(n))
 
     @pytest.mark.parametrize("how, raw", [
-        ("uniform", [1, 1, 1]), ("linear", [1, 2, 3]), ("sqrt", [1, 2**0.5, 3**0.5]), ("quadratic", [1, 4, 9]),
-        ("cubic", [1, 8, 27]), ("fifth", [1, 32, 243]), ("tenth", [1, 1024, 59049]), ("exponential", [2, 4, 8]),
+        ("uniform", [1, 1, 1]), ("linear", [1, 2, 3]), ("sqrt", [1, 2**0.5, 3**0.5]),
+        ("quadratic", [1, 4, 9]),
+        ("cubic", [1, 8, 27]), ("fifth", [1, 32, 243]), ("tenth", [1, 1024, 59049]),
+        ("exponential", [2, 4, 8]),
         ("logarithmic", [math.log(2), math.log(3), math.log(4)]),
     ])  # fmt: skip
     def test_expert_weights_grow(self, how, raw):
@@ -7015,7 +7093,8 @@ class TestMergeCommand:
 
     @pytest.mark.parametrize("technique, argv, options", [
         ("ties", ["--whole"], {"whole": True}),
-        ("dare", ["--elect", "--drop", ".5", "--seed", "3"], {"elect": True, "drop": 0.5, "seed": 3}),
+        ("dare", ["--elect", "--drop", ".5", "--seed", "3"],
+         {"elect": True, "drop": 0.5, "seed": 3}),
         ("magmax", ["--lines", ".1", ".2", "sqrt"], {"lines": (0.1, 0.2, "sqrt")}),
         ("breadcrumbs", ["--top", ".1", "--bottom", ".2"], {"top": 0.1, "bottom": 0.2}),
         ("tall-mask", ["--strictness", ".9", "--agree", "1"], {"strictness": 0.9, "agree": 1}),
@@ -7057,8 +7136,12 @@ def bench_merge(argv):
     p = argparse.ArgumentParser("test_fomo.py merge", description=bench_merge.__doc__)
     p.add_argument("--model", choices=clip.CONFIGS, default="ViT-B-16")
     p.add_argument("--experts", type=int, default=20, help="random files, written first")
-    p.add_argument("--folder", help="where they are written, then removed; default the system's tmp")
-    p.add_argument("--rounds", type=int, default=3, help="of each case, in turns; the median counts")
+    p.add_argument(
+        "--folder", help="where they are written, then removed; default the system's tmp"
+    )
+    p.add_argument(
+        "--rounds", type=int, default=3, help="of each case, in turns; the median counts"
+    )
     p.add_argument("--cases", nargs="+", choices=MERGE_BENCH_CASES, default=MERGE_BENCH_CASES)
     p.add_argument("--here", help=argparse.SUPPRESS)  # the folder of a process that measures
     args = p.parse_args(argv)
@@ -7091,7 +7174,9 @@ def bench_merge(argv):
 def bench_merge_case(folder, case):
     """-> seconds on the CPU, and the peak of memory above the interpreter, in bytes (Linux)."""
     torch.set_num_threads(1)
-    base, *experts = [clip.read_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    base, *experts = [
+        clip.read_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))
+    ]
     theta = {name: experts[0][name] for name in base} if case.startswith("ema") else {}
     if case in MERGE_BENCH:
         technique, options = MERGE_BENCH[case]
@@ -7147,7 +7232,7 @@ def bench_merge_stacked_ties(base, experts, density=0.2):
     return merged
 
 
-# ------------------------------------------------------------------------------------------------------ methods
+# ---------------------------------------------------------------------------------------- methods
 
 METHODS_ADAPTERS = ("lora", "dora", "vera")
 
@@ -7171,8 +7256,8 @@ def methods_loss(model, batch):
 def methods_train(
     method, model, task, batch, loss=methods_loss, steps=3, lr=1e-3, seen=None, batches=None
 ):
-    """The loop of fomo.py in small: one task on one batch. seen collects each step's clipped gradients; batches are
-    what after_task reads."""
+    """The loop of fomo.py in small: one task on one batch. seen collects each step's clipped
+    gradients; batches are what after_task reads."""
     optimizer = method.optimizer(model, lr=lr)
     method.before_task(model, task)
     for _ in range(steps):
@@ -7392,11 +7477,12 @@ def test_a_model_that_the_patterns_do_not_fit_is_refused():
         methods_ready("ewc", nn.Linear(2, 2)).load_state({})
 
 
-# ----------------------------------------------------------------------------------------------------- adapters
+# --------------------------------------------------------------------------------------- adapters
 
 
 def methods_on_linear(name, linear, pieces=1, **options):
-    """A method that adapts the weight of one linear layer: patterns are class attributes to override."""
+    """A method that adapts the weight of one linear layer: patterns are class
+    attributes to override."""
     kind = methods.METHODS[name]
     method = type("OnLinear", (kind,), {"adapt": {"weight": pieces}})(**options)
     method.prepare(linear)
@@ -7627,7 +7713,7 @@ def test_dora_keeps_a_row_of_zeros_finite():
     assert all(p.grad.isfinite().all() for p in linear.parametrizations.weight[0].parameters())
 
 
-# ------------------------------------------------------------------------------------------------- ewc and si
+# ------------------------------------------------------------------------------------- ewc and si
 
 
 def methods_net(seed=0):
@@ -7649,7 +7735,8 @@ def methods_values(model):
 
 
 def methods_check_penalty(method, model, weight, importance, anchor):
-    """Value and gradient against autograd on weight / 2 sum importance (theta - anchor)^2, somewhere off the anchor."""
+    """Value and gradient against autograd on weight / 2 sum importance (theta - anchor)^2,
+    somewhere off the anchor."""
     here = methods_values(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -7720,7 +7807,8 @@ def test_ewc_stops_at_its_number_of_samples_and_needs_one_batch():
 
 @pytest.mark.parametrize("scattered", [False, True])
 def test_ewc_takes_a_loss_that_has_run_its_backward(scattered):
-    """As clip.backward does: gradients are in grad, the loss is detached. scattered: in two halves."""
+    """As clip.backward does: gradients are in grad, the loss is detached.
+    scattered: in two halves."""
     batches = [(methods_regression(i), 8) for i in range(3)]
 
     def ran(model, batch):
@@ -7816,7 +7904,8 @@ def test_si_equals_its_formula_over_three_tasks():
 
 
 def test_si_path_under_sgd_is_the_loss_won():
-    """The variant lr * g^2 is the paper's -g * dtheta where the step is -lr * g; the sum is then the loss's fall."""
+    """The variant lr * g^2 is the paper's -g * dtheta where the step is -lr * g; the
+    sum is then the loss's fall."""
     model, batch, lr = methods_net(), methods_regression(0), 1e-3
     method = methods_ready("si", model)
     method.before_task(model, 0)
@@ -7835,7 +7924,7 @@ def test_si_path_under_sgd_is_the_loss_won():
     )  # first order in lr
 
 
-# ------------------------------------------------------------------------------------------------------- galore
+# ----------------------------------------------------------------------------------------- galore
 
 
 def methods_gradients(shapes, steps):
@@ -7976,14 +8065,15 @@ def test_methods_run_on_a_gpu_under_autocast_as_on_the_cpu(name):
     assert methods_distance(*ends) < 0.1 * methods_distance(ends[0], methods_model().state_dict())
 
 
-# ----------------------------------------------------------------------------------------------- learning rates
+# --------------------------------------------------------------------------------- learning rates
 
 
 @pytest.mark.parametrize("schedule, meta, task, values", [
     ("cosine", "none", 0, (0.1, 1, 0.99970, 0.57002, 0.03112, 0.02545, 0.00100)),
     ("rsqrt", "none", 0, (0.1, 1, 1, 0.44777, 0.33587, 0.30060, 0)),
     ("rsqrt", "autoregressive", 1, (0.04270, 0.42698, 0.42698, 0.19150, 0.14379, 0.12869, 0)),
-    ("cosine", "autoregressive", 1, (0.04918, 0.49178, 0.49163, 0.28054, 0.01580, 0.01301, 0.00100)),
+    ("cosine", "autoregressive", 1,
+     (0.04918, 0.49178, 0.49163, 0.28054, 0.01580, 0.01301, 0.00100)),
 ])  # fmt: skip
 def test_learning_rates_are_the_published_ones(schedule, meta, task, values):
     rates = [
@@ -8156,4 +8246,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in BENCHES:
         BENCHES[sys.argv[1]](sys.argv[2:])
     else:
-        sys.exit(f"python test_fomo.py {'|'.join(BENCHES)}; the tests: python -m pytest test_fomo.py")
+        sys.exit(
+            f"python test_fomo.py {'|'.join(BENCHES)}; "
+            "the tests: python -m pytest test_fomo.py"
+        )
