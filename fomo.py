@@ -1487,21 +1487,21 @@ class Folder:
             return results
         clip.save(shown.model, self.path / "model.safetensors")
         if shown.merges:  # where `evaluate --weights` and others look for them
-            gz = shown.merges.endswith(".gz")
-            shutil.copyfile(shown.merges,
-                            self.path / ("bpe_simple_vocab_16e6.txt.gz" if gz else "merges.txt"))
+            endings = {".gz": "bpe_simple_vocab_16e6.txt.gz", ".json": "tokenizer.json"}
+            name = endings.get(Path(shown.merges).suffix, "merges.txt")
+            shutil.copyfile(shown.merges, self.path / name)
         beside = []
         if self.c.method != "joint":
             beside = evaluate.joint_beside(self.path, results["theta_0_sha256"])
         evaluate.page(results, self.path / "picture.png", beside)
         write_json(self.path / "results.json", results)
+        self.done = True
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
             (self.path / name).unlink(missing_ok=True)
         for line in evaluate.words(results):
             self.crew.say(line)
         self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
                       f" ({results['seconds']:.0f} s)")
-        self.done = True
         return results
 
     def _what_is_kept(self):
@@ -1515,7 +1515,8 @@ class Folder:
             return
         with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
             self.log_file.close()
-        if self.done or (self.path / "state.pt").exists():
+        states = (self.path / "state.pt", self.path / "state-before.pt")
+        if self.done or any(state.exists() for state in states):
             return
         for name in ("config.json", "config.json.part", "log.jsonl", "state.pt.part",
                      "theta_0.safetensors"):  # fmt: skip

@@ -4573,6 +4573,18 @@ def test_a_full_disk_is_noticed_before_theta_0_is_trained(flux, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reader_that_goes_as_the_run_ends_costs_nothing(flux, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    gone = BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr(evaluate, "words", lambda *a: (_ for _ in ()).throw(gone))
+    with contextlib.suppress(BrokenPipeError), monkeypatch.context() as patch:
+        patch.setattr(os, "dup2", lambda *a: None)
+        patch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+        fomo.main(flux_options(flux, tmp_path, "--out", str(out)))
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "log.jsonl", "results.json", "model.safetensors"} <= names
+
+
 def test_a_state_that_does_not_fit_together_is_named(flux, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     options = flux_options(flux, tmp_path, "--out", str(out))
