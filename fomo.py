@@ -965,10 +965,12 @@ def pretrain(learner, folder):
 
 
 def save_theta_0(model, path):
-    """As clip.save does, with a hash that tells when it is altered."""
+    """As clip.save does, with a hash that tells when it is altered; whole or not at all."""
     weights = model.state_dict()
-    clip.save(model, path)
-    metadata = clip.read_tensors(path).metadata | {"sha256": fingerprint(weights)}
+    plain = path.with_suffix(".part.safetensors")
+    clip.save(model, plain)
+    metadata = clip.read_tensors(plain).metadata | {"sha256": fingerprint(weights)}
+    plain.unlink()
     clip.write_tensors(weights, path, metadata)
 
 
@@ -1263,7 +1265,7 @@ class Folder:
                              " another --out") from None
         except OSError:  # a file system without locks
             pass
-        for torn in self.path.rglob("*.part"):  # of processes that were killed: ours is the lock
+        for torn in self.path.rglob("*.part*"):  # of processes that were killed: ours is the lock
             torn.unlink()
 
     def _read(self):

@@ -4563,6 +4563,22 @@ def folders_are_refused(flux, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_theta_0_is_in_its_place_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "theta_0.safetensors"
+    model, seen = clip_random(clip.CONFIGS["tiny"]), []
+    write = clip.write_tensors
+
+    def watched(*a):
+        write(*a)
+        if path.exists():
+            seen.append("sha256" in clip.read_tensors(path).metadata)
+
+    monkeypatch.setattr(clip, "write_tensors", watched)
+    fomo.save_theta_0(model, path)
+    assert seen == [True] and [p.name for p in tmp_path.iterdir()] == [path.name]
+    fomo.load_theta_0(clip.CLIP(clip.CONFIGS["tiny"]), path)
+
+
 def test_a_full_disk_is_noticed_before_theta_0_is_trained(flux, tmp_path, capsys, monkeypatch):
     options = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
     full = OSError(28, "No space left on device")
