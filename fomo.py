@@ -1853,6 +1853,9 @@ def main(argv=None):
         else:
             run(parse(argv))
         sys.stdout.flush()
+        if dist.is_initialized():  # else a process that ends before the others aborts some of them
+            dist.barrier()
+            dist.destroy_process_group()
     except BrokenPipeError:  # who read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
