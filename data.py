@@ -70,6 +70,10 @@ class Split:
         """Bytes that change whenever a picture does, without reading the pictures."""
         raise NotImplementedError
 
+    def keys(self):
+        """int64 [N] that tell the samples apart, and stay theirs when others come or go."""
+        return np.arange(len(self))
+
     def fingerprint(self):
         """Hash of labels, captions and state(): equal only if nothing changed in between."""
         return _hash(self.labels, self.captions, self.state())
@@ -91,6 +95,12 @@ def _hash(labels, captions, pictures):
         digest.update(hashlib.sha256(array.tobytes()).digest())
     digest.update(pictures)
     return digest.hexdigest()
+
+
+def _key(text):
+    """The first eight bytes of a text's hash, as an int64."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 class Listlike(Sequence):
@@ -217,6 +227,15 @@ class Concat(Split):
     def raw(self, i):
         return self.ask("raw", i)
 
+    def keys(self):
+        """A sample whose key an earlier part has already gets another."""
+        keys = np.zeros(0, np.int64)
+        for number, split in enumerate(self.splits):
+            own = split.keys()
+            mark = _key(f"part {number}")
+            keys = np.concatenate([keys, np.where(np.isin(own, keys), own ^ mark, own)])
+        return keys
+
     def fingerprint(self):
         return hashlib.sha256("".join(s.fingerprint() for s in self.splits).encode()).hexdigest()
 
@@ -225,12 +244,12 @@ class Concat(Split):
 
 
 class Subset(Split):
-    """The samples `ids` of another split."""
+    """The samples `ids` of another split. labels: theirs, where they are others than there."""
 
-    def __init__(self, split, ids):
+    def __init__(self, split, ids, labels=None):
         self.split = split
         self.ids = np.asarray(ids, np.int64)
-        self.labels = split.labels[self.ids]
+        self.labels = split.labels[self.ids] if labels is None else labels
         self.captions = Lazy(len(self.ids), lambda i: split.captions[int(self.ids[i])])
 
     def image(self, i):
@@ -239,8 +258,12 @@ class Subset(Split):
     def raw(self, i):
         return self.split.raw(int(self.ids[i]))
 
+    def keys(self):
+        return self.split.keys()[self.ids]
+
     def fingerprint(self):
-        return hashlib.sha256(self.split.fingerprint().encode() + self.ids.tobytes()).hexdigest()
+        chosen = self.ids.tobytes() + self.labels.tobytes()
+        return hashlib.sha256(self.split.fingerprint().encode() + chosen).hexdigest()
 
 
 # -------------------------------------------------------------- a small world, drawn on the spot
@@ -605,6 +628,15 @@ class Files(Split):
         except DECODING as e:
             raise ValueError(f"{self.place(i)} does not decode as an image ({e}); "
                              "replace it or leave it out") from e  # fmt: skip
+
+    def keys(self):
+        """Hashes of path and size: another picture in a file of the same name is another sample."""
+        if self.members is None:
+            sizes = _sizes_and_times(self.folder, self.paths)[:, 0]
+        else:
+            sizes = self.members.size
+        keys = (_key(f"{_same_form(p)} {size}") for p, size in zip(self.paths, sizes.tolist()))
+        return np.fromiter(keys, np.int64, len(self.paths))
 
     def state(self):
         digest = hashlib.sha256()
@@ -1352,6 +1384,8 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
     for name in dict.fromkeys(asked if names is not None else [*sets, *asked]):
         d = sets[name]
         if len(d.test):
+            if d.kind == "classification":
+                _two_classes(name, d.classes)
             held = HELD_OUT if heldout is None else heldout
             (world.heldout if name in held else world.adaptation).append(d)
         elif name in asked:
@@ -1422,7 +1456,6 @@ def _folder_set(name, root, template):
     classes = sorted({c for place in places if place for c in _class_folders(place)})
     if not classes:
         raise ValueError(f"{root} has no folders of classes below train/ and test/")
-    _two_classes(next(p for p in places if p), classes)
     prompts = _prompts(template, classes)
     splits = []
     for place in places:
@@ -1495,8 +1528,6 @@ def _table_sets(path, template=TEMPLATE):
     if nameless:
         raise ValueError(f"{path}, line {nameless[0]}: its class is blank ({len(nameless)} in all)")
     classes = sorted({row["class"].strip() for _, row in rows}) if classed else [path.stem]
-    if classed:
-        _two_classes(path, classes)
     prompts = _prompts(template, classes)
     number = {name: k for k, name in enumerate(classes)}
     samples = {}  # (split, file) -> label, captions
@@ -1865,8 +1896,11 @@ def _sets_of(spec, names, options):
         ) from None
 
 
-def _joined(name, one, other):
-    """Two datasets of one name as one, the samples of both."""
+def _joined(name, one, other, grows):
+    """Two datasets of one name as one, the samples of both. grows: the other may have more classes,
+    and samples that the first has too, which are left out."""
+    if grows and one.kind == other.kind:
+        return _grown(one, other)
     if one.classes != other.classes or one.kind != other.kind:
         raise ValueError(f"there are two datasets {name} whose classes differ, {len(one.classes)} "
                          f"and {len(other.classes)} of them: rename one")  # fmt: skip
@@ -1874,8 +1908,22 @@ def _joined(name, one, other):
                    Concat([one.test, other.test]))  # fmt: skip
 
 
+def _grown(one, other):
+    prompt = dict(zip(other.classes, other.prompts)) | dict(zip(one.classes, one.prompts))
+    classes = [*one.classes, *(c for c in other.classes if c not in one.classes)]
+    place = np.array([classes.index(c) for c in other.classes], np.int64)
+    splits = []
+    for old, new in ((one.train, other.train), (one.test, other.test)):
+        known = {key: i for i, key in enumerate(old.keys().tolist())}
+        there = [known.get(key) for key in new.keys().tolist()]
+        more = [i for i, k in enumerate(there) if k is None or old.raw(k) != new.raw(i)]
+        ids = np.array(more, np.int64)
+        splits.append(Concat([old, Subset(new, ids, place[new.labels[ids]])]) if more else old)
+    return Dataset(one.name, one.kind, classes, [prompt[c] for c in classes], *splits)
+
+
 def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, template=TEMPLATE,
-               validation=0.0, download=False, cache=None):  # fmt: skip
+               validation=0.0, download=False, cache=None, grows=False):  # fmt: skip
     """World of what --data names: a source or a list of them, each of which may be
 
     a folder in FoMo-in-Flux's layout; class folders (see folders); a .csv or .tsv (see table); or
@@ -1886,7 +1934,8 @@ def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, 
     prompts_too, cache: as in fomo_in_flux. template: of prompts that the source does not have.
     validation: score on this share of each training split, which is then not trained on; a dataset
     without one is scored on its test split. Datasets of one name in two sources are one if their
-    classes are the same. notes of the World say what was found and what was left out.
+    classes are the same; with grows, as the update of a finished run asks for, each adds to those
+    before it. notes of the World say what was found and what was left out.
     """
     if not 0 <= validation < 1:
         raise ValueError(f"the share for validation is 0 or more and below 1, got {validation:g}")
@@ -1898,7 +1947,9 @@ def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, 
         found, said = _sets_of(str(one), None, options)
         notes += said
         for name, dataset in found.items():
-            sets[name] = _joined(name, sets[name], dataset) if name in sets else dataset
+            sets[name] = (
+                _joined(name, sets[name], dataset, grows) if name in sets else dataset
+            )
     if validation:
         bare = [name for name, d in sets.items() if not len(d.train)]
         sets |= {n: _validated(d, validation) for n, d in sets.items() if len(d.train)}
@@ -1936,14 +1987,44 @@ ORDERS = {  # how -> what its key is, one a concept
 }
 
 
-def concepts(datasets):
+def fresh(datasets, held=None):
+    """For each dataset the ids of its training samples that no earlier task held, see
+    Mixture.held()."""
+    origin, index = located(held, datasets)
+    return [np.setdiff1d(np.arange(len(d.train)), index[(origin == k) & (index >= 0)])
+            for k, d in enumerate(datasets)]  # fmt: skip
+
+
+def located(held, datasets):
+    """Where the samples that earlier tasks held are now: int16 [M], number of the dataset, -1 if it
+    is not among these; int64 [M], id in its training split, -1 if it has gone."""
+    if held is None:
+        return np.zeros(0, np.int16), np.zeros(0, np.int64)
+    origin = np.full(len(held["keys"]), -1, np.int16)
+    index = np.full(len(held["keys"]), -1, np.int64)
+    for k, d in enumerate(datasets):
+        if d.name not in held["names"]:
+            continue
+        mine = held["origin"].numpy() == held["names"].index(d.name)
+        origin[mine] = k
+        keys = d.train.keys()
+        by_key = np.argsort(keys)
+        places = np.searchsorted(keys[by_key], held["keys"].numpy()[mine])
+        ids = by_key[np.minimum(places, len(keys) - 1)] if len(keys) else places
+        same = keys[ids] == held["keys"].numpy()[mine] if len(keys) else False
+        index[mine] = np.where(same, ids, -1)
+    return origin, index
+
+
+def concepts(datasets, held=None):
     """All (dataset name, class name) that have a training sample, the unit of a stream (sec. 3.3).
+    held: that have one that no earlier task held, see Mixture.held().
 
     Within a dataset a stream tells classes apart by their names, so that these must be unique.
     """
     found = []
-    for d in datasets:
-        labels = np.unique(d.train.labels)
+    for d, ids in zip(datasets, fresh(datasets, held)):
+        labels = np.unique(d.train.labels[ids])
         if len(labels) and not d.classes:
             raise ValueError(f"{d.name} has no class names, so a stream cannot name its concepts: "
                              "hold it out, or leave it out")  # fmt: skip
@@ -2145,10 +2226,12 @@ class Mixture:
     with ratios[0] = 0 no pool is needed.
 
     samples: (dataset name, index in its training split) in stream order, of which task t owns
-    samples[ends[t] : ends[t + 1]].
+    samples[ends[t] : ends[t + 1]]. held: what held() gave of an earlier run's tasks, which the
+    chunks follow; gone: {dataset name: how many of these samples are no longer there}.
     """
 
-    def __init__(self, world, chunks, batch_size, ratios=(0.33, 0.34, 0.33), replay=0, seed=0):
+    def __init__(self, world, chunks, batch_size, ratios=(0.33, 0.34, 0.33), replay=0, seed=0,
+                 held=None):  # fmt: skip
         if len(ratios) != 3 or min(ratios) < 0 or not abs(sum(ratios) - 1) <= 1e-6:
             shares = "/".join(map(str, ratios))
             raise ValueError(f"the mixture P/D/B is three shares that sum to 1, got {shares}")
@@ -2160,23 +2243,32 @@ class Mixture:
         if ratios[0] > 0 and self.pool_size == 0:
             raise ValueError("the mixture asks for pretraining data, and there is no pool: name it "
                              "(--pool), or mix 0/D/B (--mixture)")  # fmt: skip
+        self.datasets = world.adaptation
         self.names = [d.name for d in world.adaptation]
-        groups = _groups(world.adaptation)
+        self.before = held or {"names": [], "origin": torch.zeros(0, dtype=torch.int16),
+                               "keys": torch.zeros(0, dtype=torch.int64), "ends": [0]}  # fmt: skip
+        groups = _groups(world.adaptation, held)
         stream = [(name, _same_form(c)) for chunk in chunks for name, c in chunk]
-        _check_stream(stream, groups, self.names)
+        _check_stream(stream, groups, self.names, held is not None)
+        origin, index = located(self.before, world.adaptation)
+        there = index >= 0
+        lost = self.before["origin"][torch.from_numpy(~there)].tolist()
+        self.gone = dict(Counter(self.before["names"][k] for k in lost))
+        ends = [int(there[:end].sum()) for end in self.before["ends"]]
         sizes = [sum(len(groups[name, _same_form(c)][0]) for name, c in chunk) for chunk in chunks]
-        self.ends = [0, *np.cumsum(sizes, dtype=int).tolist()]
+        self.ends = [*ends, *(ends[-1] + np.cumsum(sizes, dtype=int)).tolist()]
         number = {name: k for k, name in enumerate(self.names)}
-        ids = [groups[concept][0] for concept in stream]
-        origin = [np.full(len(i), number[name], np.int16) for i, (name, _) in zip(ids, stream)]
-        self.index = np.concatenate([np.zeros(0, np.int64), *ids])  # [M], in stream order
-        self.origin = np.concatenate([np.zeros(0, np.int16), *origin])  # [M], number of the dataset
+        new = [groups[concept][0] for concept in stream]
+        sets = [np.full(len(i), number[name], np.int16) for i, (name, _) in zip(new, stream)]
+        self.index = np.concatenate([index[there], *new])  # [M], in stream order
+        self.origin = np.concatenate([origin[there], *sets])  # [M], number of the dataset
         self.samples = Lazy(self.ends[-1], lambda k: self._stream_ids([k])[0])
 
     def counts(self, task):
         """Samples of P, D_t and B in a batch of this task."""
         p, d, b = self.ratios
-        return split_batch(self.batch_size, (p, d, b) if task > 0 else (p, d + b, 0))
+        nothing = self.ends[task] == 0  # in B
+        return split_batch(self.batch_size, (p, d + b, 0) if nothing else (p, d, b))
 
     def ids(self, task, step, skip=0):
         """-> batch_size pairs (source, index): "pool" or a dataset's name, index in its training
@@ -2193,6 +2285,24 @@ class Mixture:
             batch += self._pool_ids(places) if source == 0 else self._stream_ids(places)
         return batch
 
+    def held(self):
+        """What a Mixture of the next tasks has to know of these and all before: texts and tensors,
+        a key of eight bytes a sample."""
+        names = list(dict.fromkeys([*self.before["names"], *self.names]))
+        first = self.ends[len(self.before["ends"]) - 1]
+        keys = np.zeros(len(self.index) - first, np.int64)
+        origin = np.zeros(len(keys), np.int16)
+        for k, d in enumerate(self.datasets):
+            mine = self.origin[first:] == k
+            if mine.any():
+                keys[mine] = d.train.keys()[self.index[first:][mine]]
+                origin[mine] = names.index(d.name)
+        earlier = self.before["ends"]
+        later = [earlier[-1] + end - first for end in self.ends[len(earlier) :]]
+        return {"names": names, "ends": [*earlier, *later],
+                "origin": torch.cat([self.before["origin"], torch.from_numpy(origin)]),
+                "keys": torch.cat([self.before["keys"], torch.from_numpy(keys)])}  # fmt: skip
+
     def _pool_ids(self, places):
         drawn = endless(places, self.pool_size, self.seed, 3)
         return [("pool", i) for i in drawn.tolist()]
@@ -2202,13 +2312,13 @@ class Mixture:
         return list(zip(names, self.index[places].tolist()))
 
 
-def _groups(datasets):
-    """(dataset, class name in NFC) -> ids of its training samples, number of classes so called."""
+def _groups(datasets, held=None):
+    """(dataset, class name in NFC) -> ids of its training samples that no earlier task held, number
+    of classes so called."""
     groups = {}
-    for d in datasets:
-        labels = d.train.labels
-        by_class = np.argsort(labels, kind="stable")
-        found, starts = np.unique(labels[by_class], return_index=True)
+    for d, ids in zip(datasets, fresh(datasets, held)):
+        by_class = ids[np.argsort(d.train.labels[ids], kind="stable")]
+        found, starts = np.unique(d.train.labels[by_class], return_index=True)
         for c, ids in zip(found, np.split(by_class, starts[1:])):
             if d.classes:
                 concept = d.name, _same_form(d.classes[c])
@@ -2217,7 +2327,7 @@ def _groups(datasets):
     return groups
 
 
-def _check_stream(stream, groups, names):
+def _check_stream(stream, groups, names, again):
     if len(set(stream)) < len(stream):
         twice = Counter(stream).most_common(1)[0][0]
         raise ValueError(f"the stream names {'+++'.join(twice)} more than once; "
@@ -2228,8 +2338,8 @@ def _check_stream(stream, groups, names):
             raise ValueError(f"the stream names the dataset {concept[0]}; those to adapt to: "
                              f"{', '.join(sorted(names))}")  # fmt: skip
         if concept not in groups:
-            raise ValueError(f"the stream names {name}, and {concept[0]} has no training sample "
-                             "of it")  # fmt: skip
+            raise ValueError(f"the stream names {name}, and {concept[0]} has no {'new ' * again}"
+                             "training sample of it")  # fmt: skip
         if groups[concept][1] > 1:
             raise ValueError(f"the stream names {name}, and {concept[0]} has {groups[concept][1]} "
                              "classes of this name: rename one, or hold the set out")  # fmt: skip

@@ -3010,7 +3010,7 @@ def flux_folder(tmp_path):
     ("path,title\n1.png,a", "has no column filepath, but path, title"),
     ("", "has no column filepath, but none at all"), ("filepath,title\n", "has no rows"),
     ("filepath,title\n9.png,a\n1.png,b", "lists '9.png', which is not there .*1 of 2"),
-    ("filepath,title,class\n1.png,a,x\n2.png,b,x", "holds one class, 'x'"),
+    ("filepath,title,class,split\n1.png,a,x,train\n2.png,b,x,test", "holds one class, 'x'"),
     ("filepath,title,class\n1.png,a,x\n1.png,b,y", "line 3: 1.png is of two classes, x and y"),
     ("filepath,title,class\n1.png,a,x\n1.png,b,", "line 3: its class is blank"),
     ("filepath,title,split\n1.png,a,dev", "line 2: its split is 'dev'"),
