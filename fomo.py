@@ -6,6 +6,7 @@
     python fomo.py report runs/*                  their table, and one picture of them all
     python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME
     torchrun --nproc-per-node 2 fomo.py --method merge     the same on two GPUs or CPU processes
+    python fomo.py --continue runs/merge-0 --data D NEW    the next update of a finished run
     python fomo.py evaluate --weights W --data D  scores of one checkpoint
     python fomo.py inspect --data D               what the data are, and what is broken in them
     python fomo.py stream --data D --order time   an order of concepts, as a file
@@ -24,7 +25,9 @@ import errno
 import hashlib
 import json
 import math
+import operator
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -112,7 +115,14 @@ class Config:
                        " stay the same", least=0)
     score_all: bool = option("run", False, "score all test data after every task; the paper,"
                              " between the first and the last, a class-balanced subset")
-    out: str = option("run", None, "folder of the run; default runs/<method>-<seed>")
+    out: str = option("run", None, "folder of the run; default runs/<method>-<seed>, or RUN-t<task>"
+                      " where it continues RUN")
+    continue_: str = option("run", None, "folder of a finished run, whose next update this is: all"
+                            " is as it was there unless given, and what its tasks have not held of"
+                            " the data makes the next --tasks (default 1)")
+    gate: str = option("run", None, "what has to hold for the new weights to be shipped, in points"
+                       " against those before, as in \"zs >= -1, DIGITS >= -3\"; if it does not,"
+                       " model.safetensors has the old ones and the exit status is 3")
     plan: bool = option("run", False, "say what the run would do, time two steps, and stop")
     accept_changes: bool = option("run", False, "go on with an unfinished run although its input"
                                   " has changed; results.json records what")
@@ -209,8 +219,8 @@ class Config:
                                " or 50 times what a saving takes", above=0)
 
 
-PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
-FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes")  # change no result
+PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
+FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # for any result
 MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
 
@@ -237,7 +247,7 @@ class Stage:
     optimizer: torch.optim.Optimizer = None
     scaler: torch.amp.GradScaler = None
     when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
-    concepts: list = None  # how many each task teaches
+    chunks: list = None  # the concepts that each task teaches
     saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
 
 
@@ -288,17 +298,20 @@ def run(config):
     """The main job. Returns the results, as in results.json; None with --plan."""
     c, crew = resolve(config)
     with Signals() as signals, Folder(c, crew, signals) as folder:
-        world = load_world(c, crew)
+        past = read_past(c)
+        world = load_world(c, crew, past["held"])
         learner = load_learner(c, crew, world)
-        stream = load_stream(learner)
-        chunks = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
-        mixture = data.Mixture(world, chunks, c.batch_size, ratios(c), c.replay, c.seed)
-        tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
+        stream = load_stream(learner, past["held"])
+        new = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
+        mixture = data.Mixture(world, new, c.batch_size, ratios(c), c.replay, c.seed, past["held"])
+        chunks = past["chunks"] + new
+        tasks, steps, costs = plan(c, learner.model.config, mixture, len(new))
         announce(learner, mixture, tasks, steps, costs)
         if c.plan:
-            return time_two_steps(learner, mixture)
-        folder.begin(inputs(learner, stream, steps))
-        obtain_theta_0(learner, folder)
+            return time_two_steps(learner, mixture, len(past["chunks"]))
+        check_gate(c.gate, world)
+        folder.begin(inputs(learner, stream, steps, past), past)
+        obtain_theta_0(learner, folder, past)
 
         method = make_method(c)
         theta_0 = on_cpu(learner.model.state_dict())
@@ -307,22 +320,22 @@ def run(config):
         shown = Learner(copy.deepcopy(learner.model).cpu(), learner.tokenizer, c, crew, world)
         method.prepare(learner.model.to(learner.device))
         results = costs | {
-            "theta_0": None, "tasks": [], "chance": chance(world), "steps_per_task": steps,
-            "heldout": [d.name for d in world.heldout],
+            "theta_0": None, "before": None, "tasks": [], "chance": chance(world),
+            "steps_per_task": steps, "heldout": [d.name for d in world.heldout],
             "theta_0_sha256": fingerprint(theta_0), "trained_parameters": 0,
         }  # fmt: skip
         if tasks:
             results["trained_parameters"] = sum(p.numel() for p in method.trained.values())
-        stage = Stage("stream", learner, method, timeline, mixture, tasks, steps, rates(c),
-                      (0.9, 0.999), None, results)  # fmt: skip
+        stage = Stage("stream", learner, method, timeline, mixture, len(past["chunks"]) + tasks,
+                      steps, rates(c), (0.9, 0.999), None, results)  # fmt: skip
         stage.score = partial(score_task, stage, shown, folder)
         stage.when = first_tasks(world, chunks)
-        stage.concepts = [len(chunk) for chunk in chunks]
+        stage.chunks = chunks
+        go_on(stage, folder, past)
         folder.restore(stage)
         learner.broken = shown.broken = folder.name_broken
         crew.say(told_so_far(stage.results))
-        if stage.results["theta_0"] is None:
-            score_theta_0(stage, shown, folder)
+        score_before(stage, shown, folder)
         train(stage, folder)
         return folder.finish(stage, shown)
 
@@ -352,13 +365,13 @@ def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
             given[name] = os.path.expanduser(given[name])
         elif name in given:
             given[name] = tuple(map(os.path.expanduser, given[name]))
-    config = Config(**given)
+    config = continued(given) if given.get("continue_") else Config(**given)
     refuse_unused(config, given)
     return config
 
 
 def flag(name):
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def add_option(group, f):
@@ -375,7 +388,8 @@ def add_option(group, f):
     many = f.type == tuple[str, ...]
     group.add_argument(
         flag(f.name), type=str if many else f.type, nargs="*" if many else None, choices=choices,
-        help=text.replace("%", "%%"), metavar=None if choices else f.name.upper())  # fmt: skip
+        help=text.replace("%", "%%"), dest=f.name,
+        metavar=None if choices else f.name.upper().rstrip("_"))  # fmt: skip
 
 
 def refuse_unused(c, given):
@@ -423,7 +437,7 @@ def resolve(config, trains=True):
     if c.weights is None and c.model != "tiny":
         raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or"
                          " --model tiny")
-    if trains and c.weights is None and c.data and not c.pool:
+    if trains and c.weights is None and c.data and not c.pool and not c.continue_:
         raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
                          " that are it")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
@@ -437,6 +451,7 @@ def resolve(config, trains=True):
     rates(c)(step=0, steps=1, task=0)  # says what is wrong with --warmup, --cooldown and --floor
     merge.Timeline({}, **merge_options(c))  # and of merging and the method
     make_method(c)
+    conditions(c.gate)
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     crew = Crew(c)
     if c.batch_size < crew.count:
@@ -716,11 +731,23 @@ class Learner:
         return clip.gather_rows(torch.cat([nothing, *mine]), first, total)
 
 
-def load_world(c, crew):
+def load_world(c, crew, held=None):
+    """held: what earlier tasks held, where this run continues another."""
     if not c.data:
         return data.toy()
-    world = data.open_world(c.data, c.heldout, c.pool, c.captions, c.prompts_too, c.template,
-                            c.validation, c.download, c.cache)  # fmt: skip
+    options = (c.heldout, c.pool, c.captions, c.prompts_too, c.template, c.validation, c.download,
+               c.cache, held is not None)  # fmt: skip
+    world = data.open_world(c.data, *options)
+    if held is not None and not (data.located(held, world.adaptation)[1] >= 0).any():
+        before = finished(c.continue_)["config"]["data"]
+        crew.say("--data holds nothing that earlier tasks held, so it is added to theirs:"
+                 f" {' '.join(before)}")
+        c.data = (*before, *c.data)
+        world = data.open_world(c.data, *options)
+    learnt = set(held["names"]) & {d.name for d in world.heldout} if held else ()
+    if learnt:
+        raise ValueError(f"{', '.join(sorted(learnt))} cannot be held out: {c.continue_} trained on"
+                         " it")
     for note in world.notes:
         crew.say(note)
     if not world.heldout:
@@ -729,8 +756,9 @@ def load_world(c, crew):
     return world
 
 
-def load_stream(learner):
-    """-> the concepts in order: --stream's, less those that nobody trains on, or all in --order."""
+def load_stream(learner, held=None):
+    """-> the concepts in order: --stream's, less those that nobody trains on, or all in --order.
+    held: only of those that have samples which no earlier task held."""
     c = learner.c
     world = learner.world
     crew = learner.crew
@@ -739,7 +767,10 @@ def load_stream(learner):
         for note in notes:
             crew.say(note)
         return kept
-    found = data.concepts(world.adaptation)
+    found = data.concepts(world.adaptation, held)
+    if held is not None and not found:
+        raise ValueError(f"there is nothing new for {c.continue_}: its tasks held every sample that"
+                         " is there; add some, with --data")
     return data.order(found, c.order, c.seed, order_key(learner, found), c.reverse)
 
 
@@ -755,7 +786,7 @@ def order_key(learner, found):
         return data.occurrences(found, world.pool.captions)
     if c.order == "time":
         return data.times(found)
-    if c.order in ("performance", "similarity") and c.weights is None:
+    if c.order in ("performance", "similarity") and c.weights is None and not c.continue_:
         raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream"
                          " writes the order to a file)")
     if c.order in ("performance", "similarity"):
@@ -786,24 +817,27 @@ def concept_loss(learner, concept, prompt, most=32):
 
 
 def load_learner(c, crew, world):
-    """The checkpoint --weights, or a model as it is before any training. On the CPU."""
-    if c.weights is None:
+    """The checkpoint --weights, what the run that is continued has shipped, or a model as it is
+    before any training. On the CPU."""
+    weights = os.path.join(c.continue_, "model.safetensors") if c.continue_ else c.weights
+    if weights is None:
         torch.manual_seed(0)
         return Learner(clip.CLIP(clip.CONFIGS[c.model]), clip.Tokenizer(), c, crew, world)
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[c.activation]
-    model = load_clip(c.weights, quick_gelu, c.cache)
+    model = load_clip(weights, None if c.continue_ else quick_gelu, c.cache)
     plain = dataclasses.replace(model.config, quick_gelu=False)
     if c.model and clip.CONFIGS[c.model] != plain:
-        raise ValueError(f"{c.weights} is no {c.model}: without --model it is what the weights are")
+        raise ValueError(f"{weights} is no {c.model}: without --model it is what the weights are")
     c.model = next((name for name, known in clip.CONFIGS.items() if known == plain), None)
     bytewise = model.config.vocab_size == clip.CONFIGS["tiny"].vocab_size
     merges = None
     if not bytewise:
-        merges = clip.fetch(c.bpe, c.cache) if c.bpe else clip.find_bpe(c.weights, c.cache)
+        named = c.bpe and not c.continue_
+        merges = clip.fetch(c.bpe, c.cache) if named else clip.find_bpe(weights, c.cache)
     tokenizer = clip.Tokenizer(merges)
-    clip.check_tokenizer(model, tokenizer, c.weights)
+    clip.check_tokenizer(model, tokenizer, weights)
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise ValueError(f"{c.weights} holds numbers that are not finite: take other weights")
+        raise ValueError(f"{weights} holds numbers that are not finite: take other weights")
     return Learner(model, tokenizer, c, crew, world, merges)
 
 
@@ -818,9 +852,10 @@ def load_clip(path, quick_gelu, cache):
 # ------------------------------------------------------------------- what is going to happen, first
 
 
-def plan(c, model_config, samples):
-    """-> number of tasks, steps of each, and what they cost. samples: of the whole stream."""
-    tasks = {"joint": 1, "zero-shot": 0}.get(c.method, c.tasks)
+def plan(c, model_config, mixture, new):
+    """-> number of tasks to do, of `new`, steps of each, and what they cost."""
+    tasks = 0 if c.method == "zero-shot" else new
+    samples = mixture.ends[-1] - mixture.ends[-1 - new]
     method = "finetune" if c.method == "zero-shot" else c.method
     rank = c.rank or 0  # 0 is the paper's
     gap = c.gap or budget.GAP
@@ -850,6 +885,13 @@ def announce(learner, mixture, tasks, steps, costs):
     method = "finetune" if c.method == "zero-shot" else c.method
     samples = mixture.ends[-1]
     passes = tasks * steps * c.batch_size / samples
+    if c.continue_:
+        before = mixture.ends[-1 - tasks]
+        gone = ", ".join(f"{name} {n:,}" for name, n in mixture.gone.items())
+        crew.say(f"{c.continue_} goes on with {samples - before:,} new samples; its tasks held"
+                 f" {before:,} of those that are there{gone and f', and what has gone: {gone}'}")
+        if not before and ratios(c)[2]:
+            crew.say("the buffer is empty: the update takes its share of each batch")
     peak = budget.peak_memory(learner.model.config, -(-c.batch_size // crew.count), method,
                               c.precision, c.rank or 0, c.micro_batch)  # fmt: skip
     processes = f" on {crew.count} processes" if crew.count > 1 else ""
@@ -862,29 +904,34 @@ def announce(learner, mixture, tasks, steps, costs):
                  " --steps may do")
 
 
-def time_two_steps(learner, mixture):
-    """--plan: steps of the first task, on weights that nobody keeps."""
+def time_two_steps(learner, mixture, task):
+    """--plan: steps of a task, on weights that nobody keeps."""
     method = make_method(learner.c)
     method.prepare(learner.model.to(learner.device))
-    for batch in learner.batches(mixture, 0, 2):
+    for batch in learner.batches(mixture, task, 2):
         began = time.perf_counter()
         loss = float(learner.backward(batch, torch.amp.GradScaler(enabled=False)))
         seconds = time.perf_counter() - began
         learner.crew.say(f"a step takes {seconds:.2f} s without the data's (loss {loss:.3f})")
 
 
-def inputs(learner, stream, steps):
+SCORED = ("class names and prompts", "test pictures and captions")  # what a dataset's scores are of
+
+
+def inputs(learner, stream, steps, past):
     """What decides what is trained and scored, as hashes or in words, by name."""
     c = learner.c
     world = learner.world
     found = {"stream": digest(stream), "steps a task": str(steps)}
     for d in world.adaptation + world.heldout:
-        found[f"{d.name}: class names and prompts"] = digest([d.kind, d.classes, d.prompts])
+        found[f"{d.name}: {SCORED[0]}"] = digest([d.kind, d.classes, d.prompts])
+        found[f"{d.name}: {SCORED[1]}"] = d.test.fingerprint()
         found[f"{d.name}: training pictures and captions"] = d.train.fingerprint()
-        found[f"{d.name}: test pictures and captions"] = d.test.fingerprint()
     if world.pool is not None:
         found["pool"] = world.pool.fingerprint()
-    if c.weights is not None:
+    if c.continue_:
+        found["the run that is continued"] = past["id"]
+    elif c.weights is not None:
         model = learner.model
         says = [dataclasses.asdict(model.config), dataclasses.asdict(model.preprocess)]
         found["weights"] = digest([fingerprint(model.state_dict()), *says])
@@ -892,7 +939,7 @@ def inputs(learner, stream, steps):
         found["tokenizer"] = hashlib.sha256(Path(learner.merges).read_bytes()).hexdigest()
     device = learner.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__),
                 "torchvision": torchvision.__version__, "pillow": PIL.__version__,
                 "numpy": numpy.__version__}  # fmt: skip
     machine = {flag(name): str(getattr(c, name)) for name in MACHINE}
@@ -916,12 +963,15 @@ def fingerprint(weights):
 # ------------------------------------------------------------------------------------- theta_0
 
 
-def obtain_theta_0(learner, folder):
+def obtain_theta_0(learner, folder, past):
     """learner.model becomes theta_0: as the run's folder or --weights or the cache has it, or
     trained on the pool now. The run's folder keeps it, so that a cleared cache costs nothing."""
     c = learner.c
     crew = learner.crew
     model = learner.model
+    if c.continue_:
+        model.load_state_dict(past["theta_0"])
+        return
     own = folder.path / "theta_0.safetensors"
     if crew.told(own.exists()):
         load_theta_0(model, own)
@@ -965,13 +1015,17 @@ def pretrain(learner, folder):
 
 
 def save_theta_0(model, path):
-    """As clip.save does, with a hash that tells when it is altered; whole or not at all."""
-    weights = model.state_dict()
+    save_clip(model, path, sha256=fingerprint(model.state_dict()))
+
+
+def save_clip(model, path, **more):
+    """As clip.save does, with more metadata, such as a hash that tells when it is altered; whole or
+    not at all."""
     plain = path.with_suffix(".part.safetensors")
     clip.save(model, plain)
-    metadata = clip.read_tensors(plain).metadata | {"sha256": fingerprint(weights)}
+    metadata = clip.read_tensors(plain).metadata | more
     plain.unlink()
-    clip.write_tensors(weights, path, metadata)
+    clip.write_tensors(model.state_dict(), path, metadata)
 
 
 def load_theta_0(model, path):
@@ -1110,6 +1164,20 @@ class ExpertFiles:
     def pop(self):
         self.hashes.pop()
 
+    def adopt(self, folder, hashes):
+        """The experts of the run that is continued: linked where the disk can, else copied."""
+        if self.crew.leads and hashes:
+            self.folder.mkdir(exist_ok=True)
+            for own in (self.path(i) for i in range(len(hashes))):
+                part = own.with_suffix(".part")
+                try:
+                    os.link(folder / own.name, part)
+                except OSError:
+                    shutil.copyfile(folder / own.name, part)
+                os.replace(part, own)
+        self.crew.told(None)
+        self.restore(hashes)
+
     def restore(self, hashes):
         """ValueError unless the files are those that the state knows."""
         self.hashes = list(hashes)
@@ -1122,12 +1190,21 @@ class ExpertFiles:
                                  " delete the run's folder")
 
 
-def score_theta_0(stage, shown, folder):
-    row = score_all(stage, shown, folder, True, "scoring theta_0")
-    stage.results["theta_0"] = row
-    folder.log("evaluation", task=0, **row)
-    shown.crew.say(evaluate.run_row("theta_0", "", row))
-    folder.save(stage)
+def score_before(stage, shown, folder):
+    """theta_0, and in a run that continues another what that one shipped; if not known already."""
+    results = stage.results
+    for name in ("theta_0", "before"):
+        if results[name] is not None:
+            continue
+        if name == "before":
+            if "parent" not in results:
+                return
+            shown.model.load_state_dict(stage.timeline.deploy())
+        row = score_all(stage, shown, folder, True, f"scoring {name}")
+        results[name] = row
+        folder.log("evaluation", task=stage.task, **row)
+        shown.crew.say(evaluate.run_row(name, "", row))
+        folder.save(stage)
 
 
 def score_task(stage, shown, folder, task):
@@ -1135,10 +1212,13 @@ def score_task(stage, shown, folder, task):
     shown.model.load_state_dict(stage.timeline.deploy())
     everything = shown.c.score_all or task == stage.tasks - 1
     scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}")
-    row = {"task": task + 1, "steps": stage.steps, "concepts": stage.concepts[task], **scores}
-    whole = stage.results["theta_0"]
-    before = (stage.results["tasks"] or [whole])[-1]
-    stage.results["tasks"].append(row)
+    row = {"task": task + 1, "steps": stage.steps, "concepts": len(stage.chunks[task]), **scores}
+    results = stage.results
+    whole = results["theta_0"]
+    before = (results["tasks"] or [whole])[-1]
+    if results["before"] and task == results["parent"]["tasks"]:
+        before = results["before"]
+    results["tasks"].append(row)
     folder.log("evaluation", **row, seconds=folder.seconds())
     shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, whole))
 
@@ -1162,7 +1242,7 @@ def score_all(stage, shown, folder, everything, name):
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
     tasks = stage.task + (stage.step > 0)  # finished so far, this one included
     return {**summary(world, {name: n["score"] for name, n in numbers.items()}), "samples": samples,
-            **evaluate.by_concept(per_class, when, len(stage.concepts), tasks)}  # fmt: skip
+            **evaluate.by_concept(per_class, when, len(stage.chunks), tasks)}  # fmt: skip
 
 
 def score(learner, dataset, ids, templates=None):
@@ -1196,12 +1276,166 @@ def chance(world):
 
 def first_tasks(world, chunks):
     """Dataset -> for each of its classes the task that teaches it, from 1; None where none does."""
-    task = {concept: t + 1 for t, chunk in enumerate(chunks) for concept in chunk}
+    task = {}
+    for t, chunk in enumerate(chunks):
+        for name, concept in chunk:
+            task.setdefault((name, concept), t + 1)
     return {d.name: [task.get((d.name, name)) for name in d.classes] for d in world.adaptation}
 
 
 def title(stage):
     return "theta_0" if stage.name == "theta_0" else f"task {stage.task + 1}/{stage.tasks}"
+
+
+# ---------------------------------------------------------------- the next update of a finished run
+
+NOT_AGAIN = ("out", "stream", "plan", "accept_changes", "save_every", "workers")  # not as in RUN
+SETTLED = ("method", "merge_init", "merge_deploy")  # and the options of theta_0 and of the method
+
+
+def finished(folder):
+    """The results of a finished run, which can be continued."""
+    if not os.path.exists(os.path.join(folder, "results.json")):
+        unfinished = os.path.exists(os.path.join(folder, "config.json"))
+        raise ValueError(f"{folder} is not finished: start its own command again, then continue it"
+                         if unfinished else f"{folder} is no finished run: --continue takes the"
+                         " folder of one")  # fmt: skip
+    results = evaluate.read_results(folder)
+    method = results["config"]["method"]
+    if method in ("joint", "zero-shot"):
+        raise ValueError(f"{folder} is a run of {method}, which has no next update")
+    if results.get("deployed") == "before":
+        raise ValueError(f"{folder} failed its gate ({results['config']['gate']}) and shipped the"
+                         " weights before it: continue the run that it continues, or start anew")
+    return results
+
+
+def continued(given):
+    """Config of the next update of the run given["continue_"]: its own, but for what is given."""
+    folder = Path(given["continue_"])
+    results = finished(folder)
+    before = {k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items()}
+    known = {f.name: f for f in fields(Config)}
+    if set(before) != set(known):
+        raise ValueError(f"{folder} is a run of another version of fomo.py: it cannot be continued")
+    for name, value in given.items():
+        fixed = name in SETTLED or known[name].metadata["group"] in ("theta_0", "method")
+        if fixed and value != before[name]:
+            raise ValueError(f"{flag(name)} is {before[name]} in {folder}, and its next update"
+                             f" cannot have {value}: leave it out, or start a new run")
+    if "data" in given and not before["data"]:
+        raise ValueError(f"{folder} is a run on the drawn world: its next update takes no --data")
+    options = before | {name: known[name].default for name in NOT_AGAIN}
+    by_budget = {"steps", "budget"} & set(given)
+    options |= {"tasks": 1, "steps": None if by_budget else results["steps_per_task"]}
+    options |= {"budget": None} | given
+    last = results["tasks"][-1]["task"] + options["tasks"]
+    name = re.sub(r"-t\d+$", "", folder.resolve().name)
+    options["out"] = options["out"] or str(folder.with_name(f"{name}-t{last}"))
+    return Config(**options)
+
+
+def read_past(c):
+    """What the finished run that --continue names has kept for this one, as finish() wrote it."""
+    if not c.continue_:
+        return {"id": None, "held": None, "chunks": []}
+    path = Path(c.continue_) / "continue.pt"
+    results = finished(c.continue_)
+    if not path.exists():
+        raise ValueError(f"{path} is not there, which the next update starts from: it was deleted,"
+                         " so start a new run from model.safetensors")
+    try:
+        past = torch.load(path, map_location="cpu", weights_only=True)
+        if past["id"] != results["version"]["run"]:
+            raise ValueError("it is another run's")
+        if fingerprint(past["theta_0"]) != results["theta_0_sha256"]:
+            raise ValueError("it holds another theta_0")
+        return past | {"results": results}
+    except Exception as e:  # noqa: BLE001 -- whatever a torn file makes of torch
+        fault = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        raise ValueError(f"{path} is not what {c.continue_} wrote ({fault}): put it back, or start"
+                         " a new run from model.safetensors") from None
+
+
+def go_on(stage, folder, past):
+    """A stage that continues a finished run stands where that one ended."""
+    if not past["chunks"]:
+        return
+    results = past["results"]
+    now = folder.run["inputs"]
+    new = [d.name for d in stage.learner.world.adaptation + stage.learner.world.heldout
+           if any(now[f"{d.name}: {what}"] != past["inputs"].get(f"{d.name}: {what}")
+                  for what in SCORED)]  # fmt: skip
+    stage.task = len(past["chunks"])
+    stage.results["tasks"] = results["tasks"]
+    stage.results["parent"] = {"run": os.path.abspath(stage.learner.c.continue_),
+                               "id": past["id"], "tasks": stage.task}  # fmt: skip
+    stage.results["scored_since"] = results.get("scored_since", {}) | dict.fromkeys(
+        new, stage.task + 1)
+    if not new and set(results["final"]["datasets"]) == set(stage.results["chance"]["datasets"]):
+        stage.results["theta_0"] = results["theta_0"]
+        stage.results["before"] = results["final"]
+    stage.timeline.store.adopt(Path(stage.learner.c.continue_) / "experts", past["experts"])
+    stage.timeline.load_state(past["timeline"])
+    stage.method.load_state(past["method"])
+    if past["model"]:
+        stage.learner.model.load_state_dict(past["model"])
+
+
+def kept_for_the_next(stage, run):
+    """What read_past() reads: all that the next update needs, and no tensor twice."""
+    model = stage.learner.model.state_dict() if stage.timeline.init == "latest" else None
+    return once({
+        "id": run["id"], "inputs": run["inputs"], "chunks": stage.chunks,
+        "held": stage.mixture.held(), "theta_0": stage.timeline.base, "model": model,
+        "method": stage.method.state(), "timeline": stage.timeline.state(),
+        "experts": stage.timeline.store.hashes,
+    }, {})  # fmt: skip
+
+
+def once(value, known):
+    """A nested value with equal tensors as one, which torch.save writes once."""
+    if isinstance(value, dict):
+        return {k: once(v, known) for k, v in value.items()}
+    if torch.is_tensor(value):
+        value = value.detach().cpu()
+        key = str(value.dtype), tuple(value.shape), fingerprint({"": value})
+        return known.setdefault(key, value)
+    return value
+
+
+def conditions(gate):
+    """--gate -> [(name, "<" or ">" or "<=" or ">=", points)]."""
+    found = []
+    for part in gate.split(",") if gate else ():
+        match = re.fullmatch(r"\s*(\S.*?)\s*([<>]=?)\s*([-+]?[\d.]+)\s*", part)
+        try:
+            found.append((match[1], match[2], float(match[3])))
+        except (TypeError, ValueError):
+            raise ValueError(f"--gate takes conditions as in \"zs >= -1, DIGITS >= -3\", got"
+                             f" {part!r}") from None
+    return found
+
+
+def check_gate(gate, world):
+    """ValueError where it asks for what this run does not score."""
+    sets = [d.name for d in world.adaptation + world.heldout]
+    means = ["ka", *(["zs", "gm"] if world.heldout else [])]
+    for name, _, _ in conditions(gate):
+        if name not in sets and name.lower() not in means:
+            raise ValueError(f"--gate asks for {name}, which is not scored here: there are"
+                             f" {', '.join(means + sets)}")
+
+
+def failures(gate, before, after):
+    """What of the gate does not hold, in words."""
+    holds = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
+    failed = []
+    for name, sign, points in conditions(gate):
+        old, new = (row["datasets"].get(name, row.get(name.lower())) for row in (before, after))
+        if not holds[sign](new - old, points):
+            failed.append(f"{name} {new - old:+.1f}, not {sign} {points:g}")
+    return failed
 
 
 # -------------------------------------------------------------------------------- a run's folder
@@ -1216,7 +1450,7 @@ class Folder:
         self.c = c
         self.crew = crew
         self.signals = signals
-        self.options = json.loads(json.dumps(dataclasses.asdict(c)))
+        self.asked = json.loads(json.dumps(dataclasses.asdict(c)))  # c: what becomes of it, too
         self.log_file = None  # locked as long as the run lives
         self.state = None
         self.run = None  # {"id", "inputs", "accepted_changes"}, beside the options in config.json
@@ -1278,21 +1512,21 @@ class Folder:
             return
         try:
             before = dict(json.loads(config.read_text(encoding="utf-8")))
-            self.run = before.pop("run", None)
+            self.run = before.get("run")
         except (ValueError, TypeError, RecursionError) as e:
             raise ValueError(f"{config} is no run's configuration ({e}): name another"
                              " --out") from None
-        self._compare_options(before)
-        if self.run is None:
+        if not isinstance(self.run, dict) or "asked" not in self.run:
             raise ValueError(f"{config} is of an older fomo.py: name another --out, or delete the"
                              " run")
+        self._compare_options(self.run["asked"])
         self.state = self._read_state()
 
     def _compare_options(self, before):
-        other = [k for k, value in self.options.items()
+        other = [k for k, value in self.asked.items()
                  if k not in FREE + MACHINE and before.get(k) != value]  # fmt: skip
         if other:
-            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.options[k]}"
+            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.asked[k]}"
                                 for k in other)  # fmt: skip
             raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}):"
                              " name another --out")
@@ -1329,11 +1563,11 @@ class Folder:
 
     # -------- then: is the input the same, and where was the run
 
-    def begin(self, found):
+    def begin(self, found, past):
         """Called when all input has proved good, with its hashes; before, nothing was written."""
         if self.run is None:
-            self.run = {"id": self.crew.told(secrets.token_hex(8)), "inputs": found,
-                        "accepted_changes": []}  # fmt: skip
+            self.run = {"id": self.crew.told(secrets.token_hex(8)), "parent": past["id"],
+                        "inputs": found, "accepted_changes": [], "asked": self.asked}  # fmt: skip
         before = self.run["inputs"]
         changed = sorted(k for k in before.keys() | found.keys() if before.get(k) != found.get(k))
         if changed and not self.c.accept_changes:
@@ -1343,7 +1577,7 @@ class Folder:
         self.run["accepted_changes"] += [self._change(k, before, found) for k in changed]
         self.run["inputs"] = found
         if self.crew.leads:
-            write_json(self.path / "config.json", {**self.options, "run": self.run})
+            write_json(self.path / "config.json", {**dataclasses.asdict(self.c), "run": self.run})
 
     @staticmethod
     def _change(name, before, found):
@@ -1444,7 +1678,7 @@ class Folder:
         elif stage.saved:
             inside = stage.saved
         if self.crew.leads:
-            self._write({
+            self._write(self.path / "state.pt", {
                 "id": self.run["id"], "stage": stage.name, "task": stage.task, "step": stage.step,
                 "model": stage.learner.model.state_dict(), "method": stage.method.state(),
                 "timeline": stage.timeline.state(), "inside": inside, "results": stage.results,
@@ -1455,9 +1689,9 @@ class Folder:
         cost = time.monotonic() - began
         self.due = time.monotonic() + max(self.c.save_every, 50 * cost)  # at most 2 % of the time
 
-    def _write(self, state):
-        path = self.path / "state.pt"
-        part = self.path / "state.pt.part"
+    def _write(self, path, state):
+        """With torch.save; whole and on the disk before it takes its name."""
+        part = path.with_suffix(".pt.part")
         try:
             with open(part, "wb") as f:
                 torch.save(state, f)
@@ -1468,7 +1702,7 @@ class Folder:
             free = shutil.disk_usage(self.path).free
             raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are"
                           " free)") from e
-        if path.exists():
+        if path.name == "state.pt" and path.exists():
             os.replace(path, self.path / "state-before.pt")
         os.replace(part, path)
 
@@ -1481,13 +1715,15 @@ class Folder:
         last = (results["tasks"] or [results["theta_0"]])[-1]
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results["accepted_changes"] = self.run["accepted_changes"]
-        results |= {"seconds": self.seconds(), "config": self.options}
+        results |= {"seconds": self.seconds(), "config": dataclasses.asdict(self.c)}
         results["over_time"] = evaluate.over_time(results)
         if results["tasks"]:  # which this process need not have trained
             shown.model.load_state_dict(stage.timeline.deploy())
         if not self.crew.leads:
             return results
-        clip.save(shown.model, self.path / "model.safetensors")
+        failed = failures(self.c.gate, results["before"] or results["theta_0"], last)
+        results |= {"deployed": "before" if failed else "after", "gate_failed": failed}
+        self._ship(stage, shown, failed)
         if shown.merges:  # where `evaluate --weights` and others look for them
             endings = {".gz": "bpe_simple_vocab_16e6.txt.gz", ".json": "tokenizer.json"}
             name = endings.get(Path(shown.merges).suffix, "merges.txt")
@@ -1496,15 +1732,36 @@ class Folder:
         if self.c.method != "joint":
             beside = evaluate.joint_beside(self.path, results["theta_0_sha256"])
         evaluate.page(results, self.path / "picture.png", beside)
+        if self.c.method not in ("joint", "zero-shot") and not failed:
+            self._write(self.path / "continue.pt", kept_for_the_next(stage, self.run))
         write_json(self.path / "results.json", results)
         self.done = True
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
             (self.path / name).unlink(missing_ok=True)
         for line in evaluate.words(results):
             self.crew.say(line)
+        if failed:
+            self.crew.say(f"the gate fails ({'; '.join(failed)}): model.safetensors has the weights"
+                          " before this update, model-refused.safetensors the new ones")
         self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
                       f" ({results['seconds']:.0f} s)")
         return results
+
+    def _ship(self, stage, shown, failed):
+        """model.safetensors: the new weights, or those before where the gate fails."""
+        results = stage.results
+        new = shown.model.state_dict()
+        version = {"run": self.run["id"], "parent": self.run["parent"], "task": stage.task,
+                   "theta_0": results["theta_0_sha256"], "weights": fingerprint(new)}  # fmt: skip
+        results["version"] = version
+        name = "model-refused.safetensors" if failed else "model.safetensors"
+        save_clip(shown.model, self.path / name, fomo=json.dumps(version))
+        if failed and self.c.continue_:
+            shipped = Path(self.c.continue_) / "model.safetensors"
+            shutil.copyfile(shipped, self.path / "model.safetensors")
+        elif failed:
+            shown.model.load_state_dict(stage.timeline.base)
+            save_clip(shown.model, self.path / "model.safetensors")
 
     def _what_is_kept(self):
         if self.state is None:
@@ -1523,6 +1780,7 @@ class Folder:
         for name in ("config.json", "config.json.part", "log.jsonl", "state.pt.part",
                      "theta_0.safetensors"):  # fmt: skip
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "experts", ignore_errors=True)
         if self.new:
             with contextlib.suppress(OSError):  # not empty
                 self.path.rmdir()
@@ -1839,7 +2097,9 @@ FULL = "; free some space where --out or --cache lies and start the same command
 
 
 def main(argv=None):
-    """Runs a command. What the user can mend is one sentence on stderr, and exit status 2."""
+    """Runs a command. What the user can mend is one sentence on stderr, and exit status 2; 3 is a
+    gate that fails."""
+    refused = False
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -1851,7 +2111,8 @@ def main(argv=None):
             raise ValueError(f"there is no command {argv[0]}; there are {', '.join(COMMANDS)}, and"
                              " without one, a run")
         else:
-            run(parse(argv))
+            results = run(parse(argv))
+            refused = results and results.get("deployed") == "before"
         sys.stdout.flush()
         if dist.is_initialized():  # else a process that ends before the others aborts some of them
             dist.barrier()
@@ -1872,7 +2133,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nfomo: interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
+    return 3 if refused else 0
 
 
 def explain(e):
