@@ -186,6 +186,7 @@ class World:
     heldout: list[Dataset]  # never trained on; ZS is the mean over them; may be empty
     pool: Split = None  # what theta_0 was trained on, for replay
     notes: list[str] = field(default_factory=list)  # what was found and what was left out, to print
+    sources: list = ()  # what open_world opened
 
 
 @dataclass
@@ -1850,12 +1851,14 @@ def shards(pattern, cache=None):
 # ------------------------------------------------------------------------------------- any source
 
 
-def _validated(dataset, share):
-    """The dataset scored on a share of each class's training pictures, not trained on these."""
+def _validated(dataset, share, held=None):
+    """The dataset scored on a share of each class's training pictures, not trained on these; those
+    that an earlier task held come last in the choice."""
     rng = np.random.default_rng((7, zlib.crc32(dataset.name.encode())))
     labels = dataset.train.labels
     shuffled = rng.permutation(len(labels))
-    shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]  # by class, each shuffled
+    known = np.isin(shuffled, located(held, [dataset])[1])
+    shuffled = shuffled[np.lexsort((known, labels[shuffled]))]  # by class, each shuffled
     _, starts, counts = np.unique(labels[shuffled], return_index=True, return_counts=True)
     places = np.arange(len(labels)) - np.repeat(starts, counts)  # of each within its class
     chosen = places < np.repeat(np.floor(counts * share), counts)
@@ -1896,6 +1899,18 @@ def _sets_of(spec, names, options):
         ) from None
 
 
+def _all_sets(sources, options, grows):
+    """-> datasets by name and notes, of all sources."""
+    sets = {}
+    notes = []
+    for source in sources:
+        found, said = _sets_of(str(source), None, options)
+        notes += said
+        for name, d in found.items():
+            sets[name] = _joined(name, sets[name], d, grows) if name in sets else d
+    return sets, notes
+
+
 def _joined(name, one, other, grows):
     """Two datasets of one name as one, the samples of both. grows: the other may have more classes,
     and samples that the first has too, which are left out."""
@@ -1923,7 +1938,7 @@ def _grown(one, other):
 
 
 def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, template=TEMPLATE,
-               validation=0.0, download=False, cache=None, grows=False):  # fmt: skip
+               validation=0.0, download=False, cache=None, held=None, before=()):  # fmt: skip
     """World of what --data names: a source or a list of them, each of which may be
 
     a folder in FoMo-in-Flux's layout; class folders (see folders); a .csv or .tsv (see table); or
@@ -1934,30 +1949,33 @@ def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, 
     prompts_too, cache: as in fomo_in_flux. template: of prompts that the source does not have.
     validation: score on this share of each training split, which is then not trained on; a dataset
     without one is scored on its test split. Datasets of one name in two sources are one if their
-    classes are the same; with grows, as the update of a finished run asks for, each adds to those
-    before it. notes of the World say what was found and what was left out.
+    classes are the same. notes of the World say what was found and what was left out.
+
+    held: what Mixture.held() gave of an earlier run, whose sources were `before`. Then each source
+    adds to those named before it: classes, and samples that these lack. Where spec holds none of
+    the samples of that run, its sources are opened too; World.sources are those that are open.
     """
     if not 0 <= validation < 1:
         raise ValueError(f"the share for validation is 0 or more and below 1, got {validation:g}")
     options = {"captions": captions, "prompts_too": prompts_too, "template": template,
                "download": download, "cache": cache}  # fmt: skip
-    sets = {}
-    notes = []
-    for one in [spec] if isinstance(spec, (str, os.PathLike)) else spec:
-        found, said = _sets_of(str(one), None, options)
-        notes += said
-        for name, dataset in found.items():
-            sets[name] = (
-                _joined(name, sets[name], dataset, grows) if name in sets else dataset
-            )
+    sources = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
+    sets, notes = _all_sets(sources, options, held is not None)
+    others = held is not None and not set(before) & set(map(str, sources))
+    if others and (located(held, list(sets.values()))[1] < 0).all():
+        sources = [*before, *sources]
+        sets, notes = _all_sets(sources, options, True)
+        notes.append("nothing there was held by an earlier task, so these tasks' own data are "
+                     f"opened too: {', '.join(before)}")  # fmt: skip
     if validation:
         bare = [name for name, d in sets.items() if not len(d.train)]
-        sets |= {n: _validated(d, validation) for n, d in sets.items() if len(d.train)}
+        sets |= {n: _validated(d, validation, held) for n, d in sets.items() if len(d.train)}
         notes.append(f"scores are on {validation:g} of each training split, not trained on")
         if bare:
             notes[-1] += f"; without one, on their test split: {', '.join(bare)}"
     patterns = [p for p in pool if p.endswith(".tar") or set(p) & set("*?{")]
     world = _world(sets, notes, heldout, [p for p in pool if p not in patterns])
+    world.sources = sources
     for pattern in patterns:
         split, said = _shards(pattern, cache)
         world.pool = split if world.pool is None else Concat([world.pool, split])
@@ -2253,7 +2271,7 @@ class Mixture:
         origin, index = located(self.before, world.adaptation)
         there = index >= 0
         lost = self.before["origin"][torch.from_numpy(~there)].tolist()
-        self.gone = dict(Counter(self.before["names"][k] for k in lost))
+        self.gone = dict(sorted(Counter(self.before["names"][k] for k in lost).items()))
         ends = [int(there[:end].sum()) for end in self.before["ends"]]
         sizes = [sum(len(groups[name, _same_form(c)][0]) for name, c in chunk) for chunk in chunks]
         self.ends = [*ends, *(ends[-1] + np.cumsum(sizes, dtype=int)).tolist()]

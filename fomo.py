@@ -39,6 +39,9 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"fomo: interrupted\n") and 130))
+
 # Threads that wait for each other spin for a moment, then sleep. Spinning alone is 20 times slower
 # than one thread beside other work, sleeping at once a third slower when idle. Torch reads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -221,6 +224,9 @@ class Config:
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
 FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # for any result
+UPDATING = ["tasks", "budget", "steps", "score_all", "gate", "mixture", "replay", "stream", "order",
+            "reverse", "lr", "schedule", "meta", "cooldown"]  # fmt: skip
+TRAINING = ["batch_size", "micro_batch", "warmup", "floor", "weight_decay", "clip_norm"]
 MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
 
@@ -416,9 +422,9 @@ def refuse_unused(c, given):
         if name != "seed" and name not in methods.used(trains):
             reasons[name] = f"--method {c.method} has no such option"
     if c.method == "zero-shot":
-        for f in fields(Config):
-            if f.metadata["group"] in ("schedule", "method", "merging"):
-                reasons[f.name] = "--method zero-shot trains nothing"
+        idle = [f.name for f in fields(Config) if f.metadata["group"] in ("method", "merging")]
+        idle += UPDATING if c.weights is None else UPDATING + TRAINING
+        reasons |= dict.fromkeys(idle, "--method zero-shot trains nothing")
     for name in given:
         if reasons.get(name):
             raise ValueError(f"{flag(name)} does nothing here: {reasons[name]}")
@@ -735,15 +741,10 @@ def load_world(c, crew, held=None):
     """held: what earlier tasks held, where this run continues another."""
     if not c.data:
         return data.toy()
-    options = (c.heldout, c.pool, c.captions, c.prompts_too, c.template, c.validation, c.download,
-               c.cache, held is not None)  # fmt: skip
-    world = data.open_world(c.data, *options)
-    if held is not None and not (data.located(held, world.adaptation)[1] >= 0).any():
-        before = finished(c.continue_)["config"]["data"]
-        crew.say("--data holds nothing that earlier tasks held, so it is added to theirs:"
-                 f" {' '.join(before)}")
-        c.data = (*before, *c.data)
-        world = data.open_world(c.data, *options)
+    before = finished(c.continue_)["config"]["data"] if c.continue_ else ()
+    world = data.open_world(c.data, c.heldout, c.pool, c.captions, c.prompts_too, c.template,
+                            c.validation, c.download, c.cache, held, before)  # fmt: skip
+    c.data = tuple(map(str, world.sources))
     learnt = set(held["names"]) & {d.name for d in world.heldout} if held else ()
     if learnt:
         raise ValueError(f"{', '.join(sorted(learnt))} cannot be held out: {c.continue_} trained on"
@@ -930,7 +931,7 @@ def inputs(learner, stream, steps, past):
     if world.pool is not None:
         found["pool"] = world.pool.fingerprint()
     if c.continue_:
-        found["the run that is continued"] = past["id"]
+        found["the run that is continued"] = digest(past["version"])
     elif c.weights is not None:
         model = learner.model
         says = [dataclasses.asdict(model.config), dataclasses.asdict(model.preprocess)]
@@ -1216,7 +1217,7 @@ def score_task(stage, shown, folder, task):
     results = stage.results
     whole = results["theta_0"]
     before = (results["tasks"] or [whole])[-1]
-    if results["before"] and task == results["parent"]["tasks"]:
+    if results["before"] and task == results["parent"]["task"]:
         before = results["before"]
     results["tasks"].append(row)
     folder.log("evaluation", **row, seconds=folder.seconds())
@@ -1338,7 +1339,7 @@ def continued(given):
 def read_past(c):
     """What the finished run that --continue names has kept for this one, as finish() wrote it."""
     if not c.continue_:
-        return {"id": None, "held": None, "chunks": []}
+        return {"version": None, "held": None, "chunks": []}
     path = Path(c.continue_) / "continue.pt"
     results = finished(c.continue_)
     if not path.exists():
@@ -1346,7 +1347,7 @@ def read_past(c):
                          " so start a new run from model.safetensors")
     try:
         past = torch.load(path, map_location="cpu", weights_only=True)
-        if past["id"] != results["version"]["run"]:
+        if past["version"] != results["version"]:
             raise ValueError("it is another run's")
         if fingerprint(past["theta_0"]) != results["theta_0_sha256"]:
             raise ValueError("it holds another theta_0")
@@ -1368,25 +1369,28 @@ def go_on(stage, folder, past):
                   for what in SCORED)]  # fmt: skip
     stage.task = len(past["chunks"])
     stage.results["tasks"] = results["tasks"]
-    stage.results["parent"] = {"run": os.path.abspath(stage.learner.c.continue_),
-                               "id": past["id"], "tasks": stage.task}  # fmt: skip
-    stage.results["scored_since"] = results.get("scored_since", {}) | dict.fromkeys(
-        new, stage.task + 1)
+    parent = Path(stage.learner.c.continue_).absolute()
+    stage.results["parent"] = {"run": str(parent), **past["version"]}
+    since = results.get("scored_since", {}) | dict.fromkeys(new, stage.task + 1)
+    stage.results["scored_since"] = since
+    if new:
+        folder.crew.say(f"new classes or test pictures, scored as they are now from task"
+                        f" {stage.task + 1} on: {', '.join(new)}")
     if not new and set(results["final"]["datasets"]) == set(stage.results["chance"]["datasets"]):
         stage.results["theta_0"] = results["theta_0"]
         stage.results["before"] = results["final"]
-    stage.timeline.store.adopt(Path(stage.learner.c.continue_) / "experts", past["experts"])
+    stage.timeline.store.adopt(parent / "experts", past["experts"])
     stage.timeline.load_state(past["timeline"])
     stage.method.load_state(past["method"])
     if past["model"]:
         stage.learner.model.load_state_dict(past["model"])
 
 
-def kept_for_the_next(stage, run):
+def kept_for_the_next(stage, inputs):
     """What read_past() reads: all that the next update needs, and no tensor twice."""
     model = stage.learner.model.state_dict() if stage.timeline.init == "latest" else None
     return once({
-        "id": run["id"], "inputs": run["inputs"], "chunks": stage.chunks,
+        "version": stage.results["version"], "inputs": inputs, "chunks": stage.chunks,
         "held": stage.mixture.held(), "theta_0": stage.timeline.base, "model": model,
         "method": stage.method.state(), "timeline": stage.timeline.state(),
         "experts": stage.timeline.store.hashes,
@@ -1566,7 +1570,7 @@ class Folder:
     def begin(self, found, past):
         """Called when all input has proved good, with its hashes; before, nothing was written."""
         if self.run is None:
-            self.run = {"id": self.crew.told(secrets.token_hex(8)), "parent": past["id"],
+            self.run = {"id": self.crew.told(secrets.token_hex(8)), "continues": past["version"],
                         "inputs": found, "accepted_changes": [], "asked": self.asked}  # fmt: skip
         before = self.run["inputs"]
         changed = sorted(k for k in before.keys() | found.keys() if before.get(k) != found.get(k))
@@ -1733,7 +1737,7 @@ class Folder:
             beside = evaluate.joint_beside(self.path, results["theta_0_sha256"])
         evaluate.page(results, self.path / "picture.png", beside)
         if self.c.method not in ("joint", "zero-shot") and not failed:
-            self._write(self.path / "continue.pt", kept_for_the_next(stage, self.run))
+            self._write(self.path / "continue.pt", kept_for_the_next(stage, self.run["inputs"]))
         write_json(self.path / "results.json", results)
         self.done = True
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
@@ -1751,8 +1755,9 @@ class Folder:
         """model.safetensors: the new weights, or those before where the gate fails."""
         results = stage.results
         new = shown.model.state_dict()
-        version = {"run": self.run["id"], "parent": self.run["parent"], "task": stage.task,
-                   "theta_0": results["theta_0_sha256"], "weights": fingerprint(new)}  # fmt: skip
+        version = {"task": stage.task, "weights": fingerprint(new),
+                   "theta_0": results["theta_0_sha256"],
+                   "parent": (self.run["continues"] or {}).get("weights")}  # fmt: skip
         results["version"] = version
         name = "model-refused.safetensors" if failed else "model.safetensors"
         save_clip(shown.model, self.path / name, fomo=json.dumps(version))
@@ -2153,5 +2158,6 @@ def explain(e):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: print(f"fomo: {message}", file=sys.stderr)
     sys.exit(main())

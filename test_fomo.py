@@ -5061,6 +5061,282 @@ def test_a_changed_tar_is_named(world, tmp_path, monkeypatch, capsys):
     assert fomo.main(options) == 2 and "LETTERS: training pictures" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------- the next update
+
+UPDATED = {  # at once or in two runs; each with another schedule
+    "finetune": ["--schedule", "rsqrt", "--meta", "autoregressive"],
+    "merge": ["--meta", "dynamic"],
+    "merge-all": ["--method", "merge", "--merge-deploy", "all", "--meta", "autoregressive"],
+    "lora": ["--schedule", "rsqrt", "--meta", "continued"],
+    "ewc": [],
+    "si": ["--schedule", "rsqrt", "--meta", "recovered"],
+    "galore": ["--gap", "2"],
+    "ft-merge": ["--merge-init", "latest"],
+}
+
+
+def streams_of(flux, tmp_path, tasks, first):
+    """-> files of a stream in so many tasks: whole, the first tasks', and the others'."""
+    world = data.open_world(flux, heldout=["DIGITS"])
+    chunks = data.tasks(data.order(data.concepts(world.adaptation)), tasks)
+    parts = {"all": chunks, "first": chunks[:first], "rest": chunks[first:]}
+    for name, part in parts.items():
+        data.write_stream([*itertools.chain(*part)], tmp_path / f"{name}.json")
+    return [str(tmp_path / f"{name}.json") for name in parts]
+
+
+def weights_of(folder):
+    tensors = clip.read_tensors(folder / "model.safetensors")
+    return {name: tensors[name] for name in tensors}
+
+
+def equal_weights(a, b):
+    a = weights_of(a)
+    b = weights_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", UPDATED)
+def test_tasks_at_once_and_in_two_runs_end_the_same(method, flux, tmp_path):
+    whole, first, rest = streams_of(flux, tmp_path, 3, 2)
+    more = ["--method", method, *UPDATED[method]]
+    if method == "merge-all":
+        more = UPDATED[method]
+    options = flux_options(flux, tmp_path, *more)
+    once, earlier, later = (tmp_path / name for name in ("once", "earlier", "later"))
+    assert fomo.main([*options, "--stream", whole, "--out", str(once)]) == 0
+    assert fomo.main([*options, "--stream", first, "--tasks", "2", "--out", str(earlier)]) == 0
+    before = {p: p.read_bytes() for p in earlier.rglob("*") if p.is_file()}
+    command = ["--continue", str(earlier), "--stream", rest, "--out", str(later)]
+    assert fomo.main(command) == 0
+    assert scores(once)["final"] == scores(later)["final"] and equal_weights(once, later)
+    assert not equal_weights(earlier, later)
+    assert scores(later)["tasks"][:2] == scores(earlier)["tasks"]
+    assert [row["task"] for row in scores(later)["tasks"]] == [1, 2, 3]
+    assert before == {p: p.read_bytes() for p in earlier.rglob("*") if p.is_file()}
+
+
+def month(root, dataset, classes, numbers, splits=("train", "test")):
+    """Writes pictures <number>.png of each class, all of different sizes in bytes."""
+    for c in classes:
+        for split in splits:
+            for n in numbers:
+                file = root / dataset / split / c / f"{n}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                noise = np.random.default_rng((len(c), n)).integers(0, 255, (8 + n, 8, 3), np.uint8)
+                Image.fromarray(noise).save(file)
+
+
+@pytest.fixture
+def months(tmp_path):
+    """Class folders, and a first run that has learnt A and B of them."""
+    month(tmp_path / "d", "A", ["cat", "dog"], range(8))
+    month(tmp_path / "d", "B", ["car", "bus"], range(8))
+    month(tmp_path / "d", "H", ["one", "two"], range(8))
+    clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
+    options = ["--weights", str(tmp_path / "w.safetensors"), "--data", str(tmp_path / "d")]
+    options += ["--heldout", "H", "--mixture", "0/.5/.5", "--steps", "2", "--batch-size", "8"]
+    options += ["--workers", "0", "--cache", str(tmp_path / "cache"), "--tasks", "2"]
+    assert fomo.main([*options, "--out", str(tmp_path / "1")]) == 0
+    return tmp_path
+
+
+def test_months_of_class_folders(months, capsys):
+    """A new dataset and new pictures of an old class; then an old dataset goes."""
+    month(months / "d", "C", ["red", "blue"], range(4))
+    month(months / "d", "A", ["cat"], range(20, 30), ["train"])
+    capsys.readouterr()
+    assert fomo.main(["--continue", str(months / "1"), "--out", str(months / "2")]) == 0
+    said = capsys.readouterr().out
+    assert "goes on with 18 new samples; its tasks held 32 of those that are there" in said
+    results = json.loads((months / "2" / "results.json").read_text())
+    assert results["tasks"][-1]["task"] == 3 and results["tasks"][-1]["concepts"] == 3
+    assert results["scored_since"] == {"C": 3}
+    assert set(results["before"]["datasets"]) == set(results["final"]["datasets"]) == set("ABCH")
+    assert set(results["tasks"][1]["datasets"]) == set("ABH")
+
+    shutil.rmtree(months / "d" / "B")
+    month(months / "d", "C", ["green"], range(4))
+    assert fomo.main(["--continue", str(months / "2"), "--out", str(months / "3")]) == 0
+    said = capsys.readouterr().out
+    assert "goes on with 4 new samples; its tasks held 34 of those that are there" in said
+    assert "what has gone: B 16" in said
+    results = json.loads((months / "3" / "results.json").read_text())
+    assert set(results["final"]["datasets"]) == set("ACH")
+    assert results["scored_since"] == {"C": 4}  # it has a class more, so its scores are others
+
+
+def test_samples_are_new_that_no_task_held_whatever_their_class(months):
+    past = torch.load(months / "1" / "continue.pt", weights_only=True)
+    assert len(past["held"]["keys"]) == 32 and past["held"]["ends"][-1] == 32
+    month(months / "d", "A", ["cat"], range(20, 23), ["train"])
+    world = data.open_world(months / "d", heldout=["H"])
+    assert data.concepts(world.adaptation, past["held"]) == [("A", "cat")]
+    mixture = data.Mixture(world, [[("A", "cat")]], 8, (0, 0.5, 0.5), held=past["held"])
+    dataset = world.adaptation[0]
+    new = {int(Path(dataset.train.place(i)).stem) for _, i in mixture.samples[32:]}
+    assert new == {20, 21, 22} and mixture.gone == {}
+    assert mixture.counts(2) == [0, 4, 4]
+    assert len(mixture.held()["keys"]) == 35
+
+
+def test_another_picture_in_a_file_of_the_same_name_is_another_sample(months):
+    past = torch.load(months / "1" / "continue.pt", weights_only=True)
+    Image.new("RGB", (9, 9)).save(months / "d" / "A" / "train" / "cat" / "0.png")
+    mixture = data.Mixture(
+        data.open_world(months / "d", heldout=["H"]), [[("A", "cat")]], 8, (0, 0.5, 0.5),
+        held=past["held"],
+    )  # fmt: skip
+    assert mixture.gone == {"A": 1} and mixture.ends[-2:] == [31, 32]
+
+
+def test_data_that_hold_nothing_of_earlier_tasks_are_added_to_theirs(months, capsys):
+    """A root of one class that is known, its pictures called like those there, and a new class."""
+    month(months / "new", "A", ["cat"], range(10, 13), ["train"])
+    for n in range(3):
+        file = months / "new" / "A" / "train" / "cat" / f"{n + 10}.png"
+        file.rename(file.with_stem(str(n)))
+    month(months / "new", "A", ["emu"], range(40, 44))
+    command = ["--continue", str(months / "1"), "--data", str(months / "new")]
+    assert fomo.main([*command, "--out", str(months / "2")]) == 0
+    said = capsys.readouterr().out
+    assert "these tasks' own data are opened too" in said
+    assert "goes on with 7 new samples; its tasks held 32" in said
+    results = json.loads((months / "2" / "results.json").read_text())
+    assert results["config"]["data"] == [str(months / "d"), str(months / "new")]
+    assert results["scored_since"] == {"A": 3} and results["final"]["datasets"].keys() == set("ABH")
+
+
+def test_both_roots_named_are_one_and_nothing_counts_twice(months, capsys):
+    shutil.copytree(months / "d", months / "copy")
+    month(months / "copy", "B", ["van"], range(40, 43))
+    old = months / "copy" / "A" / "train" / "cat" / "0.png"
+    size = old.stat().st_size
+    Image.new("RGB", (8, 8)).save(old)
+    old.write_bytes(old.read_bytes().ljust(size, b"x"))  # another picture, as long in bytes
+    roots = [str(months / "d"), str(months / "copy")]
+    command = ["--continue", str(months / "1"), "--data", *roots]
+    assert fomo.main([*command, "--out", str(months / "2")]) == 0
+    assert "goes on with 4 new samples; its tasks held 32" in capsys.readouterr().out
+
+
+def test_an_update_whose_earlier_samples_have_gone_trains_on_the_new_alone(months, capsys):
+    for name in "AB":
+        for file in (months / "d" / name / "train").rglob("*.png"):
+            file.unlink()
+    month(months / "d", "A", ["cat"], range(20, 24), ["train"])
+    month(months / "d", "B", ["bus"], range(20, 24), ["train"])
+    assert fomo.main(["--continue", str(months / "1"), "--out", str(months / "2")]) == 0
+    said = capsys.readouterr().out
+    assert "its tasks held 0 of those that are there, and what has gone: A 16, B 16" in said
+    assert "the buffer is empty: the update takes its share" in said
+
+
+def test_a_continued_run_that_is_stopped_goes_on_to_the_same_end(months, monkeypatch):
+    month(months / "d", "C", ["red", "blue"], range(4))
+    command = ["--continue", str(months / "1"), "--steps", "4"]
+    assert fomo.main([*command, "--out", str(months / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, 3)
+        assert fomo.main([*command, "--out", str(months / "broken")]) == 143
+    assert fomo.main([*command, "--out", str(months / "broken")]) == 0
+    assert same_run(months / "whole", months / "broken")
+
+
+def unfinish(months):
+    (months / "1" / "results.json").unlink()
+
+
+def new_class(months):
+    month(months / "d", "A", ["emu"], range(4))
+
+
+@pytest.mark.parametrize("change, options, says", [
+    (unfinish, [], "is not finished: start its own command again"),
+    (lambda m: shutil.rmtree(m / "1"), [], "is no finished run"),
+    (lambda m: (m / "1" / "continue.pt").unlink(), [], "continue.pt is not there"),
+    (lambda m: (m / "1" / "continue.pt").write_bytes(b"x" * 99), [], "continue.pt is not what"),
+    (lambda m: None, [], "there is nothing new for"),
+    (new_class, ["--weights", "{m}/other.safetensors"], "--weights is .*w.safetensors in"),
+    (new_class, ["--method", "lora"], "--method is merge in .*cannot have lora"),
+    (new_class, ["--merge-deploy", "all"], "--merge-deploy is None in"),
+    (new_class, ["--tasks", "9"], "1 concepts cannot make 9 tasks"),
+    (new_class, ["--heldout", "A"], "A cannot be held out"),
+    (new_class, ["--gate", "kb > 1"], "--gate asks for kb, which is not scored here"),
+    (new_class, ["--gate", "ka up"], "--gate takes conditions as in"),
+    (new_class, ["--out", "{m}/1"], "holds a finished run"),
+])  # fmt: skip
+def test_what_cannot_be_continued_is_said_in_a_sentence(change, options, says, months, capsys):
+    change(months)
+    options = [o.format(m=months) for o in ["--out", "{m}/2", *options]]
+    assert fomo.main(["--continue", str(months / "1"), *options]) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert not (months / "2").exists()
+
+
+@pytest.mark.parametrize("method", ["joint", "zero-shot"])
+def test_a_run_without_updates_has_no_next_one(method, flux, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert fomo.main([*flux_options(flux, tmp_path), "--method", method, "--out", out]) == 0
+    assert fomo.main(["--continue", out]) == 2
+    assert f"is a run of {method}, which has no next update" in capsys.readouterr().err
+
+
+def test_a_gate_that_fails_ships_the_weights_before(months, capsys):
+    new_class(months)
+    command = ["--continue", str(months / "1"), "--gate", "ka >= 200, zs > -101"]
+    assert fomo.main([*command, "--out", str(months / "2")]) == 3
+    said = capsys.readouterr().out
+    assert re.search(r"the gate fails \(ka [-+.0-9]+, not >= 200\)", said)
+    assert equal_weights(months / "1", months / "2")
+    refused = clip.read_tensors(months / "2" / "model-refused.safetensors")
+    assert not torch.equal(refused["visual.proj"], weights_of(months / "1")["visual.proj"])
+    results = json.loads((months / "2" / "results.json").read_text())
+    assert results["deployed"] == "before" and not (months / "2" / "continue.pt").exists()
+    assert fomo.main(["--continue", str(months / "2")]) == 2
+    assert "failed its gate" in capsys.readouterr().err
+    first = ["--gate", "A > -101, GM > -101", "--out", str(months / "3")]
+    assert fomo.main(["--continue", str(months / "1"), *first]) == 0
+
+
+@pytest.mark.parametrize("gate, failed", [
+    ("zs >= -1, DIGITS >= -3", ["zs -2.0, not >= -1"]),
+    ("DIGITS > 0,ka<.5", ["DIGITS +0.0, not > 0", "ka +1.0, not < 0.5"]),
+    ("KA <= 1", []), (None, []),
+])  # fmt: skip
+def test_gates_compare_in_points_with_the_weights_before(gate, failed):
+    before = {"ka": 40.0, "zs": 70.0, "gm": 52.9, "datasets": {"DIGITS": 70.0}}
+    after = {"ka": 41.0, "zs": 68.0, "gm": 52.8, "datasets": {"DIGITS": 70.0}}
+    assert fomo.failures(gate, before, after) == failed
+
+
+def test_versions_name_task_parent_and_weights(months):
+    new_class(months)
+    assert fomo.main(["--continue", str(months / "1"), "--out", str(months / "2")]) == 0
+    versions = []
+    for name in ("1", "2"):
+        results = json.loads((months / name / "results.json").read_text())
+        file = clip.read_tensors(months / name / "model.safetensors")
+        assert json.loads(file.metadata["fomo"]) == results["version"]
+        assert results["version"]["weights"] == fomo.fingerprint(weights_of(months / name))
+        versions.append(results["version"])
+    assert [v["task"] for v in versions] == [2, 3]
+    assert [v["parent"] for v in versions] == [None, versions[0]["weights"]]
+    config = json.loads((months / "2" / "config.json").read_text())
+    assert config["run"]["continues"] == versions[0]
+    assert config["model"] == "tiny"  # though no option said so
+
+
+def test_runs_that_continue_each_other_are_one_trajectory(months, capsys):
+    new_class(months)
+    assert fomo.main(["--continue", str(months / "1")]) == 0
+    capsys.readouterr()
+    runs = [str(months / name) for name in ("1", "1-t3")]
+    assert fomo.main(["report", *runs, "--json", "-o", str(months / "r.png")]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert [(line["name"], line["tasks"]) for line in lines["lines"]] == [("1-t3", 3)]
+
+
 # ------------------------------------------------------------------------- pieces and processes
 
 
