@@ -112,6 +112,9 @@ class Config:
                        " stay the same", least=0)
     score_all: bool = option("run", False, "score all test data after every task; the paper,"
                              " between the first and the last, a class-balanced subset")
+    eval_every: int = option("run", None, "steps from one scoring within a task to the next, of the"
+                             " weights in training as they stand, on the same subsets: what is"
+                             " deployed is known only after the task", least=1)
     out: str = option("run", None, "folder of the run; default runs/<method>-<seed>")
     plan: bool = option("run", False, "say what the run would do, time two steps, and stop")
     accept_changes: bool = option("run", False, "go on with an unfinished run although its input"
@@ -232,6 +235,7 @@ class Stage:
     betas: tuple[float, float]  # AdamW's
     score: "callable"  # (task) -> None: after each task, of what is deployed
     results: dict
+    score_within: "callable" = None  # () -> None: before each step, of what is trained
     task: int = 0
     step: int = 0  # steps that the task has done; steps + 1: it is merged too, and not yet scored
     optimizer: torch.optim.Optimizer = None
@@ -259,6 +263,8 @@ def train(stage, folder):
         scaler = stage.scaler
         batches = learner.batches(stage.mixture, task, stage.steps, stage.step)
         for batch in Lines(batches, title(stage), stage.steps, stage.step, learner):
+            if stage.score_within:
+                stage.score_within()
             rate = set_rate(optimizer, stage.rate(step=stage.step, steps=stage.steps, task=task))
             loss = learner.backward(batch, scaler)
             add_penalty(method, model, scaler)
@@ -316,6 +322,8 @@ def run(config):
         stage = Stage("stream", learner, method, timeline, mixture, tasks, steps, rates(c),
                       (0.9, 0.999), None, results)  # fmt: skip
         stage.score = partial(score_task, stage, shown, folder)
+        if c.eval_every:
+            stage.score_within = partial(score_within, stage, shown, folder)
         stage.when = first_tasks(world, chunks)
         stage.concepts = [len(chunk) for chunk in chunks]
         folder.restore(stage)
@@ -384,6 +392,7 @@ def refuse_unused(c, given):
     used = merge.timeline_used(place["init"], place["deploy"], c.merge_technique)
     reasons = {  # option -> why it does nothing here, or ""
         "budget": c.steps and "--steps says how many steps there are",
+        "eval_every": c.method == "zero-shot" and "--method zero-shot trains nothing",
         "pretrain_steps": c.weights and "--weights is theta_0",
         "pretrain_lr": c.weights and "--weights is theta_0",
         "activation": not c.weights and "it belongs to --weights",
@@ -837,6 +846,8 @@ def plan(c, model_config, samples):
     if steps > 2**31:
         raise ValueError(f"{steps:g} steps a task are more than anybody takes: lower --budget or"
                          " --steps")
+    if tasks and c.eval_every and c.eval_every >= steps:
+        raise ValueError(f"--eval-every {c.eval_every} does nothing here: a task has {steps} steps")
     spent = tasks * (steps * maf + once)
     return tasks, steps, {"gflops": total, "gflops_spent": spent, "maf_gflops_per_step": maf}
 
@@ -1136,11 +1147,29 @@ def score_task(stage, shown, folder, task):
     everything = shown.c.score_all or task == stage.tasks - 1
     scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}")
     row = {"task": task + 1, "steps": stage.steps, "concepts": stage.concepts[task], **scores}
+    if "within" in stage.results:
+        row["within"] = stage.results.pop("within")
     whole = stage.results["theta_0"]
     before = (stage.results["tasks"] or [whole])[-1]
     stage.results["tasks"].append(row)
     folder.log("evaluation", **row, seconds=folder.seconds())
     shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, whole))
+
+
+def score_within(stage, shown, folder):
+    """--eval-every: what is trained, as it stands, into results["within"], which the task's row
+    takes over. Where a task does not start from what was deployed, and hence scored, its step 0 is
+    scored too. A state is saved before a step is scored or after the next, never in between."""
+    within = stage.results.setdefault("within", [])
+    elsewhere = stage.timeline.init != stage.timeline.deployed
+    if stage.step % shown.c.eval_every or not (stage.step or elsewhere):
+        return
+    shown.model.load_state_dict(stage.method.plain(stage.learner.model))
+    name = f"scoring {title(stage)}, step {stage.step}"
+    scores = score_all(stage, shown, folder, shown.c.score_all, name)
+    row = {"step": stage.step, **{metric: scores[metric] for metric in ("ka", "zs", "gm")}}
+    within.append(row)
+    folder.log("evaluation within", task=stage.task + 1, **row)
 
 
 def score_all(stage, shown, folder, everything, name):

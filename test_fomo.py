@@ -3971,6 +3971,90 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     assert (tmp_path / "p.png").read_bytes() == old
 
 
+def within(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return [row["within"] for row in results["tasks"]]
+
+
+def test_scores_within_a_task_are_of_the_weights_in_training_and_change_no_training(
+    flux, tmp_path, monkeypatch
+):
+    """The weights after two steps of the second task are those that a stop there leaves."""
+    options = flux_options(flux, tmp_path, "--method", "finetune", "--lr", "1e-2", "--steps", "5")
+    plain, every, cut = (tmp_path / name for name in ("plain", "every", "cut"))
+    assert fomo.main([*options, "--out", str(plain)]) == 0
+    assert fomo.main([*options, "--out", str(every), "--eval-every", "2"]) == 0
+    assert (plain / "model.safetensors").read_bytes() == (every / "model.safetensors").read_bytes()
+    assert rows_of(every) == rows_of(plain)  # losses and gradients
+    assert [[row["step"] for row in rows] for rows in within(every)] == [[2, 4]] * 3
+    logged = [row for row in rows_of(every, "evaluation within") if row["task"] == 2]
+    assert [{k: row[k] for k in ("step", "ka", "zs", "gm")} for row in logged] == within(every)[1]
+    stop_at(monkeypatch, 1, 2)
+    assert fomo.main([*options, "--out", str(cut)]) == 143
+    world = data.fomo_in_flux(flux, heldout=["DIGITS"])
+    learner = tiny_learner(world)
+    learner.model.load_state_dict(torch.load(cut / "state.pt")["model"])
+    found = {d.name: fomo.score(learner, d, evaluate.balanced_subset(d.test.labels, 0))["score"]
+             for d in world.adaptation + world.heldout}  # fmt: skip
+    expected = fomo.summary(world, found)
+    assert within(every)[1][0] == {"step": 2, **{k: expected[k] for k in ("ka", "zs", "gm")}}
+
+
+def test_a_run_stopped_anywhere_has_each_score_within_its_tasks_once(flux, tmp_path, monkeypatch):
+    """Stopped at pauses drawn at random, in the midst of scoring too, until it is finished."""
+    options = flux_options(flux, tmp_path, "--method", "ewc", "--lr", "1e-2", "--eval-every", "1")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert fomo.main([*options, "--out", str(whole)]) == 0
+    rng = random.Random(0)
+    pause = fomo.Folder.pause
+    left = 0
+
+    def stopping(folder, stage):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            folder.signals.number = signal.SIGTERM
+        pause(folder, stage)
+
+    monkeypatch.setattr(fomo.Folder, "pause", stopping)
+    lives = 0
+    while not (cut / "results.json").exists():
+        left = rng.randint(2, 15)  # scoring takes three, a step one
+        lives += 1
+        assert fomo.main([*options, "--out", str(cut)]) in (0, 143)
+    assert lives > 4
+    assert same_run(cut, whole)
+    for event in ("step", "evaluation within"):
+        assert rows_of(cut, event) == rows_of(whole, event)
+
+
+def test_a_task_that_starts_elsewhere_than_at_what_was_scored_is_scored_at_its_start(
+    flux, tmp_path
+):
+    options = flux_options(flux, tmp_path, "--method", "zs-merge", "--lr", "1e-2", "--score-all")
+    assert fomo.main([*options, "--eval-every", "2", "--out", str(tmp_path / "run")]) == 0
+    theta_0 = scores(tmp_path / "run")["theta_0"]
+    for rows in within(tmp_path / "run"):  # each task starts from theta_0 anew
+        assert [row["step"] for row in rows] == [0, 2]
+        assert rows[0] == {"step": 0, **{k: theta_0[k] for k in ("ka", "zs", "gm")}}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--method", "zero-shot"], "--eval-every does nothing here: --method zero-shot"),
+        (["--steps", "2"], "--eval-every 2 does nothing here: a task has 2 steps"),
+        (["--eval-every", "0"], "--eval-every must be at least 1"),
+    ],
+)
+def test_scoring_within_tasks_is_refused_where_it_would_do_nothing(
+    more, says, flux, tmp_path, capsys
+):
+    options = flux_options(flux, tmp_path, "--eval-every", "2", *more, "--out", str(tmp_path / "r"))
+    assert fomo.main(options) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
 def bench_evaluate(argv):
     """Seconds and MiB of retrieval and classification on features of width 512, in float32."""
     parser = argparse.ArgumentParser("test_fomo.py evaluate", description=bench_evaluate.__doc__)
