@@ -74,8 +74,8 @@ def accuracy(image, classifier, labels, k=1):
 def classification(image, classifier, labels):
     """All numbers of a classification set, in percent; arguments as of accuracy().
 
-    -> {"metric", "score", "top1", "top5", "mean_per_class", "per_class": [C], "chance"}; a class
-    without pictures is None in per_class and not in the mean. score is top1."""
+    -> {"metric", "samples": N, "score", "top1", "top5", "mean_per_class", "per_class": [C],
+    "chance"}; a class without pictures is None in per_class and not in the mean. score is top1."""
     better, equal = _class_ranks(image, classifier, labels)
     hits = _hit(1, better, equal)
     per_class = _per_class(hits, labels, len(classifier))
@@ -83,6 +83,7 @@ def classification(image, classifier, labels):
     top1 = _percent(hits)
     return {
         "metric": "top-1",
+        "samples": len(hits),
         "score": top1,
         "top1": top1,
         "top5": _percent(_hit(5, better, equal)),
@@ -105,9 +106,9 @@ def recall_at_k(image, text, owner, k=5):
 def retrieval(image, text, owner, labels=None, classes=None):
     """All numbers of a retrieval set, in percent; image, text and owner as of recall_at_k().
 
-    -> {"metric", "score", "t2i": {"R@1", "R@5", "R@10"}, "i2t": the same, "per_class", "chance"}.
-    score is the mean of both R@5. per_class is there with labels [N] below classes: the same mean
-    over a class's pictures, each weighing the same."""
+    -> {"metric", "samples": N, "score", "t2i": {"R@1", "R@5", "R@10"}, "i2t": the same,
+    "per_class", "chance"}. score is the mean of both R@5. per_class is there with labels [N] below
+    classes: the same mean over a class's pictures, each weighing the same."""
     texts, images = _retrieval_ranks(image, text, owner)
     count = torch.bincount(torch.as_tensor(owner), minlength=len(image)).double()  # texts an image
     found = {k: (_hit(k, *texts).cpu(), _hit(k, *images).cpu()) for k in (1, 5, 10)}
@@ -116,6 +117,7 @@ def retrieval(image, text, owner, labels=None, classes=None):
     guess = _hit(5, torch.zeros_like(count), len(text) - count, count)
     numbers = {
         "metric": "R@5",
+        "samples": len(image),
         "score": (t2i["R@5"] + i2t["R@5"]) / 2,
         "t2i": t2i,
         "i2t": i2t,
@@ -128,6 +130,17 @@ def retrieval(image, text, owner, labels=None, classes=None):
         credit = (image_hits + own / count.clamp(min=1)) / 2
         numbers["per_class"] = _per_class(credit, labels, classes)
     return numbers
+
+
+def part(image, text, owner, ids):
+    """Features of some of N pictures: `ids` [n], ascending -> (image [n, D], text, owner), the texts
+    being those of these pictures. A classifier, whose owner is None, stays as it is."""
+    ids = torch.as_tensor(ids)
+    if owner is None:
+        return image[ids], text, None
+    owner = torch.as_tensor(owner)
+    kept = torch.isin(owner, ids)
+    return image[ids], text[kept], torch.searchsorted(ids, owner[kept])
 
 
 def _unit(features):
@@ -352,24 +365,53 @@ def stability_gap(before, within):
     return gap
 
 
+def task_gap(before, row):
+    """stability_gap() of a task from its row and the row before; None where they are on different
+    samples. row["within"] are scores of the weights in training, on the samples of the row or of
+    its "subset"; a step 0 among them stands for the row before, since the task began elsewhere."""
+    start = before.get("subset", before)
+    end = row.get("subset", row)
+    if start.get("samples") != end.get("samples"):
+        return {"ka": None, "zs": None}
+    within = row.get("within", [])
+    if within and within[0]["step"] == 0:
+        start = within[0]
+    return stability_gap(start, [*within, end])
+
+
+def scores_on(row, other, what="datasets"):
+    """{dataset: row[what][dataset]} as far as the row, or its "subset", has it on as many samples
+    as `other`: R@5 falls with the number of candidates, so it compares on the same samples alone.
+    A row on all samples has in "subset" its scores on those of the rows between first and last."""
+
+    def samples(part, name):
+        return part.get("samples_of", {}).get(name, part.get("samples"))
+
+    found = {}
+    for part in (row, row.get("subset", {})):
+        for name, value in part.get(what, {}).items():
+            if samples(part, name) == samples(other, name):
+                found[name] = value
+    return found
+
+
 def over_time(results):
     """Of a run's results: {"forgetting", "backward", "forward", "stability_gap": {"ka", "zs"},
     "datasets": {name: {"forgetting", "backward", "forward"}}}; means over datasets, the gap's over
-    tasks; None where a run did not keep what is needed."""
+    tasks; None where a run did not keep what is needed. Rows are compared on the same samples:
+    where those between the first and the last are on a subset, all are."""
     rows = [results["theta_0"], *results["tasks"]]
-    lost = dataset_forgetting([row["datasets"] for row in rows])
+    last = rows[-1].get("subset", rows[-1])
+    lost = dataset_forgetting([scores_on(row, last) for row in rows])
     kept = all("by_task" in row for row in rows)
-    moved = transfer([row["by_task"] for row in rows]) if kept else {}
+    moved = transfer([scores_on(row, last, "by_task") for row in rows]) if kept else {}
     none = {"backward": None, "forward": None}
     each = {name: {"forgetting": lost[name], **moved.get(name, none)} for name in lost}
     means = {}
     for what in ("forgetting", "backward", "forward"):
         there = [scores[what] for scores in each.values() if scores[what] is not None]
         means[what] = math.fsum(there) / len(there) if there else None
-    gaps = [
-        stability_gap(before, [*row.get("within", []), row])
-        for before, row in itertools.pairwise(rows)
-    ]
+    gaps = [task_gap(before, row) for before, row in itertools.pairwise(rows)]
     mean_gap = {}
     for metric in ("ka", "zs"):
         there = [gap[metric] for gap in gaps if gap[metric] is not None]
@@ -481,14 +523,18 @@ class Line:
         return np.array([[(r["zs"], r["ka"]) for r in rows] for rows in over_time], dtype=float)
 
     def changes(self):
-        """-> names, and [datasets, T] the mean change against theta_0, NaN where there is none."""
+        """-> names, and [datasets, T] the mean change against theta_0 on the same samples, NaN
+        where there is none."""
         names = list(dict.fromkeys(name for run in self.runs for name in run["final"]["datasets"]))
-        change = [
-            [[row["datasets"].get(n, math.nan) - run["theta_0"]["datasets"].get(n, math.nan)
-              for row in run["tasks"]] for n in names]
-            for run in self.runs
-        ]  # fmt: skip
-        return names, np.array(change, dtype=float).mean(axis=0)
+        changes = []
+        for run in self.runs:
+            changes.append([])
+            for row in run["tasks"]:
+                start = scores_on(run["theta_0"], row)
+                after = row["datasets"]
+                change = [after.get(n, math.nan) - start.get(n, math.nan) for n in names]
+                changes[-1].append(change)
+        return names, np.mean(changes, axis=0).reshape(-1, len(names)).T
 
 
 def compare(runs, free=FREE):
@@ -731,12 +777,17 @@ def run_head(results):
 
 
 def run_row(task, steps, scores, before=None, whole=None):
-    """One of these rows. before: the row before it, to show what changed, if on as many samples;
+    """One of these rows. before: the row before it, to show what changed on the same samples;
     whole: the scores on all samples, of which this row may have a subset."""
-    alike = before and before.get("samples") == scores.get("samples")
+    old = before
+    new = scores
+    if before and before["samples"] != scores["samples"]:
+        old = before.get("subset", before)
+        new = scores.get("subset", scores)
+    alike = before and old["samples"] == new["samples"]
     cells = []
     for metric in METRICS:
-        change = _minus(scores[metric], before[metric]) if alike else None
+        change = _minus(new[metric], old[metric]) if alike else None
         cells.append(_number(scores[metric], SCORE))
         cells.append("" if change is None else f"({CHANGE.format(change)})")
     row = ROW.format(task, steps, *cells).rstrip()
