@@ -648,6 +648,8 @@ class Learner:
         self.geometry = {"resize": pixels.resize, "interpolation": pixels.interpolation}
         self.size = model.config.image_size
         self.others = None  # features of pool pictures, for --order performance
+        self.texts = {}  # features of texts, as long as
+        self.text_tower = None  # the hash of what made them is this
         self.broken = None  # takes sentences about pictures that cannot be read; None: an error
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
         self.autocast = partial(torch.autocast, self.device.type, dtype=low,
@@ -1173,40 +1175,87 @@ def score_within(stage, shown, folder):
 
 
 def score_all(stage, shown, folder, everything, name):
-    """-> a row of results.json, of the weights in `shown`: {"ka", "zs", "gm", "datasets": {name:
-    percent}, "samples"} and what evaluate.by_concept says."""
+    """-> a row of results.json, of the weights in `shown`; see row_of. Between the first and the
+    last row there may be subsets alone: then these two have theirs in "subset", to compare with."""
     world = shown.world
-    numbers = {}
-    samples = 0
+    everywhere = {}
+    on_subset = {}
+    known = known_texts(shown)
     shown.model.to(shown.device).eval()
     datasets = world.adaptation + world.heldout
     for d in Lines(datasets, name, len(datasets), 0, shown):
-        labels = d.test.labels
-        ids = range(len(labels)) if everything else evaluate.balanced_subset(labels, shown.c.seed)
-        numbers[d.name] = score(shown, d, ids)
-        samples += len(ids)
+        subset = evaluate.balanced_subset(d.test.labels, shown.c.seed)
+        ids = numpy.arange(len(d.test.labels)) if everything else subset
+        features = encode(shown, d, ids, known=known)
+        everywhere[d.name] = measure(d, ids, *features)
+        on_subset[d.name] = everywhere[d.name]
+        if len(subset) < len(ids) and not shown.c.score_all:
+            on_subset[d.name] = measure(d, subset, *evaluate.part(*features, subset))
         folder.pause(stage)
     shown.model.cpu()
+    row = row_of(stage, world, everywhere)
+    part = row_of(stage, world, on_subset)
+    return row | ({"subset": part} if part["samples"] < row["samples"] else {})
+
+
+def row_of(stage, world, numbers):
+    """{"ka", "zs", "gm", "datasets": {name: percent}, "samples": in all, "samples_of": {name: how
+    many}} and what evaluate.by_concept says. numbers: what measure() gives, of every dataset."""
     per_class = {name: n.get("per_class") for name, n in numbers.items()}
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
     tasks = stage.task + (stage.step > 0)  # finished so far, this one included
-    return {**summary(world, {name: n["score"] for name, n in numbers.items()}), "samples": samples,
+    samples = {name: n["samples"] for name, n in numbers.items()}
+    return {**summary(world, {name: n["score"] for name, n in numbers.items()}),
+            "samples": sum(samples.values()), "samples_of": samples,
             **evaluate.by_concept(per_class, when, len(stage.concepts), tasks)}  # fmt: skip
 
 
 def score(learner, dataset, ids, templates=None):
     """The numbers of the test samples `ids`, as evaluate.py has them."""
+    return measure(dataset, ids, *encode(learner, dataset, ids, templates))
+
+
+def measure(dataset, ids, image, text, owner):
+    """What encode() gave -> the numbers, as evaluate.py has them."""
+    labels = dataset.test.labels[ids]
+    if owner is None:
+        return evaluate.classification(image, text, labels)
+    classes = len(dataset.classes)
+    return evaluate.retrieval(image, text, owner, labels if classes else None, classes or None)
+
+
+def encode(learner, dataset, ids, templates=None, known=None):
+    """Features of the test samples `ids` -> (image [N, D], zero-shot classifier [C, D], None), or
+    of a retrieval set (image, text [M, D], owner [M]). known: texts that need no encoding, to which
+    those of now are added."""
+
+    known = {} if known is None else known
+
+    def text_features(texts):
+        key = digest(texts)
+        if key not in known:
+            known[key] = learner.text_features(texts)
+        return known[key]
+
     test = dataset.test
     image = learner.image_features(test, ids)
     if dataset.kind == "classification":
         texts = dataset.classes if templates else dataset.prompts
-        weights = evaluate.classifier(learner.text_features, texts, templates)
-        return evaluate.classification(image, weights, test.labels[ids])
+        return image, evaluate.classifier(text_features, texts, templates), None
     captions = [[c] if isinstance(c, str) else c for c in (test.captions[i] for i in ids)]
     owner = [i for i, several in enumerate(captions) for _ in several]
-    text = learner.text_features([c for several in captions for c in several])
-    labels = test.labels[ids] if dataset.classes else None
-    return evaluate.retrieval(image, text, owner, labels, len(dataset.classes) or None)
+    return image, text_features([c for several in captions for c in several]), owner
+
+
+def known_texts(learner):
+    """Features of texts by their digest, empty whenever the text tower is not the one of before, to
+    the bit: a locked tower, or theta_0's, encodes each prompt once."""
+    weights = learner.model.state_dict()
+    tower = fingerprint({n: t for n, t in weights.items() if not n.startswith("visual.")})
+    if learner.text_tower != tower:
+        learner.text_tower = tower
+        learner.texts = {}
+    return learner.texts
 
 
 def summary(world, scores):

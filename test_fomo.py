@@ -3578,6 +3578,51 @@ def test_stability_gap_is_the_drop_below_the_score_before():
     assert evaluate.stability_gap({"ka": 30, "zs": None}, within) == {"ka": 0, "zs": None}
 
 
+def test_a_part_of_features_scores_what_the_part_alone_scores():
+    image, text = normal(40, 8), normal(90, 8, seed=1)
+    owner = np.random.default_rng(0).permutation(np.arange(90) % 40)
+    ids = np.array([3, 4, 17, 39])
+    own = [j for j in range(90) if owner[j] in ids]
+    place = {i: n for n, i in enumerate(ids)}
+    expected = evaluate.retrieval(image[ids], text[own], [place[owner[j]] for j in own])
+    assert evaluate.retrieval(*evaluate.part(image, text, owner, ids)) == expected
+    assert torch.equal(evaluate.part(image, text, None, ids)[0], image[ids])
+
+
+def test_over_time_compares_rows_on_the_same_samples():
+    """R@5 among fewer candidates is higher: a set that changes nowhere forgets nothing."""
+    run = made_run(moves=[(0, 0)] * 3, sets=1)
+    rows = [run["theta_0"], *run["tasks"]]
+    for row in rows:
+        row |= {"samples": 1000, "samples_of": {"A0": 900, "H0": 100}, "by_task": {"A0": [9.0] * 3}}
+    few = {"samples": 200, "samples_of": {"A0": 100, "H0": 100}, "by_task": {"A0": [60.0] * 3}}
+    few |= {"ka": 70.0, "zs": 80.0, "gm": 74.8, "datasets": {"A0": 70.0, "H0": 80.0}}
+    for i in (0, 3):
+        rows[i]["subset"] = dict(few)
+    for i in (1, 2):
+        rows[i] |= few
+    still = {"forgetting": 0, "backward": 0, "forward": 0}
+    over = evaluate.over_time(run)
+    assert over == still | {"stability_gap": {"ka": 0, "zs": 0}, "datasets": {"A0": still, "H0":
+        {"forgetting": 0, "backward": None, "forward": None}}}  # fmt: skip
+    assert evaluate.run_row(1, 5, rows[1], rows[0]).count("(+0.0)") == 3
+    assert np.array_equal(evaluate.Line("a", [], [run]).changes()[1], np.zeros((2, 3)))
+    for i in (0, 3):  # as older runs are, that kept no such scores
+        del rows[i]["subset"]
+    over = evaluate.over_time(run)
+    assert over["forgetting"] == 0 and over["datasets"]["A0"]["backward"] is None
+    assert "(" not in evaluate.run_row(1, 5, rows[1], rows[0])
+    assert np.isnan(evaluate.Line("a", [], [run]).changes()[1][0, :2]).all()
+
+
+def test_the_stability_gap_of_a_run_counts_what_was_scored_within_its_tasks():
+    run = made_run(moves=[(0, 10), (0, 20)])
+    run["tasks"][0]["within"] = [{"step": 2, "ka": 25.0, "zs": 81.0}]  # 5 below theta_0
+    run["tasks"][1]["within"] = [{"step": 0, "ka": 30.0, "zs": 80.0}, {"step": 2, "ka": 29.0,
+                                  "zs": 77.0}]  # fmt: skip
+    assert evaluate.over_time(run)["stability_gap"] == {"ka": (5 + 1) / 2, "zs": (0 + 3) / 2}
+
+
 def test_subsets_are_class_balanced_of_the_papers_size_and_a_function_of_the_seed():
     labels = np.repeat([0, 1, 2, 3], [2000, 30, 500, 3])
     ids = evaluate.balanced_subset(labels, 0)
@@ -4053,6 +4098,45 @@ def test_scoring_within_tasks_is_refused_where_it_would_do_nothing(
     options = flux_options(flux, tmp_path, "--eval-every", "2", *more, "--out", str(tmp_path / "r"))
     assert fomo.main(options) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_first_and_last_row_are_scored_on_the_subsets_too(flux, tmp_path, monkeypatch):
+    """What theta_0 scores on them, drawn from the features of all, is what scoring them gives."""
+    monkeypatch.setattr(
+        evaluate, "balanced_subset", lambda labels, seed: np.arange(seed % 2, len(labels), 2)
+    )
+    options = flux_options(flux, tmp_path, "--lr", "1e-2", "--out", str(tmp_path / "run"))
+    assert fomo.main(options) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = [results["theta_0"], *results["tasks"]]
+    assert ["subset" in row for row in rows] == [True, False, False, True]
+    learner = tiny_learner(data.fomo_in_flux(flux, heldout=["DIGITS"]))
+    learner.model = clip.load(tmp_path / "run" / "model.safetensors")
+    last = rows[-1]["subset"]
+    for d in learner.world.adaptation + learner.world.heldout:
+        alone = fomo.score(learner, d, np.arange(0, len(d.test), 2))
+        assert last["datasets"][d.name] == pytest.approx(alone["score"])
+        assert last["samples_of"][d.name] == alone["samples"] == len(d.test) / 2
+    assert set(last["by_task"]) == set(rows[0]["by_task"]) == {"LETTERS", "ARROWS"}
+    assert results["over_time"]["backward"] is not None
+
+
+def test_prompts_are_encoded_again_only_where_the_text_tower_changed(flux, tmp_path, monkeypatch):
+    """locked-text reuses theta_0's features; the scores are those without reuse, to the bit."""
+    texts = []
+    encode = fomo.Learner.text_features
+    monkeypatch.setattr(
+        fomo.Learner, "text_features", lambda self, t: texts.append(t) or encode(self, t)
+    )
+    for method, times in (("locked-text", 1), ("finetune", 4)):
+        options = flux_options(flux, tmp_path, "--method", method, "--lr", "1e-2")
+        texts.clear()
+        assert fomo.main([*options, "--out", str(tmp_path / method)]) == 0
+        assert len(texts) == 3 * times  # three sets
+    monkeypatch.setattr(fomo, "known_texts", lambda learner: {})
+    options = flux_options(flux, tmp_path, "--method", "locked-text", "--lr", "1e-2")
+    assert fomo.main([*options, "--out", str(tmp_path / "anew")]) == 0
+    assert same_run(tmp_path / "anew", tmp_path / "locked-text")
 
 
 def bench_evaluate(argv):
