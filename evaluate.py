@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 # -------------------------------------------------------------------------- scores from features
 
@@ -133,8 +134,8 @@ def retrieval(image, text, owner, labels=None, classes=None):
 
 
 def part(image, text, owner, ids):
-    """Features of some of N pictures: `ids` [n], ascending -> (image [n, D], text, owner), the texts
-    being those of these pictures. A classifier, whose owner is None, stays as it is."""
+    """Features of some of N pictures, `ids` [n], ascending -> (image [n, D], text, owner), the
+    texts being those of these. A classifier, whose owner is None, stays as it is."""
     ids = torch.as_tensor(ids)
     if owner is None:
         return image[ids], text, None
@@ -497,14 +498,16 @@ def joined(older, newer):
     return both
 
 
-def joint_beside(folder, identity):
-    """At most one (folder, results): a finished joint run of this theta_0, beside `folder`."""
+def joint_beside(folder, own):
+    """At most one (folder, results): a finished joint run beside `folder`, of the theta_0 and the
+    data of the results `own`."""
     for path in sorted(Path(folder).parent.glob("*/results.json")):
         try:
             results = read_results(path.parent)
         except ValueError:  # somebody else's file must not stop a run
             continue
-        if results["config"]["method"] == "joint" and results["theta_0_sha256"] == identity:
+        alike = all(results.get(key) == own.get(key) for key in ("theta_0_sha256", "data_sha256"))
+        if results["config"]["method"] == "joint" and alike:
             return [(path.parent, results)]
     return []
 
@@ -544,7 +547,8 @@ def compare(runs, free=FREE):
     groups = {}
     for folder, results in runs:
         options = {key: v for key, v in results["config"].items() if key not in free}
-        kind = json.dumps([options, len(results["tasks"])], sort_keys=True)
+        trained_on = results.get("training_sha256")  # files may change under the same options
+        kind = json.dumps([options, len(results["tasks"]), trained_on], sort_keys=True)
         seed = results["config"].get("seed")
         repeat = 0
         while seed in groups.get((kind, repeat), {}):  # twice the same seed: a line of its own
@@ -562,8 +566,9 @@ def _check_comparable(runs):
     for what, key in (
         ("from different theta_0", lambda results: results["theta_0_sha256"]),
         ("over different datasets", lambda results: sorted(results["theta_0"]["datasets"])),
-        ("on different data", lambda results: results.get("data_sha256")),
-    ):
+        ("on different test data (copies must keep their files' times: cp -a)",
+         lambda results: results.get("data_sha256")),
+    ):  # fmt: skip
         kinds = {}
         for folder, results in runs:
             kinds.setdefault(json.dumps(key(results)), []).append(str(folder))
@@ -1245,17 +1250,25 @@ def _draw_scale(sheet, left, y, limit):
 # --------------------------------------------------------------------------- pictures of whole runs
 
 
+PARTS = ("plane", "curves", "heat")
+
+
+def report_files(path):
+    """-> {part: file}: where draw_report() writes the picture, "", and each of its parts alone."""
+    path = Path(path)
+    parts = {part: path.with_name(f"{path.stem}-{part}{path.suffix}") for part in PARTS}
+    return {"": path} | parts
+
+
 def draw_report(lines, path):
     """Writes the picture of lines at path, and beside it each of its parts alone: -> the files."""
-    path = Path(path)
     seeds = [len(line.runs) for line in lines]
     parts = _parts(lines, lines)
-    files = {path: _together(parts, f"{len(lines)} experiments, {sum(seeds)} runs")}
-    for name, part in parts.items():
-        files[path.with_name(f"{path.stem}-{name}{path.suffix}")] = part
-    for file, picture in files.items():
-        _save(picture, file)
-    return [*files]
+    whole = _together(parts, f"{len(lines)} experiments, {sum(seeds)} runs")
+    files = report_files(path)
+    for part, picture in {"": whole, **parts}.items():
+        _save(picture, files[part])
+    return [files[part] for part in ("", *parts)]
 
 
 def page(results, path, beside=()):
@@ -1313,10 +1326,12 @@ def _together(parts, title):
 
 
 def _save(image, path):
-    """Whole or not at all."""
+    """Whole or not at all. It says what drew it, so that it may be drawn anew but no other file."""
     aside = Path(f"{path}.part")
+    maker = PngInfo()
+    maker.add_text("Software", "fomo")
     try:
-        image.save(aside, "PNG")
+        image.save(aside, "PNG", pnginfo=maker)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -3750,7 +3750,7 @@ def test_the_report_says_whether_the_best_is_ahead_in_every_seed():
     ("change", "says"),
     [
         ({"theta_0_sha256": "1"}, "from different theta_0"),
-        ({"data_sha256": "1"}, "on different data"),
+        ({"data_sha256": "1"}, "on different test data .*"),
         ({"theta_0": made_run(sets=2)["theta_0"]}, "over different datasets"),
     ],
 )
@@ -4137,6 +4137,45 @@ def test_prompts_are_encoded_again_only_where_the_text_tower_changed(flux, tmp_p
     options = flux_options(flux, tmp_path, "--method", "locked-text", "--lr", "1e-2")
     assert fomo.main([*options, "--out", str(tmp_path / "anew")]) == 0
     assert same_run(tmp_path / "anew", tmp_path / "locked-text")
+
+
+def test_a_report_is_drawn_again_over_itself_and_over_nothing_else(tmp_path, capsys):
+    write_run(tmp_path / "run", made_run())
+    command = ["report", str(tmp_path / "run"), "-o", str(tmp_path / "report.png")]
+    assert fomo.main(command) == fomo.main(command) == 0
+    theirs = tmp_path / "report-heat.png"
+    Image.new("RGB", (3, 3)).save(theirs)
+    kept = theirs.read_bytes()
+    assert fomo.main(command) == 2
+    assert f"{str(theirs)!r} is there and was not written by fomo.py" in capsys.readouterr().err
+    assert theirs.read_bytes() == kept
+
+
+def test_results_tell_runs_on_other_data_apart(flux, tmp_path, capsys):
+    """Other test data do not compare; other training data compare, but are no seed of one line."""
+    root = tmp_path / "root"
+    shutil.copytree(flux, root)
+    weights = tmp_path / "w.safetensors"
+    clip.save(clip_random(clip.CONFIGS["tiny"]), weights)
+    options = flux_options(root, tmp_path, "--tasks", "1", "--weights", str(weights))
+    for seed, split in enumerate((None, "train", "test")):
+        if split:  # one caption of a set to adapt to
+            path = root / "00_info" / f"LETTERS_{split}.json"
+            info = json.loads(path.read_text())
+            info[next(iter(info))]["default_caption"] = "another caption"
+            path.write_text(json.dumps(info))
+        out = ["--seed", str(seed), "--out", str(tmp_path / f"run-{seed}")]
+        assert fomo.main([*options, *out]) == 0
+    runs = [str(tmp_path / f"run-{seed}") for seed in range(3)]
+    capsys.readouterr()
+    assert fomo.main(["report", *runs[:2], "-o", str(tmp_path / "r.png")]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:4]] == [
+        ["run-0", "1"],
+        ["run-1", "1"],
+    ]
+    assert fomo.main(["report", *runs, "-o", str(tmp_path / "r.png")]) == 2
+    said = capsys.readouterr().err
+    assert "on different test data" in said and f"{runs[0]} {runs[1]}; or {runs[2]}" in said
 
 
 def bench_evaluate(argv):
