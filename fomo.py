@@ -912,6 +912,14 @@ def inputs(learner, stream, steps):
     return found | versions | machine | {"processes": str(learner.crew.count), "device": kind}
 
 
+def data_hashes(found):
+    """Of inputs(): what a report needs to tell runs on different data apart."""
+    scored = ("class names and prompts", "test pictures and captions")
+    trained = ("training pictures and captions", "pool")
+    return {"data_sha256": digest({name: found[name] for name in found if name.endswith(scored)}),
+            "training_sha256": digest({n: found[n] for n in found if n.endswith(trained)})}
+
+
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
@@ -1559,6 +1567,7 @@ class Folder:
         last = (results["tasks"] or [results["theta_0"]])[-1]
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results["accepted_changes"] = self.run["accepted_changes"]
+        results |= data_hashes(self.run["inputs"])
         results |= {"seconds": self.seconds(), "config": self.options}
         results["over_time"] = evaluate.over_time(results)
         if results["tasks"]:  # which this process need not have trained
@@ -1572,7 +1581,7 @@ class Folder:
             shutil.copyfile(shown.merges, self.path / name)
         beside = []
         if self.c.method != "joint":
-            beside = evaluate.joint_beside(self.path, results["theta_0_sha256"])
+            beside = evaluate.joint_beside(self.path, results)
         evaluate.page(results, self.path / "picture.png", beside)
         write_json(self.path / "results.json", results)
         self.done = True
@@ -1676,6 +1685,8 @@ def report_command(argv):
     for folder in unfinished:
         print(f"{folder} has no results.json: left out", file=sys.stderr)
     check_file(out)
+    for part in evaluate.report_files(out).values():
+        check_file(str(part))
     table, files = evaluate.report(runs, out, args.style or "text", FREE + MACHINE + ("seed",))
     print(table)
     print(f"drawn in {', '.join(map(str, files))}", file=sys.stderr)
