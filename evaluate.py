@@ -506,8 +506,9 @@ def joint_beside(folder, own):
             results = read_results(path.parent)
         except ValueError:  # somebody else's file must not stop a run
             continue
-        alike = all(results.get(key) == own.get(key) for key in ("theta_0_sha256", "data_sha256"))
-        if results["config"]["method"] == "joint" and alike:
+        if results["config"]["method"] != "joint":
+            continue
+        if all(results.get(key) == own.get(key) for key in ("theta_0_sha256", "data_sha256")):
             return [(path.parent, results)]
     return []
 
@@ -544,10 +545,11 @@ def compare(runs, free=FREE):
     """(folder, results) pairs -> list of Line, in the order of the runs. ValueError where runs do
     not compare. free: options in which the runs of one line may differ."""
     _check_comparable(runs)
+    known = next((r["training_sha256"] for _, r in runs if "training_sha256" in r), None)
     groups = {}
     for folder, results in runs:
         options = {key: v for key, v in results["config"].items() if key not in free}
-        trained_on = results.get("training_sha256")  # files may change under the same options
+        trained_on = results.get("training_sha256", known)  # files may change under the same options
         kind = json.dumps([options, len(results["tasks"]), trained_on], sort_keys=True)
         seed = results["config"].get("seed")
         repeat = 0
@@ -571,7 +573,8 @@ def _check_comparable(runs):
     ):  # fmt: skip
         kinds = {}
         for folder, results in runs:
-            kinds.setdefault(json.dumps(key(results)), []).append(str(folder))
+            if key(results) is not None:  # older runs do not say
+                kinds.setdefault(json.dumps(key(results)), []).append(str(folder))
         if len(kinds) > 1:
             each = "; or ".join(" ".join(group) for group in kinds.values())
             raise ValueError(f"runs {what} do not compare, give those of one: {each}")
