@@ -526,6 +526,17 @@ class Line:
         over_time = [[run["theta_0"], *run["tasks"]] for run in self.runs]
         return np.array([[(r["zs"], r["ka"]) for r in rows] for rows in over_time], dtype=float)
 
+    def within(self):
+        """[T lists] of (finished tasks, ZS, KA), means over the seeds: the weights in training, as
+        far as they were scored within a task. Empty lists where they were not."""
+        tasks = []
+        for t, rows in enumerate(zip(*(run["tasks"] for run in self.runs))):
+            seeds = [[(t + w["step"] / row["steps"], w["zs"], w["ka"]) for w in row["within"]]
+                     for row in rows if row.get("within")]  # fmt: skip
+            alike = len(seeds) == len(rows) and len({len(path) for path in seeds}) == 1
+            tasks.append(np.mean(np.array(seeds, dtype=float), axis=0) if alike else [])
+        return tasks
+
     def changes(self):
         """-> names, and [datasets, T] the mean change against theta_0 on the same samples, NaN
         where there is none."""
@@ -549,7 +560,7 @@ def compare(runs, free=FREE):
     groups = {}
     for folder, results in runs:
         options = {key: v for key, v in results["config"].items() if key not in free}
-        trained_on = results.get("training_sha256", known)  # files may change under the same options
+        trained_on = results.get("training_sha256", known)  # files change under the same options
         kind = json.dumps([options, len(results["tasks"]), trained_on], sort_keys=True)
         seed = results["config"].get("seed")
         repeat = 0
@@ -975,7 +986,7 @@ def _ticks(low, high, step):
 class Legend:
     """Names beside their marks, long ones on several lines: nothing is cut, nothing overlaps."""
 
-    def __init__(self, tracks, styles):
+    def __init__(self, tracks, styles, within=()):
         self.entries = [("theta_0", INK, "star")]
         if "joint" in tracks:
             self.entries += [("joint", GOLD, "star"), ("linear trade-off", GREY, None)]
@@ -984,6 +995,8 @@ class Legend:
             self.entries.append((_printable(name) + seeds, *style))
         if any(len(track) > 1 for track in tracks.values()):
             self.entries.append(("shaded: a standard deviation over the seeds", None, None))
+        if within:
+            self.entries.append(("thin: within a task, the weights in training", None, None))
         self.entries = [(textwrap.wrap(n, 34) or ["?"], *style) for n, *style in self.entries]
         texts = [text for wrapped, *_ in self.entries for text in wrapped]
         self.width = 44 + max(_text_width(text, 16) for text in texts)
@@ -1134,26 +1147,42 @@ def _number_track(sheet, places, colour, taken):
             sheet.text(*place, str(task), 13, "mm", PAPER)
 
 
-def draw_curves(tracks):
-    """KA, ZS and GM over tasks, one below the other; without ZS, KA alone."""
+def draw_curves(tracks, within=None):
+    """KA, ZS and GM over tasks, one below the other; without ZS, KA alone. within: name -> for each
+    task [(finished tasks, ZS, KA), ...], of the weights in training: thin lines."""
     styles = _styles(tracks)
-    legend = Legend(tracks, styles)
-    scores = {"KA (%)": {name: track[..., 1] for name, track in tracks.items()}}
+    within = {name: tasks for name, tasks in (within or {}).items() if any(map(len, tasks))}
+    legend = Legend(tracks, styles, within)
+    metrics = {"KA (%)": lambda points: points[..., -1]}
     if _has_zs(tracks):
-        scores["ZS (%)"] = {name: track[..., 0] for name, track in tracks.items()}
-        scores["GM (%)"] = {name: np.sqrt(track.prod(axis=-1)) for name, track in tracks.items()}
-    each = 290 if len(scores) > 1 else 500
-    sheet = Sheet(704 + legend.width + 10, max(each * len(scores) + 60, legend.height + 46))
+        metrics["ZS (%)"] = lambda points: points[..., -2]
+        metrics["GM (%)"] = lambda points: np.sqrt(points[..., -2:].prod(axis=-1))
+    each = 290 if len(metrics) > 1 else 500
+    sheet = Sheet(704 + legend.width + 10, max(each * len(metrics) + 60, legend.height + 46))
     last = max([1, *(tracks[name].shape[1] - 1 for name in styles)])
-    for i, (metric, values) in enumerate(scores.items()):
-        low = min((v.mean(axis=0) - _deviation(v)).min() for v in values.values())
-        high = max((v.mean(axis=0) + _deviation(v)).max() for v in values.values())
+    for i, (metric, score) in enumerate(metrics.items()):
+        values = {name: score(track) for name, track in tracks.items()}
+        thin = {
+            name: [[(x, score(np.array([zs, ka]))) for x, zs, ka in task] for task in tasks]
+            for name, tasks in within.items()
+        }
+        spans = [(v.mean(axis=0) - _deviation(v), v.mean(axis=0) + _deviation(v))
+                 for v in values.values()]  # fmt: skip
+        inside = [y for tasks in thin.values() for task in tasks for _, y in task]
+        low = min([*inside, *(low.min() for low, _ in spans)])
+        high = max([*inside, *(high.max() for _, high in spans)])
         pad = max(0.06 * (high - low), 0.5)
         top = 46 + each * i
         axes = Axes(60, top, 680, top + each - 76, (0, last), (low - pad, high + pad))
         y_ticks = _ticks(*axes.y, _step(axes.y[1] - axes.y[0], 6))
-        x_name = "finished tasks" if i == len(scores) - 1 else ""
+        x_name = "finished tasks" if i == len(metrics) - 1 else ""
         axes.grid(sheet, _ticks(0, last, max(1, _step(last, 12))), y_ticks, x_name, metric)
+        for name, tasks in thin.items():
+            for task in tasks:
+                places = [axes.at(*point) for point in task]
+                sheet.line(places, styles[name][0], 1)
+                for place in places:
+                    sheet.mark("circle", place, 3, styles[name][0])
         _draw_curve_lines(sheet, axes, values, styles)
     legend.draw(sheet, 704, 46)
     return sheet
@@ -1297,7 +1326,8 @@ def _parts(lines, mapped):
     """{"plane", "curves", "heat": picture}, those that there is something for."""
     tracks = {line.name: line.track() for line in lines}
     parts = {"plane": draw_plane(tracks).reduced()} if _has_zs(tracks) else {}
-    parts["curves"] = draw_curves(tracks).reduced()
+    within = {line.name: line.within() for line in lines if line.name != "joint"}
+    parts["curves"] = draw_curves(tracks, within).reduced()
     maps = [(line, *line.changes()) for line in mapped]
     maps = [
         (line.name, datasets, [row["task"] for row in line.runs[0]["tasks"]], change)

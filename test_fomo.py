@@ -3660,6 +3660,7 @@ def made_run(method="merge", seed=0, moves=((1, 10), (2, 20)), zs=True, sets=3, 
         "seconds": 7.0,
         "config": {"method": method, "seed": seed, "out": f"runs/{method}-{seed}", **options},
         "theta_0_sha256": "0",
+        "data_sha256": "0",
         "trained_parameters": 1234,
         "gflops_spent": 3000.0,
         "heldout": [f"H{i}" for i in range(sets)] if zs else [],
@@ -3901,6 +3902,23 @@ def test_a_band_spans_one_standard_deviation_over_the_seeds(tmp_path):
         x, y = axes.at(zs, ka)
         colour = pixels[round(y), round(x)]  # the grid's and the paper's have no hue
         assert (np.ptp(colour) > 10) == shaded, (zs, ka)
+
+
+def test_curves_show_what_was_scored_within_tasks():
+    """One seed's dip to KA 10, at half of the second task, is a dot there and widens the axis."""
+    runs = [made_run(seed=seed, moves=[(0, 10), (0, 20)]) for seed in range(2)]
+    for run in runs:
+        run["tasks"][1]["within"] = [{"step": 2.5, "ka": 10.0, "zs": 80.0, "gm": 28.3}]
+    line = evaluate.Line("a", [], runs)
+    assert [np.array(task).tolist() for task in line.within()] == [[], [[1.5, 80, 10]]]
+    sheets = [evaluate.draw_curves({"a": line.track()}, {"a": task}).reduced()
+              for task in (line.within(), [[], []])]  # fmt: skip
+    dots = [solid(np.asarray(sheet).astype(int)[:, 400:640], rgb(evaluate.COLOURS[0]), 4)
+            for sheet in sheets]  # fmt: skip
+    places = np.argwhere(dots[0])
+    assert not dots[1].any() and abs(places[:, 1].mean() + 400 - (60 + 620 * 0.75)) < 2
+    del runs[1]["tasks"][1]["within"]  # of one seed alone it would be no mean
+    assert line.within() == [[], []]
 
 
 @pytest.mark.parametrize("points", [[], [(math.nan, 1.0)], [(1.0, math.nan)], [(1.0, math.inf)]])
