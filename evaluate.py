@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 # -------------------------------------------------------------------------- scores from features
 
@@ -74,8 +75,8 @@ def accuracy(image, classifier, labels, k=1):
 def classification(image, classifier, labels):
     """All numbers of a classification set, in percent; arguments as of accuracy().
 
-    -> {"metric", "score", "top1", "top5", "mean_per_class", "per_class": [C], "chance"}; a class
-    without pictures is None in per_class and not in the mean. score is top1."""
+    -> {"metric", "samples": N, "score", "top1", "top5", "mean_per_class", "per_class": [C],
+    "chance"}; a class without pictures is None in per_class and not in the mean. score is top1."""
     better, equal = _class_ranks(image, classifier, labels)
     hits = _hit(1, better, equal)
     per_class = _per_class(hits, labels, len(classifier))
@@ -83,6 +84,7 @@ def classification(image, classifier, labels):
     top1 = _percent(hits)
     return {
         "metric": "top-1",
+        "samples": len(hits),
         "score": top1,
         "top1": top1,
         "top5": _percent(_hit(5, better, equal)),
@@ -105,9 +107,9 @@ def recall_at_k(image, text, owner, k=5):
 def retrieval(image, text, owner, labels=None, classes=None):
     """All numbers of a retrieval set, in percent; image, text and owner as of recall_at_k().
 
-    -> {"metric", "score", "t2i": {"R@1", "R@5", "R@10"}, "i2t": the same, "per_class", "chance"}.
-    score is the mean of both R@5. per_class is there with labels [N] below classes: the same mean
-    over a class's pictures, each weighing the same."""
+    -> {"metric", "samples": N, "score", "t2i": {"R@1", "R@5", "R@10"}, "i2t": the same,
+    "per_class", "chance"}. score is the mean of both R@5. per_class is there with labels [N] below
+    classes: the same mean over a class's pictures, each weighing the same."""
     texts, images = _retrieval_ranks(image, text, owner)
     count = torch.bincount(torch.as_tensor(owner), minlength=len(image)).double()  # texts an image
     found = {k: (_hit(k, *texts).cpu(), _hit(k, *images).cpu()) for k in (1, 5, 10)}
@@ -116,6 +118,7 @@ def retrieval(image, text, owner, labels=None, classes=None):
     guess = _hit(5, torch.zeros_like(count), len(text) - count, count)
     numbers = {
         "metric": "R@5",
+        "samples": len(image),
         "score": (t2i["R@5"] + i2t["R@5"]) / 2,
         "t2i": t2i,
         "i2t": i2t,
@@ -128,6 +131,17 @@ def retrieval(image, text, owner, labels=None, classes=None):
         credit = (image_hits + own / count.clamp(min=1)) / 2
         numbers["per_class"] = _per_class(credit, labels, classes)
     return numbers
+
+
+def part(image, text, owner, ids):
+    """Features of some of N pictures, `ids` [n], ascending -> (image [n, D], text, owner), the
+    texts being those of these. A classifier, whose owner is None, stays as it is."""
+    ids = torch.as_tensor(ids)
+    if owner is None:
+        return image[ids], text, None
+    owner = torch.as_tensor(owner)
+    kept = torch.isin(owner, ids)
+    return image[ids], text[kept], torch.searchsorted(ids, owner[kept])
 
 
 def _unit(features):
@@ -352,24 +366,53 @@ def stability_gap(before, within):
     return gap
 
 
+def task_gap(before, row):
+    """stability_gap() of a task from its row and the row before; None where they are on different
+    samples. row["within"] are scores of the weights in training, on the samples of the row or of
+    its "subset"; a step 0 among them stands for the row before, since the task began elsewhere."""
+    start = before.get("subset", before)
+    end = row.get("subset", row)
+    if start.get("samples") != end.get("samples"):
+        return {"ka": None, "zs": None}
+    within = row.get("within", [])
+    if within and within[0]["step"] == 0:
+        start = within[0]
+    return stability_gap(start, [*within, end])
+
+
+def scores_on(row, other, what="datasets"):
+    """{dataset: row[what][dataset]} as far as the row, or its "subset", has it on as many samples
+    as `other`: R@5 falls with the number of candidates, so it compares on the same samples alone.
+    A row on all samples has in "subset" its scores on those of the rows between first and last."""
+
+    def samples(part, name):
+        return part.get("samples_of", {}).get(name, part.get("samples"))
+
+    found = {}
+    for part in (row, row.get("subset", {})):
+        for name, value in part.get(what, {}).items():
+            if samples(part, name) == samples(other, name):
+                found[name] = value
+    return found
+
+
 def over_time(results):
     """Of a run's results: {"forgetting", "backward", "forward", "stability_gap": {"ka", "zs"},
     "datasets": {name: {"forgetting", "backward", "forward"}}}; means over datasets, the gap's over
-    tasks; None where a run did not keep what is needed."""
+    tasks; None where a run did not keep what is needed. Rows are compared on the same samples:
+    where those between the first and the last are on a subset, all are."""
     rows = [results["theta_0"], *results["tasks"]]
-    lost = dataset_forgetting([row["datasets"] for row in rows])
+    last = rows[-1].get("subset", rows[-1])
+    lost = dataset_forgetting([scores_on(row, last) for row in rows])
     kept = all("by_task" in row for row in rows)
-    moved = transfer([row["by_task"] for row in rows]) if kept else {}
+    moved = transfer([scores_on(row, last, "by_task") for row in rows]) if kept else {}
     none = {"backward": None, "forward": None}
     each = {name: {"forgetting": lost[name], **moved.get(name, none)} for name in lost}
     means = {}
     for what in ("forgetting", "backward", "forward"):
         there = [scores[what] for scores in each.values() if scores[what] is not None]
         means[what] = math.fsum(there) / len(there) if there else None
-    gaps = [
-        stability_gap(before, [*row.get("within", []), row])
-        for before, row in itertools.pairwise(rows)
-    ]
+    gaps = [task_gap(before, row) for before, row in itertools.pairwise(rows)]
     mean_gap = {}
     for metric in ("ka", "zs"):
         there = [gap[metric] for gap in gaps if gap[metric] is not None]
@@ -455,14 +498,17 @@ def joined(older, newer):
     return both
 
 
-def joint_beside(folder, identity):
-    """At most one (folder, results): a finished joint run of this theta_0, beside `folder`."""
+def joint_beside(folder, own):
+    """At most one (folder, results): a finished joint run beside `folder`, of the theta_0 and the
+    data of the results `own`."""
     for path in sorted(Path(folder).parent.glob("*/results.json")):
         try:
             results = read_results(path.parent)
         except ValueError:  # somebody else's file must not stop a run
             continue
-        if results["config"]["method"] == "joint" and results["theta_0_sha256"] == identity:
+        if results["config"]["method"] != "joint":
+            continue
+        if all(results.get(key) == own.get(key) for key in ("theta_0_sha256", "data_sha256")):
             return [(path.parent, results)]
     return []
 
@@ -480,25 +526,42 @@ class Line:
         over_time = [[run["theta_0"], *run["tasks"]] for run in self.runs]
         return np.array([[(r["zs"], r["ka"]) for r in rows] for rows in over_time], dtype=float)
 
+    def within(self):
+        """[T lists] of (finished tasks, ZS, KA), means over the seeds: the weights in training, as
+        far as they were scored within a task. Empty lists where they were not."""
+        tasks = []
+        for t, rows in enumerate(zip(*(run["tasks"] for run in self.runs))):
+            seeds = [[(t + w["step"] / row["steps"], w["zs"], w["ka"]) for w in row["within"]]
+                     for row in rows if row.get("within")]  # fmt: skip
+            alike = len(seeds) == len(rows) and len({len(path) for path in seeds}) == 1
+            tasks.append(np.mean(np.array(seeds, dtype=float), axis=0) if alike else [])
+        return tasks
+
     def changes(self):
-        """-> names, and [datasets, T] the mean change against theta_0, NaN where there is none."""
+        """-> names, and [datasets, T] the mean change against theta_0 on the same samples, NaN
+        where there is none."""
         names = list(dict.fromkeys(name for run in self.runs for name in run["final"]["datasets"]))
-        change = [
-            [[row["datasets"].get(n, math.nan) - run["theta_0"]["datasets"].get(n, math.nan)
-              for row in run["tasks"]] for n in names]
-            for run in self.runs
-        ]  # fmt: skip
-        return names, np.array(change, dtype=float).mean(axis=0)
+        changes = []
+        for run in self.runs:
+            changes.append([])
+            for row in run["tasks"]:
+                start = scores_on(run["theta_0"], row)
+                after = row["datasets"]
+                change = [after.get(n, math.nan) - start.get(n, math.nan) for n in names]
+                changes[-1].append(change)
+        return names, np.mean(changes, axis=0).reshape(-1, len(names)).T
 
 
 def compare(runs, free=FREE):
     """(folder, results) pairs -> list of Line, in the order of the runs. ValueError where runs do
     not compare. free: options in which the runs of one line may differ."""
     _check_comparable(runs)
+    known = next((r["training_sha256"] for _, r in runs if "training_sha256" in r), None)
     groups = {}
     for folder, results in runs:
         options = {key: v for key, v in results["config"].items() if key not in free}
-        kind = json.dumps([options, len(results["tasks"])], sort_keys=True)
+        trained_on = results.get("training_sha256", known)  # files change under the same options
+        kind = json.dumps([options, len(results["tasks"]), trained_on], sort_keys=True)
         seed = results["config"].get("seed")
         repeat = 0
         while seed in groups.get((kind, repeat), {}):  # twice the same seed: a line of its own
@@ -516,11 +579,13 @@ def _check_comparable(runs):
     for what, key in (
         ("from different theta_0", lambda results: results["theta_0_sha256"]),
         ("over different datasets", lambda results: sorted(results["theta_0"]["datasets"])),
-        ("on different data", lambda results: results.get("data_sha256")),
-    ):
+        ("on different test data (copies must keep their files' times: cp -a)",
+         lambda results: results.get("data_sha256")),
+    ):  # fmt: skip
         kinds = {}
         for folder, results in runs:
-            kinds.setdefault(json.dumps(key(results)), []).append(str(folder))
+            if key(results) is not None:  # older runs do not say
+                kinds.setdefault(json.dumps(key(results)), []).append(str(folder))
         if len(kinds) > 1:
             each = "; or ".join(" ".join(group) for group in kinds.values())
             raise ValueError(f"runs {what} do not compare, give those of one: {each}")
@@ -731,12 +796,17 @@ def run_head(results):
 
 
 def run_row(task, steps, scores, before=None, whole=None):
-    """One of these rows. before: the row before it, to show what changed, if on as many samples;
+    """One of these rows. before: the row before it, to show what changed on the same samples;
     whole: the scores on all samples, of which this row may have a subset."""
-    alike = before and before.get("samples") == scores.get("samples")
+    old = before
+    new = scores
+    if before and before["samples"] != scores["samples"]:
+        old = before.get("subset", before)
+        new = scores.get("subset", scores)
+    alike = before and old["samples"] == new["samples"]
     cells = []
     for metric in METRICS:
-        change = _minus(scores[metric], before[metric]) if alike else None
+        change = _minus(new[metric], old[metric]) if alike else None
         cells.append(_number(scores[metric], SCORE))
         cells.append("" if change is None else f"({CHANGE.format(change)})")
     row = ROW.format(task, steps, *cells).rstrip()
@@ -916,7 +986,7 @@ def _ticks(low, high, step):
 class Legend:
     """Names beside their marks, long ones on several lines: nothing is cut, nothing overlaps."""
 
-    def __init__(self, tracks, styles):
+    def __init__(self, tracks, styles, within=()):
         self.entries = [("theta_0", INK, "star")]
         if "joint" in tracks:
             self.entries += [("joint", GOLD, "star"), ("linear trade-off", GREY, None)]
@@ -925,6 +995,8 @@ class Legend:
             self.entries.append((_printable(name) + seeds, *style))
         if any(len(track) > 1 for track in tracks.values()):
             self.entries.append(("shaded: a standard deviation over the seeds", None, None))
+        if within:
+            self.entries.append(("thin: within a task, the weights in training", None, None))
         self.entries = [(textwrap.wrap(n, 34) or ["?"], *style) for n, *style in self.entries]
         texts = [text for wrapped, *_ in self.entries for text in wrapped]
         self.width = 44 + max(_text_width(text, 16) for text in texts)
@@ -1075,26 +1147,42 @@ def _number_track(sheet, places, colour, taken):
             sheet.text(*place, str(task), 13, "mm", PAPER)
 
 
-def draw_curves(tracks):
-    """KA, ZS and GM over tasks, one below the other; without ZS, KA alone."""
+def draw_curves(tracks, within=None):
+    """KA, ZS and GM over tasks, one below the other; without ZS, KA alone. within: name -> for each
+    task [(finished tasks, ZS, KA), ...], of the weights in training: thin lines."""
     styles = _styles(tracks)
-    legend = Legend(tracks, styles)
-    scores = {"KA (%)": {name: track[..., 1] for name, track in tracks.items()}}
+    within = {name: tasks for name, tasks in (within or {}).items() if any(map(len, tasks))}
+    legend = Legend(tracks, styles, within)
+    metrics = {"KA (%)": lambda points: points[..., -1]}
     if _has_zs(tracks):
-        scores["ZS (%)"] = {name: track[..., 0] for name, track in tracks.items()}
-        scores["GM (%)"] = {name: np.sqrt(track.prod(axis=-1)) for name, track in tracks.items()}
-    each = 290 if len(scores) > 1 else 500
-    sheet = Sheet(704 + legend.width + 10, max(each * len(scores) + 60, legend.height + 46))
+        metrics["ZS (%)"] = lambda points: points[..., -2]
+        metrics["GM (%)"] = lambda points: np.sqrt(points[..., -2:].prod(axis=-1))
+    each = 290 if len(metrics) > 1 else 500
+    sheet = Sheet(704 + legend.width + 10, max(each * len(metrics) + 60, legend.height + 46))
     last = max([1, *(tracks[name].shape[1] - 1 for name in styles)])
-    for i, (metric, values) in enumerate(scores.items()):
-        low = min((v.mean(axis=0) - _deviation(v)).min() for v in values.values())
-        high = max((v.mean(axis=0) + _deviation(v)).max() for v in values.values())
+    for i, (metric, score) in enumerate(metrics.items()):
+        values = {name: score(track) for name, track in tracks.items()}
+        thin = {
+            name: [[(x, score(np.array([zs, ka]))) for x, zs, ka in task] for task in tasks]
+            for name, tasks in within.items()
+        }
+        spans = [(v.mean(axis=0) - _deviation(v), v.mean(axis=0) + _deviation(v))
+                 for v in values.values()]  # fmt: skip
+        inside = [y for tasks in thin.values() for task in tasks for _, y in task]
+        low = min([*inside, *(low.min() for low, _ in spans)])
+        high = max([*inside, *(high.max() for _, high in spans)])
         pad = max(0.06 * (high - low), 0.5)
         top = 46 + each * i
         axes = Axes(60, top, 680, top + each - 76, (0, last), (low - pad, high + pad))
         y_ticks = _ticks(*axes.y, _step(axes.y[1] - axes.y[0], 6))
-        x_name = "finished tasks" if i == len(scores) - 1 else ""
+        x_name = "finished tasks" if i == len(metrics) - 1 else ""
         axes.grid(sheet, _ticks(0, last, max(1, _step(last, 12))), y_ticks, x_name, metric)
+        for name, tasks in thin.items():
+            for task in tasks:
+                places = [axes.at(*point) for point in task]
+                sheet.line(places, styles[name][0], 1)
+                for place in places:
+                    sheet.mark("circle", place, 3, styles[name][0])
         _draw_curve_lines(sheet, axes, values, styles)
     legend.draw(sheet, 704, 46)
     return sheet
@@ -1194,17 +1282,25 @@ def _draw_scale(sheet, left, y, limit):
 # --------------------------------------------------------------------------- pictures of whole runs
 
 
+PARTS = ("plane", "curves", "heat")
+
+
+def report_files(path):
+    """-> {part: file}: where draw_report() writes the picture, "", and each of its parts alone."""
+    path = Path(path)
+    parts = {part: path.with_name(f"{path.stem}-{part}{path.suffix}") for part in PARTS}
+    return {"": path} | parts
+
+
 def draw_report(lines, path):
     """Writes the picture of lines at path, and beside it each of its parts alone: -> the files."""
-    path = Path(path)
     seeds = [len(line.runs) for line in lines]
     parts = _parts(lines, lines)
-    files = {path: _together(parts, f"{len(lines)} experiments, {sum(seeds)} runs")}
-    for name, part in parts.items():
-        files[path.with_name(f"{path.stem}-{name}{path.suffix}")] = part
-    for file, picture in files.items():
-        _save(picture, file)
-    return [*files]
+    whole = _together(parts, f"{len(lines)} experiments, {sum(seeds)} runs")
+    files = report_files(path)
+    for part, picture in {"": whole, **parts}.items():
+        _save(picture, files[part])
+    return [files[part] for part in ("", *parts)]
 
 
 def page(results, path, beside=()):
@@ -1230,7 +1326,8 @@ def _parts(lines, mapped):
     """{"plane", "curves", "heat": picture}, those that there is something for."""
     tracks = {line.name: line.track() for line in lines}
     parts = {"plane": draw_plane(tracks).reduced()} if _has_zs(tracks) else {}
-    parts["curves"] = draw_curves(tracks).reduced()
+    within = {line.name: line.within() for line in lines if line.name != "joint"}
+    parts["curves"] = draw_curves(tracks, within).reduced()
     maps = [(line, *line.changes()) for line in mapped]
     maps = [
         (line.name, datasets, [row["task"] for row in line.runs[0]["tasks"]], change)
@@ -1262,10 +1359,12 @@ def _together(parts, title):
 
 
 def _save(image, path):
-    """Whole or not at all."""
+    """Whole or not at all. It says what drew it, so that it may be drawn anew but no other file."""
     aside = Path(f"{path}.part")
+    maker = PngInfo()
+    maker.add_text("Software", "fomo")
     try:
-        image.save(aside, "PNG")
+        image.save(aside, "PNG", pnginfo=maker)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

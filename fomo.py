@@ -118,6 +118,9 @@ class Config:
                        " stay the same", least=0)
     score_all: bool = option("run", False, "score all test data after every task; the paper,"
                              " between the first and the last, a class-balanced subset")
+    eval_every: int = option("run", None, "steps from one scoring within a task to the next, of the"
+                             " weights in training as they stand, on the same subsets: what is"
+                             " deployed is known only after the task", least=1)
     out: str = option("run", None, "folder of the run; default runs/<method>-<seed>, or RUN-t<task>"
                       " where it continues RUN")
     continue_: str = option("run", None, "folder of a finished run, whose next update this is: all"
@@ -223,9 +226,9 @@ class Config:
 
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
-FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # for any result
-UPDATING = ["tasks", "budget", "steps", "score_all", "gate", "mixture", "replay", "stream", "order",
-            "reverse", "lr", "schedule", "meta", "cooldown"]  # fmt: skip
+FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
+UPDATING = ["tasks", "budget", "steps", "score_all", "eval_every", "gate", "mixture", "replay",
+            "stream", "order", "reverse", "lr", "schedule", "meta", "cooldown"]  # for the stream
 TRAINING = ["batch_size", "micro_batch", "warmup", "floor", "weight_decay", "clip_norm"]
 MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
@@ -248,6 +251,7 @@ class Stage:
     betas: tuple[float, float]  # AdamW's
     score: "callable"  # (task) -> None: after each task, of what is deployed
     results: dict
+    score_within: "callable" = None  # () -> None: before each step, of what is trained
     task: int = 0
     step: int = 0  # steps that the task has done; steps + 1: it is merged too, and not yet scored
     optimizer: torch.optim.Optimizer = None
@@ -275,6 +279,8 @@ def train(stage, folder):
         scaler = stage.scaler
         batches = learner.batches(stage.mixture, task, stage.steps, stage.step)
         for batch in Lines(batches, title(stage), stage.steps, stage.step, learner):
+            if stage.score_within:
+                stage.score_within()
             rate = set_rate(optimizer, stage.rate(step=stage.step, steps=stage.steps, task=task))
             loss = learner.backward(batch, scaler)
             add_penalty(method, model, scaler)
@@ -335,6 +341,8 @@ def run(config):
         stage = Stage("stream", learner, method, timeline, mixture, len(past["chunks"]) + tasks,
                       steps, rates(c), (0.9, 0.999), None, results)  # fmt: skip
         stage.score = partial(score_task, stage, shown, folder)
+        if c.eval_every:
+            stage.score_within = partial(score_within, stage, shown, folder)
         stage.when = first_tasks(world, chunks)
         stage.chunks = chunks
         go_on(stage, folder, past)
@@ -660,6 +668,8 @@ class Learner:
         self.geometry = {"resize": pixels.resize, "interpolation": pixels.interpolation}
         self.size = model.config.image_size
         self.others = None  # features of pool pictures, for --order performance
+        self.texts = {}  # features of texts, as long as
+        self.text_tower = None  # the hash of what made them is this
         self.broken = None  # takes sentences about pictures that cannot be read; None: an error
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
         self.autocast = partial(torch.autocast, self.device.type, dtype=low,
@@ -873,6 +883,8 @@ def plan(c, model_config, mixture, new):
     if steps > 2**31:
         raise ValueError(f"{steps:g} steps a task are more than anybody takes: lower --budget or"
                          " --steps")
+    if tasks and c.eval_every and c.eval_every >= steps:
+        raise ValueError(f"--eval-every {c.eval_every} does nothing here: a task has {steps} steps")
     spent = tasks * (steps * maf + once)
     return tasks, steps, {"gflops": total, "gflops_spent": spent, "maf_gflops_per_step": maf}
 
@@ -945,6 +957,13 @@ def inputs(learner, stream, steps, past):
                 "numpy": numpy.__version__}  # fmt: skip
     machine = {flag(name): str(getattr(c, name)) for name in MACHINE}
     return found | versions | machine | {"processes": str(learner.crew.count), "device": kind}
+
+
+def data_hashes(found):
+    """Of inputs(): what a report needs to tell runs on different data apart."""
+    trained = ("training pictures and captions", "pool")
+    return {"data_sha256": digest({name: found[name] for name in found if name.endswith(SCORED)}),
+            "training_sha256": digest({n: found[n] for n in found if n.endswith(trained)})}
 
 
 def digest(value):
@@ -1215,6 +1234,8 @@ def score_task(stage, shown, folder, task):
     scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}")
     row = {"task": task + 1, "steps": stage.steps, "concepts": len(stage.chunks[task]), **scores}
     results = stage.results
+    if "within" in results:
+        row["within"] = results.pop("within")
     whole = results["theta_0"]
     before = (results["tasks"] or [whole])[-1]
     if results["before"] and task == results["parent"]["task"]:
@@ -1224,41 +1245,104 @@ def score_task(stage, shown, folder, task):
     shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, whole))
 
 
+def score_within(stage, shown, folder):
+    """--eval-every: what is trained, as it stands, into results["within"], which the task's row
+    takes over. Where a task does not start from what was deployed, and hence scored, its step 0 is
+    scored too. A state is saved before a step is scored or after the next, never in between."""
+    within = stage.results.setdefault("within", [])
+    elsewhere = stage.timeline.init != stage.timeline.deployed
+    if stage.step % shown.c.eval_every or not (stage.step or elsewhere):
+        return
+    shown.model.load_state_dict(stage.method.plain(stage.learner.model))
+    name = f"scoring {title(stage)}, step {stage.step}"
+    scores = score_all(stage, shown, folder, shown.c.score_all, name)
+    row = {"step": stage.step, **{metric: scores[metric] for metric in ("ka", "zs", "gm")}}
+    within.append(row)
+    folder.log("evaluation within", task=stage.task + 1, **row)
+
+
 def score_all(stage, shown, folder, everything, name):
-    """-> a row of results.json, of the weights in `shown`: {"ka", "zs", "gm", "datasets": {name:
-    percent}, "samples"} and what evaluate.by_concept says."""
+    """-> a row of results.json, of the weights in `shown`; see row_of. Between the first and the
+    last row there may be subsets alone: then these two have theirs in "subset", to compare with."""
     world = shown.world
-    numbers = {}
-    samples = 0
+    everywhere = {}
+    on_subset = {}
+    known = known_texts(shown)
     shown.model.to(shown.device).eval()
     datasets = world.adaptation + world.heldout
     for d in Lines(datasets, name, len(datasets), 0, shown):
-        labels = d.test.labels
-        ids = range(len(labels)) if everything else evaluate.balanced_subset(labels, shown.c.seed)
-        numbers[d.name] = score(shown, d, ids)
-        samples += len(ids)
+        subset = evaluate.balanced_subset(d.test.labels, shown.c.seed)
+        ids = numpy.arange(len(d.test.labels)) if everything else subset
+        features = encode(shown, d, ids, known=known)
+        everywhere[d.name] = measure(d, ids, *features)
+        on_subset[d.name] = everywhere[d.name]
+        if len(subset) < len(ids) and not shown.c.score_all:
+            on_subset[d.name] = measure(d, subset, *evaluate.part(*features, subset))
         folder.pause(stage)
     shown.model.cpu()
+    row = row_of(stage, world, everywhere)
+    part = row_of(stage, world, on_subset)
+    return row | ({"subset": part} if part["samples"] < row["samples"] else {})
+
+
+def row_of(stage, world, numbers):
+    """{"ka", "zs", "gm", "datasets": {name: percent}, "samples": in all, "samples_of": {name: how
+    many}} and what evaluate.by_concept says. numbers: what measure() gives, of every dataset."""
     per_class = {name: n.get("per_class") for name, n in numbers.items()}
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
     tasks = stage.task + (stage.step > 0)  # finished so far, this one included
-    return {**summary(world, {name: n["score"] for name, n in numbers.items()}), "samples": samples,
+    samples = {name: n["samples"] for name, n in numbers.items()}
+    return {**summary(world, {name: n["score"] for name, n in numbers.items()}),
+            "samples": sum(samples.values()), "samples_of": samples,
             **evaluate.by_concept(per_class, when, len(stage.chunks), tasks)}  # fmt: skip
 
 
 def score(learner, dataset, ids, templates=None):
     """The numbers of the test samples `ids`, as evaluate.py has them."""
+    return measure(dataset, ids, *encode(learner, dataset, ids, templates))
+
+
+def measure(dataset, ids, image, text, owner):
+    """What encode() gave -> the numbers, as evaluate.py has them."""
+    labels = dataset.test.labels[ids]
+    if owner is None:
+        return evaluate.classification(image, text, labels)
+    classes = len(dataset.classes)
+    return evaluate.retrieval(image, text, owner, labels if classes else None, classes or None)
+
+
+def encode(learner, dataset, ids, templates=None, known=None):
+    """Features of the test samples `ids` -> (image [N, D], zero-shot classifier [C, D], None), or
+    of a retrieval set (image, text [M, D], owner [M]). known: texts that need no encoding, to which
+    those of now are added."""
+
+    known = {} if known is None else known
+
+    def text_features(texts):
+        key = digest(texts)
+        if key not in known:
+            known[key] = learner.text_features(texts)
+        return known[key]
+
     test = dataset.test
     image = learner.image_features(test, ids)
     if dataset.kind == "classification":
         texts = dataset.classes if templates else dataset.prompts
-        weights = evaluate.classifier(learner.text_features, texts, templates)
-        return evaluate.classification(image, weights, test.labels[ids])
+        return image, evaluate.classifier(text_features, texts, templates), None
     captions = [[c] if isinstance(c, str) else c for c in (test.captions[i] for i in ids)]
     owner = [i for i, several in enumerate(captions) for _ in several]
-    text = learner.text_features([c for several in captions for c in several])
-    labels = test.labels[ids] if dataset.classes else None
-    return evaluate.retrieval(image, text, owner, labels, len(dataset.classes) or None)
+    return image, text_features([c for several in captions for c in several]), owner
+
+
+def known_texts(learner):
+    """Features of texts by their digest, empty whenever the text tower is not the one of before, to
+    the bit: a locked tower, or theta_0's, encodes each prompt once."""
+    weights = learner.model.state_dict()
+    tower = fingerprint({n: t for n, t in weights.items() if not n.startswith("visual.")})
+    if learner.text_tower != tower:
+        learner.text_tower = tower
+        learner.texts = {}
+    return learner.texts
 
 
 def summary(world, scores):
@@ -1378,7 +1462,7 @@ def go_on(stage, folder, past):
                         f" {stage.task + 1} on: {', '.join(new)}")
     if not new and set(results["final"]["datasets"]) == set(stage.results["chance"]["datasets"]):
         stage.results["theta_0"] = results["theta_0"]
-        stage.results["before"] = results["final"]
+        stage.results["before"] = results["tasks"][-1]
     stage.timeline.store.adopt(parent / "experts", past["experts"])
     stage.timeline.load_state(past["timeline"])
     stage.method.load_state(past["method"])
@@ -1719,6 +1803,7 @@ class Folder:
         last = (results["tasks"] or [results["theta_0"]])[-1]
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results["accepted_changes"] = self.run["accepted_changes"]
+        results |= data_hashes(self.run["inputs"])
         results |= {"seconds": self.seconds(), "config": dataclasses.asdict(self.c)}
         results["over_time"] = evaluate.over_time(results)
         if results["tasks"]:  # which this process need not have trained
@@ -1734,7 +1819,7 @@ class Folder:
             shutil.copyfile(shown.merges, self.path / name)
         beside = []
         if self.c.method != "joint":
-            beside = evaluate.joint_beside(self.path, results["theta_0_sha256"])
+            beside = evaluate.joint_beside(self.path, results)
         evaluate.page(results, self.path / "picture.png", beside)
         if self.c.method not in ("joint", "zero-shot") and not failed:
             self._write(self.path / "continue.pt", kept_for_the_next(stage, self.run["inputs"]))
@@ -1861,6 +1946,8 @@ def report_command(argv):
     for folder in unfinished:
         print(f"{folder} has no results.json: left out", file=sys.stderr)
     check_file(out)
+    for part in evaluate.report_files(out).values():
+        check_file(str(part))
     table, files = evaluate.report(runs, out, args.style or "text", FREE + MACHINE + ("seed",))
     print(table)
     print(f"drawn in {', '.join(map(str, files))}", file=sys.stderr)

@@ -3578,6 +3578,51 @@ def test_stability_gap_is_the_drop_below_the_score_before():
     assert evaluate.stability_gap({"ka": 30, "zs": None}, within) == {"ka": 0, "zs": None}
 
 
+def test_a_part_of_features_scores_what_the_part_alone_scores():
+    image, text = normal(40, 8), normal(90, 8, seed=1)
+    owner = np.random.default_rng(0).permutation(np.arange(90) % 40)
+    ids = np.array([3, 4, 17, 39])
+    own = [j for j in range(90) if owner[j] in ids]
+    place = {i: n for n, i in enumerate(ids)}
+    expected = evaluate.retrieval(image[ids], text[own], [place[owner[j]] for j in own])
+    assert evaluate.retrieval(*evaluate.part(image, text, owner, ids)) == expected
+    assert torch.equal(evaluate.part(image, text, None, ids)[0], image[ids])
+
+
+def test_over_time_compares_rows_on_the_same_samples():
+    """R@5 among fewer candidates is higher: a set that changes nowhere forgets nothing."""
+    run = made_run(moves=[(0, 0)] * 3, sets=1)
+    rows = [run["theta_0"], *run["tasks"]]
+    for row in rows:
+        row |= {"samples": 1000, "samples_of": {"A0": 900, "H0": 100}, "by_task": {"A0": [9.0] * 3}}
+    few = {"samples": 200, "samples_of": {"A0": 100, "H0": 100}, "by_task": {"A0": [60.0] * 3}}
+    few |= {"ka": 70.0, "zs": 80.0, "gm": 74.8, "datasets": {"A0": 70.0, "H0": 80.0}}
+    for i in (0, 3):
+        rows[i]["subset"] = dict(few)
+    for i in (1, 2):
+        rows[i] |= few
+    still = {"forgetting": 0, "backward": 0, "forward": 0}
+    over = evaluate.over_time(run)
+    assert over == still | {"stability_gap": {"ka": 0, "zs": 0}, "datasets": {"A0": still, "H0":
+        {"forgetting": 0, "backward": None, "forward": None}}}  # fmt: skip
+    assert evaluate.run_row(1, 5, rows[1], rows[0]).count("(+0.0)") == 3
+    assert np.array_equal(evaluate.Line("a", [], [run]).changes()[1], np.zeros((2, 3)))
+    for i in (0, 3):  # as older runs are, that kept no such scores
+        del rows[i]["subset"]
+    over = evaluate.over_time(run)
+    assert over["forgetting"] == 0 and over["datasets"]["A0"]["backward"] is None
+    assert "(" not in evaluate.run_row(1, 5, rows[1], rows[0])
+    assert np.isnan(evaluate.Line("a", [], [run]).changes()[1][0, :2]).all()
+
+
+def test_the_stability_gap_of_a_run_counts_what_was_scored_within_its_tasks():
+    run = made_run(moves=[(0, 10), (0, 20)])
+    run["tasks"][0]["within"] = [{"step": 2, "ka": 25.0, "zs": 81.0}]  # 5 below theta_0
+    run["tasks"][1]["within"] = [{"step": 0, "ka": 30.0, "zs": 80.0}, {"step": 2, "ka": 29.0,
+                                  "zs": 77.0}]  # fmt: skip
+    assert evaluate.over_time(run)["stability_gap"] == {"ka": (5 + 1) / 2, "zs": (0 + 3) / 2}
+
+
 def test_subsets_are_class_balanced_of_the_papers_size_and_a_function_of_the_seed():
     labels = np.repeat([0, 1, 2, 3], [2000, 30, 500, 3])
     ids = evaluate.balanced_subset(labels, 0)
@@ -3615,6 +3660,7 @@ def made_run(method="merge", seed=0, moves=((1, 10), (2, 20)), zs=True, sets=3, 
         "seconds": 7.0,
         "config": {"method": method, "seed": seed, "out": f"runs/{method}-{seed}", **options},
         "theta_0_sha256": "0",
+        "data_sha256": "0",
         "trained_parameters": 1234,
         "gflops_spent": 3000.0,
         "heldout": [f"H{i}" for i in range(sets)] if zs else [],
@@ -3705,7 +3751,7 @@ def test_the_report_says_whether_the_best_is_ahead_in_every_seed():
     ("change", "says"),
     [
         ({"theta_0_sha256": "1"}, "from different theta_0"),
-        ({"data_sha256": "1"}, "on different data"),
+        ({"data_sha256": "1"}, "on different test data .*"),
         ({"theta_0": made_run(sets=2)["theta_0"]}, "over different datasets"),
     ],
 )
@@ -3858,6 +3904,23 @@ def test_a_band_spans_one_standard_deviation_over_the_seeds(tmp_path):
         assert (np.ptp(colour) > 10) == shaded, (zs, ka)
 
 
+def test_curves_show_what_was_scored_within_tasks():
+    """One seed's dip to KA 10, at half of the second task, is a dot there and widens the axis."""
+    runs = [made_run(seed=seed, moves=[(0, 10), (0, 20)]) for seed in range(2)]
+    for run in runs:
+        run["tasks"][1]["within"] = [{"step": 2.5, "ka": 10.0, "zs": 80.0, "gm": 28.3}]
+    line = evaluate.Line("a", [], runs)
+    assert [np.array(task).tolist() for task in line.within()] == [[], [[1.5, 80, 10]]]
+    lowest = []  # pixel of the line's colour in the topmost axes, those of KA: (y, x)
+    for task in (line.within(), [[], []]):
+        pixels = np.asarray(evaluate.draw_curves({"a": line.track()}, {"a": task}).reduced())
+        found = np.argwhere(solid(pixels[:260].astype(int), rgb(evaluate.COLOURS[0]), 2))
+        lowest.append(max(found[found[:, 1] < 700].tolist()))
+    assert lowest[0][1] == pytest.approx(60 + 620 * 1.5 / 2, abs=3) and lowest[1][1] < 100
+    del runs[1]["tasks"][1]["within"]  # of one seed alone it would be no mean
+    assert line.within() == [[], []]
+
+
 @pytest.mark.parametrize("points", [[], [(math.nan, 1.0)], [(1.0, math.nan)], [(1.0, math.inf)]])
 def test_points_that_are_no_numbers_are_not_drawn(points, tmp_path):
     runs = {"a": points} if not points else {"a": [(1.0, 1.0), *points]}
@@ -3971,6 +4034,168 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     assert (tmp_path / "p.png").read_bytes() == old
 
 
+def within(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return [row["within"] for row in results["tasks"]]
+
+
+def test_scores_within_a_task_are_of_the_weights_in_training_and_change_no_training(
+    flux, tmp_path, monkeypatch
+):
+    """The weights after two steps of the second task are those that a stop there leaves."""
+    options = flux_options(flux, tmp_path, "--method", "finetune", "--lr", "1e-2", "--steps", "5")
+    plain, every, cut = (tmp_path / name for name in ("plain", "every", "cut"))
+    assert fomo.main([*options, "--out", str(plain)]) == 0
+    assert fomo.main([*options, "--out", str(every), "--eval-every", "2"]) == 0
+    assert (plain / "model.safetensors").read_bytes() == (every / "model.safetensors").read_bytes()
+    assert rows_of(every) == rows_of(plain)  # losses and gradients
+    assert [[row["step"] for row in rows] for rows in within(every)] == [[2, 4]] * 3
+    logged = [row for row in rows_of(every, "evaluation within") if row["task"] == 2]
+    assert [{k: row[k] for k in ("step", "ka", "zs", "gm")} for row in logged] == within(every)[1]
+    stop_at(monkeypatch, 1, 2)
+    assert fomo.main([*options, "--out", str(cut)]) == 143
+    world = data.fomo_in_flux(flux, heldout=["DIGITS"])
+    learner = tiny_learner(world)
+    learner.model.load_state_dict(torch.load(cut / "state.pt")["model"])
+    found = {d.name: fomo.score(learner, d, evaluate.balanced_subset(d.test.labels, 0))["score"]
+             for d in world.adaptation + world.heldout}  # fmt: skip
+    expected = fomo.summary(world, found)
+    assert within(every)[1][0] == {"step": 2, **{k: expected[k] for k in ("ka", "zs", "gm")}}
+
+
+def test_a_run_stopped_anywhere_has_each_score_within_its_tasks_once(flux, tmp_path, monkeypatch):
+    """Stopped at pauses drawn at random, in the midst of scoring too, until it is finished."""
+    options = flux_options(flux, tmp_path, "--method", "ewc", "--lr", "1e-2", "--eval-every", "1")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert fomo.main([*options, "--out", str(whole)]) == 0
+    rng = random.Random(0)
+    pause = fomo.Folder.pause
+    left = 0
+
+    def stopping(folder, stage):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            folder.signals.number = signal.SIGTERM
+        pause(folder, stage)
+
+    monkeypatch.setattr(fomo.Folder, "pause", stopping)
+    lives = 0
+    while not (cut / "results.json").exists():
+        left = rng.randint(2, 15)  # scoring takes three, a step one
+        lives += 1
+        assert fomo.main([*options, "--out", str(cut)]) in (0, 143)
+    assert lives > 4
+    assert same_run(cut, whole)
+    for event in ("step", "evaluation within"):
+        assert rows_of(cut, event) == rows_of(whole, event)
+
+
+def test_a_task_that_starts_elsewhere_than_at_what_was_scored_is_scored_at_its_start(
+    flux, tmp_path
+):
+    options = flux_options(flux, tmp_path, "--method", "zs-merge", "--lr", "1e-2", "--score-all")
+    assert fomo.main([*options, "--eval-every", "2", "--out", str(tmp_path / "run")]) == 0
+    theta_0 = scores(tmp_path / "run")["theta_0"]
+    for rows in within(tmp_path / "run"):  # each task starts from theta_0 anew
+        assert [row["step"] for row in rows] == [0, 2]
+        assert rows[0] == {"step": 0, **{k: theta_0[k] for k in ("ka", "zs", "gm")}}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--method", "zero-shot"], "--eval-every does nothing here: --method zero-shot"),
+        (["--steps", "2"], "--eval-every 2 does nothing here: a task has 2 steps"),
+        (["--eval-every", "0"], "--eval-every must be at least 1"),
+    ],
+)
+def test_scoring_within_tasks_is_refused_where_it_would_do_nothing(
+    more, says, flux, tmp_path, capsys
+):
+    options = flux_options(flux, tmp_path, "--eval-every", "2", *more, "--out", str(tmp_path / "r"))
+    assert fomo.main(options) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_first_and_last_row_are_scored_on_the_subsets_too(flux, tmp_path, monkeypatch):
+    """What theta_0 scores on them, drawn from the features of all, is what scoring them gives."""
+    monkeypatch.setattr(
+        evaluate, "balanced_subset", lambda labels, seed: np.arange(seed % 2, len(labels), 2)
+    )
+    options = flux_options(flux, tmp_path, "--lr", "1e-2", "--out", str(tmp_path / "run"))
+    assert fomo.main(options) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = [results["theta_0"], *results["tasks"]]
+    assert ["subset" in row for row in rows] == [True, False, False, True]
+    learner = tiny_learner(data.fomo_in_flux(flux, heldout=["DIGITS"]))
+    learner.model = clip.load(tmp_path / "run" / "model.safetensors")
+    last = rows[-1]["subset"]
+    for d in learner.world.adaptation + learner.world.heldout:
+        alone = fomo.score(learner, d, np.arange(0, len(d.test), 2))
+        assert last["datasets"][d.name] == pytest.approx(alone["score"])
+        assert last["samples_of"][d.name] == alone["samples"] == len(d.test) / 2
+    assert set(last["by_task"]) == set(rows[0]["by_task"]) == {"LETTERS", "ARROWS"}
+    assert results["over_time"]["backward"] is not None
+
+
+def test_prompts_are_encoded_again_only_where_the_text_tower_changed(flux, tmp_path, monkeypatch):
+    """locked-text reuses theta_0's features; the scores are those without reuse, to the bit."""
+    texts = []
+    encode = fomo.Learner.text_features
+    monkeypatch.setattr(
+        fomo.Learner, "text_features", lambda self, t: texts.append(t) or encode(self, t)
+    )
+    for method, times in (("locked-text", 1), ("finetune", 4)):
+        options = flux_options(flux, tmp_path, "--method", method, "--lr", "1e-2")
+        texts.clear()
+        assert fomo.main([*options, "--out", str(tmp_path / method)]) == 0
+        assert len(texts) == 3 * times  # three sets
+    monkeypatch.setattr(fomo, "known_texts", lambda learner: {})
+    options = flux_options(flux, tmp_path, "--method", "locked-text", "--lr", "1e-2")
+    assert fomo.main([*options, "--out", str(tmp_path / "anew")]) == 0
+    assert same_run(tmp_path / "anew", tmp_path / "locked-text")
+
+
+def test_a_report_is_drawn_again_over_itself_and_over_nothing_else(tmp_path, capsys):
+    write_run(tmp_path / "run", made_run())
+    command = ["report", str(tmp_path / "run"), "-o", str(tmp_path / "report.png")]
+    assert fomo.main(command) == fomo.main(command) == 0
+    theirs = tmp_path / "report-heat.png"
+    Image.new("RGB", (3, 3)).save(theirs)
+    kept = theirs.read_bytes()
+    assert fomo.main(command) == 2
+    assert f"{str(theirs)!r} is there and was not written by fomo.py" in capsys.readouterr().err
+    assert theirs.read_bytes() == kept
+
+
+def test_results_tell_runs_on_other_data_apart(flux, tmp_path, capsys):
+    """Other test data do not compare; other training data compare, but are no seed of one line."""
+    root = tmp_path / "root"
+    shutil.copytree(flux, root)
+    weights = tmp_path / "w.safetensors"
+    clip.save(clip_random(clip.CONFIGS["tiny"]), weights)
+    options = flux_options(root, tmp_path, "--tasks", "1", "--weights", str(weights))
+    for seed, split in enumerate((None, "train", "test")):
+        if split:  # one caption of a set to adapt to
+            path = root / "00_info" / f"LETTERS_{split}.json"
+            info = json.loads(path.read_text())
+            info[next(iter(info))]["default_caption"] = "another caption"
+            path.write_text(json.dumps(info))
+        out = ["--seed", str(seed), "--out", str(tmp_path / f"run-{seed}")]
+        assert fomo.main([*options, *out]) == 0
+    runs = [str(tmp_path / f"run-{seed}") for seed in range(3)]
+    capsys.readouterr()
+    assert fomo.main(["report", *runs[:2], "-o", str(tmp_path / "r.png")]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:4]] == [
+        ["run-0", "1"],
+        ["run-1", "1"],
+    ]
+    assert fomo.main(["report", *runs, "-o", str(tmp_path / "r.png")]) == 2
+    said = capsys.readouterr().err
+    assert "on different test data" in said and f"{runs[0]} {runs[1]}; or {runs[2]}" in said
+
+
 def bench_evaluate(argv):
     """Seconds and MiB of retrieval and classification on features of width 512, in float32."""
     parser = argparse.ArgumentParser("test_fomo.py evaluate", description=bench_evaluate.__doc__)
@@ -4059,7 +4284,8 @@ def test_a_run_writes_all_that_the_readme_promises(flux, tmp_path, capsys):
         *(f"{scores(tmp_path / 'run')['theta_0'][k]:.1f}" for k in ("ka", "zs", "gm")),
     ] in table
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert files == {"config.json", "log.jsonl", "results.json", "picture.png", "model.safetensors"}
+    assert files == {"config.json", "log.jsonl", "results.json", "picture.png", "model.safetensors",
+                     "continue.pt"}  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [row["task"] for row in results["tasks"]] == [1, 2, 3] and results["config"][
         "method"
