@@ -1446,11 +1446,11 @@ def _load(path, config, quick_gelu, image_size):
     return model.eval()
 
 
-def save(model, path, layout="open_clip"):
+def save(model, path, layout="open_clip", **more):
     """Write the model. open_clip: a .safetensors file, or a folder for open_clip's local-dir:. hf:
     a folder for transformers. openai: a .pt file for OpenAI's clip.load, or safetensors with the
     same names. Config, preprocessing and tokenizer are in every file's metadata but .pt's, which
-    therefore holds only what OpenAI's rules imply."""
+    therefore holds only what OpenAI's rules imply. more: texts for the metadata."""
     c = model.config
     state = model.state_dict()
     path = os.fspath(path)
@@ -1474,7 +1474,7 @@ def save(model, path, layout="open_clip"):
             return torch.save(state, f)
     if layout == "hf":
         state = _hf_state(state)
-    metadata = _metadata(c, model.preprocess, model.tokenizer)
+    metadata = _metadata(c, model.preprocess, model.tokenizer) | more
     if path.endswith(".safetensors"):
         return write_tensors(state, path, metadata)
     os.makedirs(path, exist_ok=True)

@@ -15,6 +15,7 @@ words; the three pictures. Each can be read, and used, without those after it.
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import textwrap
@@ -286,6 +287,16 @@ def summary(scores, adaptation, heldout):
     return {"ka": ka, "zs": zs, "gm": geometric_mean(ka, zs), "datasets": dict(scores)}
 
 
+def chance(adaptation, heldout):
+    """The summary of guessing: 1 / C, and about 5 / N for R@5. Datasets with name, kind, classes
+    and test."""
+    guess = {}
+    for d in [*adaptation, *heldout]:
+        share = 1 / len(d.classes) if d.kind == "classification" else min(1, 5 / len(d.test))
+        guess[d.name] = 100 * share
+    return summary(guess, [d.name for d in adaptation], [d.name for d in heldout])
+
+
 # ------------------------------------------------------------------------------------- over time
 
 
@@ -420,6 +431,41 @@ def over_time(results):
     return {**means, "stability_gap": mean_gap, "datasets": each}
 
 
+def conditions(gate):
+    """What has to hold for an update to be shipped, as "zs >= -1, DIGITS >= -3" in points against
+    the weights before it, or None -> [(name, "<" or ">" or "<=" or ">=", points)]."""
+    found = []
+    for part in gate.split(",") if gate else ():
+        match = re.fullmatch(r"\s*(\S.*?)\s*([<>]=?)\s*([-+]?[\d.]+)\s*", part)
+        try:
+            found.append((match[1], match[2], float(match[3])))
+        except (TypeError, ValueError):
+            raise ValueError(f"--gate takes conditions as in \"zs >= -1, DIGITS >= -3\", got"
+                             f" {part!r}") from None
+    return found
+
+
+def check_gate(gate, datasets, heldout):
+    """ValueError where it asks for what is not scored. datasets, heldout: names."""
+    means = ["ka", *(["zs", "gm"] if heldout else [])]
+    for name, _, _ in conditions(gate):
+        if name not in datasets and name.lower() not in means:
+            raise ValueError(f"--gate asks for {name}, which is not scored here: there are"
+                             f" {', '.join([*means, *datasets])}")  # fmt: skip
+
+
+def failures(gate, before, after):
+    """What of a gate does not hold, in words. before, after: scores {"ka", "zs", "gm", "datasets"}
+    on the same test data."""
+    holds = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
+    failed = []
+    for name, sign, points in conditions(gate):
+        old, new = (row["datasets"].get(name, row.get(name.lower())) for row in (before, after))
+        if not holds[sign](new - old, points):
+            failed.append(f"{name} {new - old:+.1f}, not {sign} {points:g}")
+    return failed
+
+
 # ------------------------------------------------------------------- runs and their results.json
 
 FREE = ("seed", "out", "cache", "workers")  # options in which runs of one experiment may differ
@@ -447,6 +493,15 @@ def read_results(folder):
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as e:
         raise ValueError(f"{path} is no run's results ({type(e).__name__}: {e})") from None
     return results
+
+
+def read_numbers(path):
+    """What `evaluate` wrote of another checkpoint."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8"))["numbers"])
+    except (ValueError, KeyError, TypeError) as e:
+        fault = type(e).__name__
+        raise ValueError(f"{path} is no scores.json of fomo.py evaluate ({fault})") from e
 
 
 def read_runs(folders):

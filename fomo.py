@@ -25,7 +25,6 @@ import errno
 import hashlib
 import json
 import math
-import operator
 import os
 import re
 import secrets
@@ -317,11 +316,14 @@ def run(config):
         new = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
         mixture = data.Mixture(world, new, c.batch_size, ratios(c), c.replay, c.seed, past["held"])
         chunks = past["chunks"] + new
-        tasks, steps, costs = plan(c, learner.model.config, mixture, len(new))
+        tasks = 0 if c.method == "zero-shot" else len(new)
+        samples = mixture.ends[-1] - mixture.ends[len(past["chunks"])]
+        steps, costs = budget.plan(learner.model.config, c, tasks, samples)
         announce(learner, mixture, tasks, steps, costs)
         if c.plan:
             return time_two_steps(learner, mixture, len(past["chunks"]))
-        check_gate(c.gate, world)
+        names = [d.name for d in world.adaptation + world.heldout]
+        evaluate.check_gate(c.gate, names, world.heldout)
         folder.begin(inputs(learner, stream, steps, past), past)
         obtain_theta_0(learner, folder, past)
 
@@ -332,8 +334,9 @@ def run(config):
         shown = Learner(copy.deepcopy(learner.model).cpu(), learner.tokenizer, c, crew, world)
         method.prepare(learner.model.to(learner.device))
         results = costs | {
-            "theta_0": None, "before": None, "tasks": [], "chance": chance(world),
-            "steps_per_task": steps, "heldout": [d.name for d in world.heldout],
+            "theta_0": None, "before": None, "tasks": [], "steps_per_task": steps,
+            "chance": evaluate.chance(world.adaptation, world.heldout),
+            "heldout": [d.name for d in world.heldout],
             "theta_0_sha256": fingerprint(theta_0), "trained_parameters": 0,
         }  # fmt: skip
         if tasks:
@@ -465,7 +468,7 @@ def resolve(config, trains=True):
     rates(c)(step=0, steps=1, task=0)  # says what is wrong with --warmup, --cooldown and --floor
     merge.Timeline({}, **merge_options(c))  # and of merging and the method
     make_method(c)
-    conditions(c.gate)
+    evaluate.conditions(c.gate)
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     crew = Crew(c)
     if c.batch_size < crew.count:
@@ -863,38 +866,14 @@ def load_clip(path, quick_gelu, cache):
 # ------------------------------------------------------------------- what is going to happen, first
 
 
-def plan(c, model_config, mixture, new):
-    """-> number of tasks to do, of `new`, steps of each, and what they cost."""
-    tasks = 0 if c.method == "zero-shot" else new
-    samples = mixture.ends[-1] - mixture.ends[-1 - new]
-    method = "finetune" if c.method == "zero-shot" else c.method
-    rank = c.rank or 0  # 0 is the paper's
-    gap = c.gap or budget.GAP
-    maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
-    at_most = max(1, (c.fisher_samples or budget.FISHER_SAMPLES) // c.batch_size)
-    looked_at = min(max(1, samples // max(1, tasks) // c.batch_size), at_most)  # batches, by EWC
-    once = maf * (budget.task_flops(model_config, c.batch_size, method, looked_at * c.batch_size)
-                  / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
-    total = None if c.steps else c.budget or budget.default_budget(model_config)
-    if c.steps:
-        steps = c.steps * (c.tasks if c.method == "joint" else 1)
-    else:
-        steps = budget.steps_per_task(total, max(1, tasks), maf, once)
-    if steps > 2**31:
-        raise ValueError(f"{steps:g} steps a task are more than anybody takes: lower --budget or"
-                         " --steps")
-    if tasks and c.eval_every and c.eval_every >= steps:
-        raise ValueError(f"--eval-every {c.eval_every} does nothing here: a task has {steps} steps")
-    spent = tasks * (steps * maf + once)
-    return tasks, steps, {"gflops": total, "gflops_spent": spent, "maf_gflops_per_step": maf}
-
-
 def announce(learner, mixture, tasks, steps, costs):
     """The first lines of a run: what it will do, how often it sees a sample, what that costs."""
     c = learner.c
     crew = learner.crew
     if not tasks:
         return
+    if c.eval_every and c.eval_every >= steps:
+        raise ValueError(f"--eval-every {c.eval_every} does nothing here: a task has {steps} steps")
     method = "finetune" if c.method == "zero-shot" else c.method
     samples = mixture.ends[-1]
     passes = tasks * steps * c.batch_size / samples
@@ -1035,17 +1014,8 @@ def pretrain(learner, folder):
 
 
 def save_theta_0(model, path):
-    save_clip(model, path, sha256=fingerprint(model.state_dict()))
-
-
-def save_clip(model, path, **more):
-    """As clip.save does, with more metadata, such as a hash that tells when it is altered; whole or
-    not at all."""
-    plain = path.with_suffix(".part.safetensors")
-    clip.save(model, plain)
-    metadata = clip.read_tensors(plain).metadata | more
-    plain.unlink()
-    clip.write_tensors(model.state_dict(), path, metadata)
+    """With a hash that tells when it is altered."""
+    clip.save(model, path, sha256=fingerprint(model.state_dict()))
 
 
 def load_theta_0(model, path):
@@ -1346,17 +1316,8 @@ def known_texts(learner):
 
 
 def summary(world, scores):
-    adaptation, heldout = ([d.name for d in sets] for sets in (world.adaptation, world.heldout))
-    return evaluate.summary(scores, adaptation, heldout)
-
-
-def chance(world):
-    """Scores of guessing: 1 / C, and about 5 / N for R@5."""
-    guess = {}
-    for d in world.adaptation + world.heldout:
-        share = 1 / len(d.classes) if d.kind == "classification" else min(1, 5 / len(d.test))
-        guess[d.name] = 100 * share
-    return summary(world, guess)
+    roles = [[d.name for d in sets] for sets in (world.adaptation, world.heldout)]
+    return evaluate.summary(scores, *roles)
 
 
 def first_tasks(world, chunks):
@@ -1490,40 +1451,6 @@ def once(value, known):
         key = str(value.dtype), tuple(value.shape), fingerprint({"": value})
         return known.setdefault(key, value)
     return value
-
-
-def conditions(gate):
-    """--gate -> [(name, "<" or ">" or "<=" or ">=", points)]."""
-    found = []
-    for part in gate.split(",") if gate else ():
-        match = re.fullmatch(r"\s*(\S.*?)\s*([<>]=?)\s*([-+]?[\d.]+)\s*", part)
-        try:
-            found.append((match[1], match[2], float(match[3])))
-        except (TypeError, ValueError):
-            raise ValueError(f"--gate takes conditions as in \"zs >= -1, DIGITS >= -3\", got"
-                             f" {part!r}") from None
-    return found
-
-
-def check_gate(gate, world):
-    """ValueError where it asks for what this run does not score."""
-    sets = [d.name for d in world.adaptation + world.heldout]
-    means = ["ka", *(["zs", "gm"] if world.heldout else [])]
-    for name, _, _ in conditions(gate):
-        if name not in sets and name.lower() not in means:
-            raise ValueError(f"--gate asks for {name}, which is not scored here: there are"
-                             f" {', '.join(means + sets)}")
-
-
-def failures(gate, before, after):
-    """What of the gate does not hold, in words."""
-    holds = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
-    failed = []
-    for name, sign, points in conditions(gate):
-        old, new = (row["datasets"].get(name, row.get(name.lower())) for row in (before, after))
-        if not holds[sign](new - old, points):
-            failed.append(f"{name} {new - old:+.1f}, not {sign} {points:g}")
-    return failed
 
 
 # -------------------------------------------------------------------------------- a run's folder
@@ -1810,7 +1737,7 @@ class Folder:
             shown.model.load_state_dict(stage.timeline.deploy())
         if not self.crew.leads:
             return results
-        failed = failures(self.c.gate, results["before"] or results["theta_0"], last)
+        failed = evaluate.failures(self.c.gate, results["before"] or results["theta_0"], last)
         results |= {"deployed": "before" if failed else "after", "gate_failed": failed}
         self._ship(stage, shown, failed)
         if shown.merges:  # where `evaluate --weights` and others look for them
@@ -1845,13 +1772,13 @@ class Folder:
                    "parent": (self.run["continues"] or {}).get("weights")}  # fmt: skip
         results["version"] = version
         name = "model-refused.safetensors" if failed else "model.safetensors"
-        save_clip(shown.model, self.path / name, fomo=json.dumps(version))
+        clip.save(shown.model, self.path / name, fomo=json.dumps(version))
         if failed and self.c.continue_:
             shipped = Path(self.c.continue_) / "model.safetensors"
             shutil.copyfile(shipped, self.path / "model.safetensors")
         elif failed:
             shown.model.load_state_dict(stage.timeline.base)
-            save_clip(shown.model, self.path / "model.safetensors")
+            clip.save(shown.model, self.path / "model.safetensors")
 
     def _what_is_kept(self):
         if self.state is None:
@@ -1974,7 +1901,7 @@ def evaluate_command(argv):
     world = load_world(c, crew)
     learner = load_learner(c, crew, world)
     templates = more.templates and evaluate.read_templates(os.path.expanduser(more.templates))
-    before = more.baseline and read_numbers(os.path.expanduser(more.baseline))
+    before = more.baseline and evaluate.read_numbers(os.path.expanduser(more.baseline))
     learner.model.to(learner.device).eval()
     numbers = {}
     datasets = world.adaptation + world.heldout
@@ -1984,7 +1911,7 @@ def evaluate_command(argv):
     if crew.leads:
         samples = sum(len(d.test) for d in datasets)
         write_json(out, {"weights": c.weights, **scores, "samples": samples, "numbers": numbers,
-                         "chance": chance(world)})  # fmt: skip
+                         "chance": evaluate.chance(world.adaptation, world.heldout)})  # fmt: skip
     roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
     crew.say(evaluate.score_table(numbers, roles, before))
     for d in datasets if more.per_class else ():
@@ -1993,53 +1920,6 @@ def evaluate_command(argv):
             crew.say(f"\n{d.name}\n{evaluate.class_table(numbers[d.name], d.classes, baseline)}")
     means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     crew.say(f"{'  '.join(means)} (all of it in {out})")
-
-
-def read_numbers(path):
-    """What `evaluate` wrote of another checkpoint."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8"))["numbers"])
-    except (ValueError, KeyError, TypeError) as e:
-        fault = type(e).__name__
-        raise ValueError(f"{path} is no scores.json of fomo.py evaluate ({fault})") from e
-
-
-def budget_command(argv):
-    parser = argparse.ArgumentParser(
-        "fomo.py budget", description="What a step of each method costs and how many steps a budget"
-                                      " buys, beside the paper's Table 4.")  # fmt: skip
-    parser.add_argument("--model", default="ViT-B-16", choices=sorted(clip.CONFIGS),
-                        help="(default ViT-B-16)")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, help="pairs a step (default 512; tiny 64)")
-    parser.add_argument("--precision", default="bf16", choices=list(budget.PRECISIONS),
-                        help="(default bf16)")  # fmt: skip
-    parser.add_argument("--rank", type=int, default=0,
-                        help="of lora, dora, vera and galore; 0: the paper's")  # fmt: skip
-    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory"
-                        " (default the paper's, in proportion to a pair's; tiny 3000)")  # fmt: skip
-    parser.add_argument("--tasks", type=int, nargs="+",
-                        help="lengths of stream (default 20 50 100 200; tiny 8)")  # fmt: skip
-    parser.add_argument("--explain", choices=budget.METHODS,
-                        help="where one step's FLOPs and bytes go")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="the same numbers for programs")
-    args = parser.parse_args(argv)
-    config = clip.CONFIGS[args.model]
-    defaults = TINY if args.model == "tiny" else PAPER
-    size = defaults["batch_size"] if args.batch_size is None else args.batch_size
-    total = args.budget
-    if total is None:
-        total = defaults["budget"] or budget.default_budget(config)
-    lengths = args.tasks or ([TINY["tasks"]] if args.model == "tiny" else budget.TASKS)
-    if args.explain:
-        rows = budget.flops(config, size, args.explain, args.rank)
-        parts = budget.memory(config, size, args.explain, args.precision, args.rank)
-        once = budget.task_flops(config, size, args.explain)
-        report = {"flops": rows, "bytes": parts, "once_a_task": once}
-        print(json.dumps(report) if args.json else budget.explain_text(rows, parts, once))
-        return
-    rows = budget.table(config, size, args.rank, args.precision, total, lengths)
-    head = f"{args.model}, batch {size}, {args.precision}, {total:g} GFLOPs in all, memory-adjusted"
-    print(json.dumps(rows) if args.json else f"{head}\n{budget.table_text(rows)}")
 
 
 def merge_command(argv):
@@ -2181,7 +2061,8 @@ def convert_command(argv):
 
 
 COMMANDS = {
-    "report": report_command, "evaluate": evaluate_command, "budget": budget_command,
+    "report": report_command, "evaluate": evaluate_command,
+    "budget": partial(budget.main, models=clip.CONFIGS, tiny=TINY, paper=PAPER),
     "merge": merge_command, "convert": convert_command, "stream": stream_command,
     "inspect": inspect_command,
 }  # fmt: skip
