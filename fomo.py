@@ -224,14 +224,6 @@ class Config:
                                " or 50 times what a saving takes", above=0)
 
 
-PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
-FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
-UPDATING = ["tasks", "budget", "steps", "score_all", "eval_every", "gate", "mixture", "replay",
-            "stream", "order", "reverse", "lr", "schedule", "meta", "cooldown"]  # for the stream
-TRAINING = ["batch_size", "micro_batch", "warmup", "floor", "weight_decay", "clip_norm"]
-MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
-
-
 # ---------------------------------------------------------------------------------------- the loop
 
 
@@ -358,6 +350,13 @@ def run(config):
 
 
 # --------------------------------------------------------- what a run reads before it does anything
+
+PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
+FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
+UPDATING = ["tasks", "budget", "steps", "score_all", "eval_every", "gate", "mixture", "replay",
+            "stream", "order", "reverse", "lr", "schedule", "meta", "cooldown"]  # for the stream
+TRAINING = ["batch_size", "micro_batch", "warmup", "floor", "weight_decay", "clip_norm"]
+MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
 
 def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
@@ -1416,6 +1415,9 @@ def go_on(stage, folder, past):
     stage.results["tasks"] = results["tasks"]
     parent = Path(stage.learner.c.continue_).absolute()
     stage.results["parent"] = {"run": str(parent), **past["version"]}
+    stage.results["lineage"] = [*results.get("lineage", []), past["version"]["weights"]]
+    stage.results["seconds"] = results["seconds"]
+    stage.results["gflops_spent"] += results["gflops_spent"]
     since = results.get("scored_since", {}) | dict.fromkeys(new, stage.task + 1)
     stage.results["scored_since"] = since
     if new:
@@ -1731,7 +1733,8 @@ class Folder:
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results["accepted_changes"] = self.run["accepted_changes"]
         results |= data_hashes(self.run["inputs"])
-        results |= {"seconds": self.seconds(), "config": dataclasses.asdict(self.c)}
+        results["seconds"] = results.get("seconds", 0) + self.seconds()  # and of what it continues
+        results["config"] = dataclasses.asdict(self.c)
         results["over_time"] = evaluate.over_time(results)
         if results["tasks"]:  # which this process need not have trained
             shown.model.load_state_dict(stage.timeline.deploy())
@@ -1760,7 +1763,7 @@ class Folder:
             self.crew.say(f"the gate fails ({'; '.join(failed)}): model.safetensors has the weights"
                           " before this update, model-refused.safetensors the new ones")
         self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
-                      f" ({results['seconds']:.0f} s)")
+                      f" ({self.seconds():.0f} s)")
         return results
 
     def _ship(self, stage, shown, failed):

@@ -3792,23 +3792,15 @@ def test_foreign_and_half_written_results_are_refused(text, tmp_path):
         evaluate.read_results(tmp_path)
 
 
-def test_a_lineage_of_continued_runs_is_one_run(tmp_path):
-    first = write_run(tmp_path / "one", made_run(moves=[(1, 10), (2, 20)]))
-    middle = made_run(moves=[(3, 22), (3, 25)]) | {"parent": {"run": "elsewhere/one"}}
-    for task, row in enumerate(middle["tasks"]):
-        row["task"] = 3 + task
-    last = made_run(moves=[(4, 30)]) | {"parent": {"run": str(tmp_path / "two")}}
-    last["tasks"][0]["task"] = 5
-    folders = [first, write_run(tmp_path / "two", middle), write_run(tmp_path / "three", last)]
-    runs, unfinished = evaluate.read_runs([*folders, folders[2], tmp_path])
-    assert [folder.name for folder, _ in runs] == ["three"] and unfinished == [tmp_path]
-    results = runs[0][1]
-    assert [row["task"] for row in results["tasks"]] == [1, 2, 3, 4, 5]
-    assert [row["ka"] for row in results["tasks"]] == pytest.approx([40, 50, 52, 55, 60])
-    assert results["seconds"] == 21 and results["final"]["ka"] == pytest.approx(60)
-    shutil.rmtree(first)
-    with pytest.raises(ValueError, match=r"two continues elsewhere.one, which is not there"):
-        evaluate.read_runs(folders[2:])
+def test_a_run_that_another_continues_is_part_of_that_one(tmp_path):
+    first = made_run(moves=[(1, 10), (2, 20)]) | {"version": {"weights": "a"}}
+    second = made_run(moves=[(1, 10), (2, 20), (3, 22)]) | {"version": {"weights": "b"}}
+    second |= {"lineage": ["a"], "scored_since": {"A0": 3}}
+    other = made_run(moves=[(1, 12)]) | {"version": {"weights": "c"}}
+    folders = [write_run(tmp_path / n, r) for n, r in zip("xyz", (first, second, other))]
+    runs, unfinished = evaluate.read_runs([*folders, folders[1], tmp_path])
+    assert [folder.name for folder, _ in runs] == ["y", "z"] and unfinished == [tmp_path]
+    assert "y: A0 is scored as it is now from task 3 on" in evaluate.report(runs[:1])[0]
 
 
 def test_a_runs_last_lines_say_what_it_gained_and_lost():
