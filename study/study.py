@@ -23,7 +23,7 @@ from statistics import mean, stdev
 HERE = Path(__file__).parent
 ROWS = HERE / "runs.jsonl"
 README = HERE.parent / "README.md"
-ALWAYS = "--threads 1 --workers 0 --cache mine/cache"
+ALWAYS = "--budget 4500 --threads 1 --workers 0 --cache mine/cache"
 
 METHODS = {
     "joint": "--method joint",
@@ -87,13 +87,14 @@ QUESTIONS = {
         (f" --merge-weight {w}" if method == "merge" else "")
         for method in ("finetune", "merge", "lora") for tasks, w in SPREAD_OVER.items()}, 3),
     "e-budget": ("compute", {
-        f"{method}, {share} x": option(f"--method {method}", "--budget", round(3000 * share), 3000)
-        for method in ("finetune", "merge", "lora") for share in (0.25, 0.5, 1, 2, 4)}, 3),
+        f"{method}, {share} x": option(f"--method {method}", "--budget", round(4500 * share), 4500)
+        for method in ("joint", "finetune", "merge", "lora") for share in (0.25, 0.5, 1, 2, 4)}, 3),
     "d": ("order of the concepts", {
         f"{method}, {how}{', reversed' * back}":
         option(f"--method {method}", "--order", how, "random") + " --reverse" * back
         for method in ("finetune", "merge") for how in ("random", "dataset", "frequency")
         for back in (False, True)}, 3),
+    "i": ("step of the task", {"finetune": "--method finetune --eval-every 12"}, 3),
 }  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def folder(options, seed):
 
 
 def command(options, seed):
-    return f"python fomo.py {options} --seed {seed} {ALWAYS} --out {folder(options, seed)}"
+    return f"python fomo.py {ALWAYS} {options} --seed {seed} --out {folder(options, seed)}"
 
 
 def run(options, seed):
@@ -142,6 +143,7 @@ def row(options, seed, results):
         "options": options,
         "seed": seed,
         "scores": scores([results["theta_0"], *results["tasks"]]),
+        **within_tasks(results),
         "datasets": {name: round(v, 2) for name, v in results["final"]["datasets"].items()},
         "steps": results["steps_per_task"],
         "trained": results["trained_parameters"],
@@ -149,6 +151,13 @@ def row(options, seed, results):
         "theta_0": results["theta_0_sha256"][:8],
         "versions": " ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
+
+def within_tasks(results):
+    """{"within": for each task [[step, KA, ZS], ...]}, of a run with --eval-every."""
+    rows = [[[r["step"], round(r["ka"], 3), round(r["zs"], 3)] for r in task["within"]]
+            for task in results["tasks"] if "within" in task]  # fmt: skip
+    return {"within": rows} if rows else {}
 
 
 # ---------------------------------------------------------------------------------- the tables
@@ -170,34 +179,70 @@ def above_line(ka, zs, theta_0, joint):
 
 
 def number(values, form="{:.1f}"):
-    """mean +- std of a sample."""
-    spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
+    """mean ± std of a sample, without the std of one."""
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
     return form.format(mean(values)) + spread
 
 
+def line(name, found, joint):
+    """A line of a table: the runs of one setting, that differ in their seed."""
+    theta_0 = found[0]["scores"][0]
+    ka, zs, gm = zip(*(r["scores"][-1] for r in found))
+    tasks = len(found[0]["scores"]) - 1
+    told = [name, number(ka), number(zs), number(gm), "", ""]
+    if joint:
+        above = [above_line(k, z, theta_0, joint) for k, z in zip(ka, zs)]
+        told[4] = number(above, "{:+.1f}")
+    if tasks > 1:
+        first = [mean(r["scores"][1][i] - theta_0[i] for r in found) for i in (0, 1)]
+        told[5] = "{:+.1f}, {:+.1f}".format(*first)
+    steps = f"{tasks} x {found[0]['steps']:,}"
+    return [*told, steps, f"{found[0]['trained']:,}", str(len(found))]
+
+
 def table(question, rows):
-    """A question's lines that have been run, as markdown."""
+    """The lines of a question that have been run, as markdown."""
+    if question == "i":
+        return within_table(rows)
     what, lines, seeds = QUESTIONS[question]
     joint = [r["scores"][-1] for (options, _), r in rows.items() if options == "--method joint"]
     joint = [mean(values) for values in zip(*joint)]
-    told = [[what, "KA", "ZS", "GM", "above the line", "first update KA, ZS", "steps", "n"]]
-    theta_0 = None
+    told = []
     for name, options in lines.items():
-        found = [rows[options, s] for s in range(seeds) if (options, s) in rows]
-        if not found:
-            continue
-        theta_0 = found[0]["scores"][0]
-        ka, zs, gm = zip(*(r["scores"][-1] for r in found))
-        above = [above_line(k, z, theta_0, joint) for k, z in zip(ka, zs)]
-        tasks = len(found[0]["scores"]) - 1
-        first = [mean(r["scores"][1][i] - theta_0[i] for r in found) for i in (0, 1)]
-        told.append([name, number(ka), number(zs), number(gm), number(above, "{:+.1f}"),
-                     "" if tasks == 1 else "{:+.1f}, {:+.1f}".format(*first),
-                     f"{tasks} x {found[0]['steps']:,}", str(len(found))])  # fmt: skip
-    if theta_0:
-        told.insert(1, ["theta_0", *(f"{v:.1f}" for v in theta_0), "", "", "", ""])
-    ruled = [told[0], ["---", *["--:"] * (len(told[0]) - 1)], *told[1:]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
+        found = [rows[options, seed] for seed in range(seeds) if (options, seed) in rows]
+        if found:
+            told.append(line(name, found, joint))
+            theta_0 = [f"{score:.1f}" for score in found[0]["scores"][0]]
+    head = [what, "KA", "ZS", "GM", "above the line", "first update KA, ZS", "steps", "trained",
+            "n"]  # fmt: skip
+    told = [head, ["theta_0", *theta_0, *[""] * 5], *told] if told else [head]
+    left_out = {"trained"} if question != "a" else set()
+    if question == "e-budget":  # whose lines would each need a joint run of their own
+        left_out.add("above the line")
+    kept = [i for i, title in enumerate(head) if title not in left_out]
+    return markdown([[cells[i] for i in kept] for cells in told])
+
+
+def within_table(rows):
+    """KA / ZS of what is trained within the first three tasks, the mean over the seeds."""
+    found = [rows["--method finetune --eval-every 12", seed] for seed in range(3)
+             if ("--method finetune --eval-every 12", seed) in rows]  # fmt: skip
+    told = [["step of the task", "task 1", "task 2", "task 3"]]
+    for i, (step, _, _) in enumerate(found[0]["within"][0] if found else ()):
+        pairs = [[mean(r["within"][task][i][k] for r in found) for k in (1, 2)]
+                 for task in range(3)]  # fmt: skip
+        told.append([str(step), *("{:.1f} / {:.1f}".format(*pair) for pair in pairs)])
+    if found:
+        ends = [[mean(r["scores"][task][k] for r in found) for k in (0, 1)] for task in range(4)]
+        told.append([f"{found[0]['steps']}, the end",
+                     *("{:.1f} / {:.1f}".format(*pair) for pair in ends[1:])])  # fmt: skip
+        told.insert(1, ["0", *("{:.1f} / {:.1f}".format(*pair) for pair in ends[:3])])
+    return markdown(told)
+
+
+def markdown(cells):
+    ruled = [cells[0], ["---", *["--:"] * (len(cells[0]) - 1)], *cells[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
 
 
 def with_tables(text, rows):
