@@ -77,7 +77,7 @@ PAPER = {
     "batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None,
 }  # fmt: skip
 TINY = {
-    "batch_size": 64, "lr": 5e-4, "tasks": 8, "merge_weight": 0.6, "replay": 2000, "budget": 3000.0,
+    "batch_size": 64, "lr": 3e-4, "tasks": 8, "merge_weight": 0.77, "replay": 0, "budget": 3000.0,
 }  # fmt: skip
 
 

@@ -5993,6 +5993,8 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
             assert argv[1] == "pytest" and (HERE / argv[-1]).exists()
         elif argv[0] == "test_fomo.py":
             assert argv[1] in BENCHES
+        elif argv[0] == "study/study.py":
+            assert set(argv[1:]) <= {*study.QUESTIONS, "--tables", "--list"}
         elif argv[0] in ("report", "evaluate", "stream", "inspect", "convert"):
             assert fomo.main(argv) == 2  # by a sentence, not by the parser, which would raise
         elif argv[0] in fomo.COMMANDS:
@@ -6015,6 +6017,66 @@ def test_the_readme_states_the_size_of_the_code():
     assert [int(n.replace(",", "")) for n in total] == pytest.approx(
         [sum(lines.values()), tests], rel=0.05
     )
+
+
+# ------------------------------------------------------------------------------------------ study
+
+STUDY = importlib.util.spec_from_file_location("study", HERE / "study/study.py")
+study = importlib.util.module_from_spec(STUDY)
+STUDY.loader.exec_module(study)
+
+
+def study_row(options, seed, *scores, steps=72):
+    return {"options": options, "seed": seed, "scores": list(scores), "steps": steps, "trained": 5}
+
+
+def test_the_readmes_tables_are_those_of_the_studys_rows():
+    text = study.README.read_text()
+    assert study.with_tables(text, study.read_rows()) == text
+    assert set(re.findall(r"<!-- table (\S+) -->", text)) <= set(study.QUESTIONS)
+
+
+def test_the_studys_runs_parse_and_are_told_apart_by_their_folders():
+    wanted = study.runs(study.QUESTIONS)
+    folders = [study.folder(*one) for one in wanted]
+    assert len(set(folders)) == len(folders) > 200
+    for one in wanted:
+        c, _ = fomo.resolve(fomo.parse(shlex.split(study.command(*one))[2:]))
+        assert c.seed == one[1] and c.threads == 1
+
+
+def test_the_studys_rows_are_of_its_runs_from_one_theta_0():
+    rows = study.read_rows()
+    assert len(rows) > 20 and study.ROWS.stat().st_size < 2**20
+    assert set(rows) <= set(study.runs(study.QUESTIONS))
+    assert len({row["theta_0"] for row in rows.values()}) == 1
+    for row in rows.values():
+        for ka, zs, gm in row["scores"]:
+            assert 0 < min(ka, zs) < 100 and gm == pytest.approx(math.sqrt(ka * zs), abs=0.01)
+
+
+def test_a_study_table_gives_mean_spread_and_the_distance_from_the_line_to_joint():
+    start = [40, 80, 56.6]
+    rows = [
+        study_row("--method joint", 0, start, [60, 70, 64.8]),
+        study_row("--method finetune", 0, start, [41, 75, 55], [52, 72, 61]),
+        study_row("--method finetune", 1, start, [43, 77, 57], [54, 74, 63]),
+    ]
+    lines = study.table("a", {(r["options"], r["seed"]): r for r in rows}).splitlines()
+    assert lines[2].startswith("| theta_0 | 40.0 | 80.0 | 56.6 |")
+    # at ZS 72 the line stands at KA 56, at ZS 74 at KA 52: 4 below it and 2 above it
+    assert lines[4] == (
+        "| finetune | 53.0 ± 1.4 | 73.0 ± 1.4 | 62.0 ± 1.4 | -1.0 ± 4.2 | +2.0, -4.0 | 2 x 72 | 5"
+        " | 2 |"
+    )
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("point", [(53.9, 68), (59.5, 65.4), (38.9, 70.4), (30, 90)])
+def test_the_studys_line_to_joint_is_that_of_the_report(point):
+    theta_0, joint = (38.9, 70.4), (59.5, 65.4)  # the paper's, as KA and ZS
+    ours = study.above_line(*point, theta_0, joint)
+    assert ours == pytest.approx(evaluate.above_line(point[::-1], theta_0[::-1], joint[::-1]))
 
 
 # ----------------------------------------------------------------------------------------- budget
