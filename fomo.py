@@ -343,8 +343,8 @@ def run(config):
         go_on(stage, folder, past)
         folder.restore(stage)
         learner.broken = shown.broken = folder.name_broken
-        crew.say(told_so_far(stage.results))
         score_before(stage, shown, folder)
+        crew.say(told_so_far(stage.results))
         train(stage, folder)
         return folder.finish(stage, shown)
 
@@ -1192,7 +1192,6 @@ def score_before(stage, shown, folder):
         row = score_all(stage, shown, folder, True, f"scoring {name}")
         results[name] = row
         folder.log("evaluation", task=stage.task, **row)
-        shown.crew.say(evaluate.run_row(name, "", row))
         folder.save(stage)
 
 
@@ -1762,6 +1761,8 @@ class Folder:
         if failed:
             self.crew.say(f"the gate fails ({'; '.join(failed)}): model.safetensors has the weights"
                           " before this update, model-refused.safetensors the new ones")
+        elif self.c.gate:
+            self.crew.say(f"the gate holds: {self.c.gate}")
         self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
                       f" ({self.seconds():.0f} s)")
         return results
@@ -1847,14 +1848,16 @@ def write_json(path, value):
 
 
 def told_so_far(results):
-    """What a run has printed when it goes on: its head and the rows that are there."""
-    lines = [evaluate.run_head(results)]
+    """The head of what a run prints, and the rows that are there."""
     whole = results["theta_0"]
-    if whole:
-        lines.append(evaluate.run_row("theta_0", "", whole))
+    earlier = results.get("parent", {"task": 0})["task"]  # whose test data may have been others
+    rows = [evaluate.run_row("theta_0", "", whole)]
     for before, row in zip([whole, *results["tasks"]], results["tasks"]):
-        lines.append(evaluate.run_row(row["task"], row["steps"], row, before, whole))
-    return "\n".join(lines)
+        there = whole if row["task"] > earlier else None
+        rows.append(evaluate.run_row(row["task"], row["steps"], row, before, there))
+    if results["before"] and results["before"] not in results["tasks"]:
+        rows.insert(1 + earlier, evaluate.run_row("before", "", results["before"]))
+    return "\n".join([evaluate.run_head(results), *rows])
 
 
 # ----------------------------------------------------------------------------- sub-commands
