@@ -1755,11 +1755,6 @@ class Watched(clip.Tensors):
         self.bar.update()
         return super().__getitem__(name)
 
-    def stored(self, name):
-        stored = super().stored(name)
-        self.bar.update(stored is not None)
-        return stored
-
 
 WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "download",
          "weights", "model", "activation", "bpe", "out", "seed", "device", "precision", "threads",
