@@ -424,7 +424,7 @@ def _merges(bpe):
     with (gzip.open if packed else open)(bpe, "rb") as f:
         text = f.read(2**26).decode()  # CLIP's have 3 million bytes; a hostile gzip, billions
     if not text.startswith("{"):
-        lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
+        lines = text.replace("\r\n", "\n").rstrip("\n").split("\n", 50_000)
         header = "#version" in lines[0] or len(lines[0].split()) != 2
         return lines[header : header + 48_894], None  # OpenAI's file has more, which are not used
     tree = json.loads(text)
@@ -627,7 +627,7 @@ class Stored:
     def __call__(self):
         if self.end == self.start:
             return torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        with _reading(self.path, "it has changed while it was read"):
+        with _reading(self.path, "cannot be mapped, has it changed?"):
             # the map begins with the file, which takes addresses and no memory
             flat = torch.from_file(self.path, False, self.end, dtype=torch.uint8, device="cpu")
         flat = flat[self.start :]
@@ -777,12 +777,23 @@ def _read_file(path):
         return (_read_torch if f.read(4) == b"PK\3\4" else _read_safetensors)(str(path))
 
 
-def read_tensors(path):
-    """Lazy mapping from name, as the file spells it, to tensor, mapped into memory; .metadata holds
-    a safetensors file's strings. path: a safetensors file, a torch.save zip, a TorchScript archive,
-    an index of shards, or a folder that has one of them. ValueError names a malformed file and its
-    fault."""
-    path = Path(path)
+def read_tensors(path, mapped=False):
+    """Lazy mapping from name, as the file spells it, to tensor; .metadata holds a safetensors
+    file's strings. path: a safetensors file, a torch.save zip, a TorchScript archive, an index of
+    shards, or a folder that has one of them. mapped: tensors are the file itself, mapped into
+    memory, for who goes over them once; whoever then shortens the file kills the process that reads
+    it. ValueError names a malformed file and its fault."""
+    tensors = _read(Path(path))
+    if not mapped:
+        tensors.readers = {n: functools.partial(_own, r) for n, r in tensors.readers.items()}
+    return tensors
+
+
+def _own(reader):
+    return reader().clone()
+
+
+def _read(path):
     if path.is_dir():
         names = sorted(p.name for p in path.iterdir())
         others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt"))]
@@ -1042,11 +1053,12 @@ def _says_hf(c):
 
 def _says_hf_pixels(c):
     kind = str(c.get("image_processor_type") or c.get("feature_extractor_type") or "CLIP")
-    clips = kind.startswith("CLIP")
-    c = (HF_PIXELS if clips else {}) | {k: x for k, x in c.items() if x is not None}
+    said = {k: x for k, x in c.items() if x is not None or k.startswith("do_")}
+    c = HF_PIXELS | said if kind.startswith("CLIP") else said  # defaults of others vary
     size = c["size"]
     if isinstance(size, int):
-        size = {"shortest_edge": size} if clips else {"height": size, "width": size}
+        square = {"height": size, "width": size} if kind.startswith("ViT") else {}
+        size = {"shortest_edge": size} if kind.startswith("CLIP") else square
     squash = size.keys() == {"height", "width"}
     crop = c["crop_size"] if c.get("do_center_crop") else size
     edges = {*size.values(), *(crop.values() if isinstance(crop, dict) else [crop])}
@@ -1057,6 +1069,8 @@ def _says_hf_pixels(c):
         "do_center_crop": squash or c.get("do_center_crop"),
         "rescale_factor": abs(c.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3,
         "do_convert_rgb": True,
+        "use_square_size": not c.get("use_square_size"),
+        "crop_pct": not c.get("crop_pct"),
     }
     wrong = [f"{k} {c.get(k)}" for k, fine in possible.items() if not fine]
     if wrong:
@@ -1141,7 +1155,7 @@ def agree(paths, quick_gelu=None):
     source = {}
     for path in paths:
         with _reading(path, "its tensors make no CLIP"):
-            raw = read_tensors(path)
+            raw = read_tensors(path, mapped=True)
             tensors = openai_names(raw)
             said = _describe(path, raw, tensors) if tensors.keys() >= CORE else {}
         if quick_gelu is not None:
@@ -1154,8 +1168,9 @@ def agree(paths, quick_gelu=None):
                 )
             source.setdefault(key, path)
     try:
-        return _metadata(_complete(path, common), common)
-    except (KeyError, ValueError):
+        with _reading(path, "its config is none of a CLIP"):
+            return _metadata(_complete(path, common), common)
+    except ValueError:
         return {}
 
 
@@ -1215,7 +1230,7 @@ def load(path_or_spec, config=None, quick_gelu=None, image_size=None, cache=None
 
 
 def _load(path, config, quick_gelu, image_size):
-    raw = read_tensors(path)
+    raw = read_tensors(path, mapped=True)
     tensors = openai_names(raw)
     if not tensors.keys() >= CORE:
         names = f"{', '.join([*raw][:8])} ({len(raw)} in all)"
@@ -1244,8 +1259,8 @@ def _load(path, config, quick_gelu, image_size):
         if name == "visual.positional_embedding" and image_size is not None:
             tensor = _resize(tensor.float(), image_size // config.patch_size)
         shape = [*expected[name].shape]
-        if [*tensor.shape] != shape:
-            wrong.append(f"{name} {[*tensor.shape]}, not {shape}")
+        if [*tensor.shape] != shape or not tensor.is_floating_point():
+            wrong.append(f"{name} {tensor.dtype} {[*tensor.shape]}, not {shape}")
         else:
             state[name] = tensor.to(torch.float32, copy=True)
     if wrong:

@@ -327,6 +327,42 @@ def test_names_of_any_layout_meet_for_merging(tmp_path):
         assert all(torch.equal(named[k], v) for k, v in model.state_dict().items())
 
 
+def clip_layouts(model, folder):
+    """-> paths of the same weights in every layout as other programs save them, some in 16 bits."""
+    state = model.state_dict()
+    half = {name: tensor.half() for name, tensor in state.items()}
+    folder.mkdir()
+    clip.save(model, folder / "openai.pt", "openai")
+    scalars = {n: t for n, t in clip.read_tensors(folder / "openai.pt").items() if n not in state}
+    torch.save(half | scalars, folder / "openai.pt")
+    clip.save(model, folder / "ours.safetensors")
+    clip.save(model, folder / "open_clip")
+    (folder / "open_clip" / clip.WEIGHTS[0]).unlink()
+    text = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+    custom = {f"module.{'text.' * n.startswith(text)}{n}": t for n, t in half.items()}
+    torch.save({"epoch": 3, "state_dict": custom}, folder / "open_clip/open_clip_pytorch_model.bin")
+    clip.save(model, folder / "hf", "hf")
+    tensors = {n: t.bfloat16() for n, t in clip.read_tensors(folder / "hf").items()}
+    clip.write_tensors(tensors, folder / "hf" / clip.WEIGHTS[1])
+    return [folder / name for name in ("openai.pt", "ours.safetensors", "open_clip", "hf")]
+
+
+def test_any_layout_merges_with_any_other_and_the_result_loads(tmp_path):
+    one = clip_random(SMALL, 1)
+    two = clip_random(SMALL, 2)
+    two.logit_scale.data.fill_(3)
+    pairs = itertools.product(clip_layouts(one, tmp_path / "1"), clip_layouts(two, tmp_path / "2"))
+    for i, (base, expert) in enumerate(pairs):
+        out = tmp_path / f"{i}.safetensors"
+        argv = ["--technique", "task-arithmetic", "--scale", "0.5", "-o", str(out)]
+        fomo.merge_command([str(base), str(expert), *argv])
+        merged = clip.load(out)
+        assert merged.config == SMALL and merged.preprocess == clip.Preprocess(size=32)
+        for name, tensor in merged.state_dict().items():
+            want = (one.state_dict()[name] + two.state_dict()[name]) / 2
+            assert torch.allclose(tensor, want, atol=2e-2), (base, expert, name)  # bfloat16's
+
+
 def test_activation_and_heads_come_from_where_they_are_said_or_are_asked_for(tmp_path):
     model = clip_random(SMALL)
     clip.write_tensors(model.state_dict(), tmp_path / "bare.safetensors")
@@ -398,7 +434,7 @@ def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
         clip.load(tmp_path / "a.safetensors", config=SMALL)
     clip.write_tensors(state, tmp_path / "b.safetensors")
     with pytest.raises(
-        ValueError, match=r"visual.positional_embedding \[17, 128\], not \[65, 128\]"
+        ValueError, match=r"visual.positional_embedding .*\[17, 128\], not \[65, 128\]"
     ):
         clip.load(tmp_path / "b.safetensors", config=dataclasses.replace(SMALL, image_size=64))
     clip.write_tensors(
@@ -494,6 +530,22 @@ def test_preprocessing_survives_every_layout(tmp_path):
 
 CLIP_PIXELS = {  # what people's preprocessor_config.json hold -> ours, or words of the refusal
     "defaults": ({"size": 32, "crop_size": 32}, clip.Preprocess(size=32)),
+    "numbers for three": (
+        {"size": 32, "crop_size": 32, "image_mean": 0.5, "image_std": 0.25, "resample": "bilinear"},
+        clip.Preprocess((0.5,) * 3, (0.25,) * 3, interpolation="bilinear", size=32),
+    ),
+    "crop said to be nothing": (
+        {"size": 32, "crop_size": 32, "do_center_crop": None}, "do_center_crop None",
+    ),
+    "a kind that reads one number otherwise": (
+        {"image_processor_type": "SiglipImageProcessor", "size": 32, "resample": 2,
+         "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "size 32",
+    ),
+    "a part of the short side": (
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32},
+         "crop_pct": 0.875, "resample": 3, "image_mean": 0.5, "image_std": 0.5,
+         "do_center_crop": True, "crop_size": 32}, "crop_pct 0.875",
+    ),
     "dicts": (
         {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2},
         clip.Preprocess(interpolation="bilinear", size=32),
@@ -717,8 +769,8 @@ def test_files_that_agree_give_what_load_needs_and_others_are_named(tmp_path):
 
 
 def test_what_a_checkpoint_says_is_read_without_its_weights(tmp_path):
-    """40 GB that are not there: a hole in the file, which no memory could hold."""
-    config = dataclasses.replace(SMALL, vocab_size=10**7, text_width=1024, text_heads=16)
+    """8 GB, a hole in a file, which take seconds to read."""
+    config = dataclasses.replace(SMALL, vocab_size=2_000_000, text_width=1024, text_heads=16)
     with torch.device("meta"):
         state = clip.CLIP(config).state_dict()
     offset = 0
@@ -730,31 +782,43 @@ def test_what_a_checkpoint_says_is_read_without_its_weights(tmp_path):
     with open(tmp_path / "w.safetensors", "wb") as f:
         f.write(head)
         f.truncate(len(head) + offset)
-    assert offset > 40e9
-    assert json.loads(clip.agree([tmp_path / "w.safetensors"])["config"])["vocab_size"] == 10**7
+    began = time.process_time()
+    metadata = clip.agree([tmp_path / "w.safetensors"])
+    assert offset > 8e9 and time.process_time() - began < 1
+    assert json.loads(metadata["config"])["vocab_size"] == 2_000_000
 
 
-def test_a_mapped_tensor_is_the_callers_own(tmp_path):
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_tensor_that_was_read_is_the_callers_own(tmp_path, mapped):
     """Writing to it changes neither the file nor what is read next, and no file stays open."""
     path = tmp_path / "a.safetensors"
     data = np.arange(3, dtype=np.float32).tobytes()
     for padding in range(8):  # headers of other writers leave the data at any byte
         head = json.dumps({"a": clip_entry(0, 12, (3,))}).encode() + b" " * padding
         path.write_bytes(clip_bytes(head, data))
-        tensors = clip.read_tensors(path)
+        tensors = clip.read_tensors(path, mapped)
         first = tensors["a"]
         assert first.data_ptr() % 4 == 0
         assert first.add_(1).tolist() == [1, 2, 3] and tensors["a"].tolist() == [0, 1, 2]
     many = {str(i): torch.ones(1) for i in range(2000)}
     clip.write_tensors(many, path)
-    assert len(dict(clip.read_tensors(path))) == 2000  # more than a process may open
+    assert len(dict(clip.read_tensors(path, mapped))) == 2000  # more than a process may open
+
+
+def test_a_file_may_be_written_again_in_place_from_what_was_read(tmp_path):
+    """A map of it would end in a bus error, with the file lost."""
+    torch.save({"a": torch.arange(50_000.0)}, tmp_path / "a.pt")
+    tensors = dict(clip.read_tensors(tmp_path / "a.pt"))
+    torch.save(tensors | {"b": torch.ones(1)}, tmp_path / "a.pt")
+    again = clip.read_tensors(tmp_path / "a.pt")
+    assert again.keys() == {"a", "b"} and torch.equal(again["a"], torch.arange(50_000.0))
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path):
     clip.write_tensors({"a": torch.ones(10_000)}, tmp_path / "a.safetensors")
     tensors = clip.read_tensors(tmp_path / "a.safetensors")
     os.truncate(tmp_path / "a.safetensors", 100)
-    with pytest.raises(ValueError, match="a.safetensors: it has changed"):
+    with pytest.raises(ValueError, match="a.safetensors: cannot be mapped"):
         tensors["a"]
 
 
@@ -999,6 +1063,7 @@ CLIP_DAMAGE = {  # to the tensors of a whole checkpoint
     "no positions": lambda s: s | {"visual.positional_embedding": torch.ones(0, 384)},
     "no layers": lambda s: {k: v for k, v in s.items() if "resblocks" not in k},
     "scale of two": lambda s: s | {"logit_scale": torch.ones(2)},
+    "eight bits": lambda s: s | {"visual.proj": s["visual.proj"].to(torch.int8)},
     "half a head": lambda s: {
         k.replace("visual.ln_pre.bias", "vision_model.q_proj.bias"): v for k, v in s.items()
     },
@@ -6637,7 +6702,7 @@ class TestMergeTensors:
         )
         os.truncate(files[2], os.path.getsize(files[2]) // 2)  # while the run reads it
         with pytest.raises(
-            ValueError, match=rf"2.{suffix}: it has changed while it was read"
+            ValueError, match=rf"2.{suffix}: cannot be mapped"
         ):
             merge.merge("linear", stored[0], stored[1:])
 
@@ -6703,7 +6768,7 @@ import os, sys, clip, merge, torch
 def status(field):
     return next(int(line.split()[1]) * 1024 \
 for line in open("/proc/self/status") if line.startswith(field))
-models = [clip.read_tensors(f"{sys.argv[1]}/{i}.safetensors") for i in range(4)]
+models = [clip.read_tensors(f"{sys.argv[1]}/{i}.safetensors", i % 2 > 0) for i in range(4)]
 merge.merge("ties", {"w": torch.zeros(9)}, [{"w": torch.ones(9)}], whole=True)  \
 # libraries load on first use
 for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whole": True}), \
@@ -7219,7 +7284,7 @@ def bench_merge_case(folder, case):
     """-> seconds on the CPU, and the peak of memory above the interpreter, in bytes (Linux)."""
     torch.set_num_threads(1)
     base, *experts = [
-        clip.read_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))
+        clip.read_tensors(path, mapped=True) for path in sorted(Path(folder).glob("*.safetensors"))
     ]
     theta = {name: experts[0][name] for name in base} if case.startswith("ema") else {}
     if case in MERGE_BENCH:
