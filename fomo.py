@@ -1139,7 +1139,7 @@ class ExpertFiles:
         return len(self.hashes)
 
     def __getitem__(self, i):
-        tensors = clip.read_tensors(self.path(i))
+        tensors = clip.read_tensors(self.path(i), mapped=True)
         tensors.path = str(self.path(i))  # merge names it where a tensor is not what it should be
         return tensors
 
@@ -1964,7 +1964,7 @@ def merge_command(argv):
     paths = [clip.fetch(os.path.expanduser(path)) for path in (base, *experts)]
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[activation]
     known = clip.agree(paths, quick_gelu)  # what load needs to know of the result
-    files = [clip.read_tensors(path) for path in paths]
+    files = [clip.read_tensors(path, mapped=True) for path in paths]
     metadata = {"format": "pt"} | files[0].metadata | known
     files = [clip.openai_names(f) for f in files]  # whatever their layouts
     began = time.time()
@@ -1990,11 +1990,6 @@ class Watched(clip.Tensors):
     def __getitem__(self, name):
         self.bar.update()
         return super().__getitem__(name)
-
-    def stored(self, name):
-        stored = super().stored(name)
-        self.bar.update(stored is not None)
-        return stored
 
 
 WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "download",

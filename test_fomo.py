@@ -327,6 +327,42 @@ def test_names_of_any_layout_meet_for_merging(tmp_path):
         assert all(torch.equal(named[k], v) for k, v in model.state_dict().items())
 
 
+def clip_layouts(model, folder):
+    """-> paths of the same weights in every layout as other programs save them, some in 16 bits."""
+    state = model.state_dict()
+    half = {name: tensor.half() for name, tensor in state.items()}
+    folder.mkdir()
+    clip.save(model, folder / "openai.pt", "openai")
+    scalars = {n: t for n, t in clip.read_tensors(folder / "openai.pt").items() if n not in state}
+    torch.save(half | scalars, folder / "openai.pt")
+    clip.save(model, folder / "ours.safetensors")
+    clip.save(model, folder / "open_clip")
+    (folder / "open_clip" / clip.WEIGHTS[0]).unlink()
+    text = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+    custom = {f"module.{'text.' * n.startswith(text)}{n}": t for n, t in half.items()}
+    torch.save({"epoch": 3, "state_dict": custom}, folder / "open_clip/open_clip_pytorch_model.bin")
+    clip.save(model, folder / "hf", "hf")
+    tensors = {n: t.bfloat16() for n, t in clip.read_tensors(folder / "hf").items()}
+    clip.write_tensors(tensors, folder / "hf" / clip.WEIGHTS[1])
+    return [folder / name for name in ("openai.pt", "ours.safetensors", "open_clip", "hf")]
+
+
+def test_any_layout_merges_with_any_other_and_the_result_loads(tmp_path):
+    one = clip_random(SMALL, 1)
+    two = clip_random(SMALL, 2)
+    two.logit_scale.data.fill_(3)
+    pairs = itertools.product(clip_layouts(one, tmp_path / "1"), clip_layouts(two, tmp_path / "2"))
+    for i, (base, expert) in enumerate(pairs):
+        out = tmp_path / f"{i}.safetensors"
+        argv = ["--technique", "task-arithmetic", "--scale", "0.5", "-o", str(out)]
+        fomo.merge_command([str(base), str(expert), *argv])
+        merged = clip.load(out)
+        assert merged.config == SMALL and merged.preprocess == clip.Preprocess(size=32)
+        for name, tensor in merged.state_dict().items():
+            want = (one.state_dict()[name] + two.state_dict()[name]) / 2
+            assert torch.allclose(tensor, want, atol=2e-2), (base, expert, name)  # bfloat16's
+
+
 def test_activation_and_heads_come_from_where_they_are_said_or_are_asked_for(tmp_path):
     model = clip_random(SMALL)
     clip.write_tensors(model.state_dict(), tmp_path / "bare.safetensors")
@@ -398,7 +434,7 @@ def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
         clip.load(tmp_path / "a.safetensors", config=SMALL)
     clip.write_tensors(state, tmp_path / "b.safetensors")
     with pytest.raises(
-        ValueError, match=r"visual.positional_embedding \[17, 128\], not \[65, 128\]"
+        ValueError, match=r"visual.positional_embedding .*\[17, 128\], not \[65, 128\]"
     ):
         clip.load(tmp_path / "b.safetensors", config=dataclasses.replace(SMALL, image_size=64))
     clip.write_tensors(
@@ -425,7 +461,7 @@ def test_positions_are_resized_as_open_clip_does(tmp_path):
         torch.zeros(1, 3, 56, 56)
     ).shape == (1, 24)
     for size in (4, "64"):
-        with pytest.raises(ValueError, match="image_size is pixels, from a patch's 8"):
+        with pytest.raises(ValueError, match="a.safetensors: its tensors make no CLIP"):
             clip.load(tmp_path / "a.safetensors", image_size=size)
 
 
@@ -494,6 +530,22 @@ def test_preprocessing_survives_every_layout(tmp_path):
 
 CLIP_PIXELS = {  # what people's preprocessor_config.json hold -> ours, or words of the refusal
     "defaults": ({"size": 32, "crop_size": 32}, clip.Preprocess(size=32)),
+    "numbers for three": (
+        {"size": 32, "crop_size": 32, "image_mean": 0.5, "image_std": 0.25, "resample": "bilinear"},
+        clip.Preprocess((0.5,) * 3, (0.25,) * 3, interpolation="bilinear", size=32),
+    ),
+    "crop said to be nothing": (
+        {"size": 32, "crop_size": 32, "do_center_crop": None}, "do_center_crop None",
+    ),
+    "a kind that reads one number otherwise": (
+        {"image_processor_type": "SiglipImageProcessor", "size": 32, "resample": 2,
+         "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "size 32",
+    ),
+    "a part of the short side": (
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32},
+         "crop_pct": 0.875, "resample": 3, "image_mean": 0.5, "image_std": 0.5,
+         "do_center_crop": True, "crop_size": 32}, "crop_pct 0.875",
+    ),
     "dicts": (
         {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2},
         clip.Preprocess(interpolation="bilinear", size=32),
@@ -513,10 +565,10 @@ CLIP_PIXELS = {  # what people's preprocessor_config.json hold -> ours, or words
                  "rescale_factor 0.007"),
     "not cropped": ({"size": 32, "do_center_crop": False}, "do_center_crop False"),
     "a smaller crop": ({"size": 40, "crop_size": 32}, "crop_size 32"),
-    "nearest": ({"size": 32, "crop_size": 32, "resample": 0}, "resample 0"),
+    "nearest": ({"size": 32, "crop_size": 32, "resample": 0}, "interpolation 0"),
     "padded": ({"size": 32, "crop_size": 32, "do_pad": True}, "do_pad True"),
     "another size": ({}, "image_size 224 for its pictures, not 32"),
-    "two channels": ({"size": 32, "crop_size": 32, "image_mean": [0.5, 0.5]}, "three channels"),
+    "two channels": ({"size": 32, "crop_size": 32, "image_mean": [0.5, 0.5]}, r"mean \(0.5, 0.5\)"),
     "another kind, unsaid": ({"image_processor_type": "ViTImageProcessor", "size": 32}, "resample"),
     "two edges": ({"size": {"shortest_edge": 32, "longest_edge": 64}, "crop_size": 32}, "longest_"),
 }  # fmt: skip
@@ -542,8 +594,8 @@ def test_hugging_faces_preprocessing_is_read_or_refused_by_name(tmp_path, case, 
     ({"resize_mode": "longest"}, "resize longest"),
     ({"interpolation": "random"}, "interpolation random"),
     ({"size": 48}, "image_size 48 for its pictures, not 32"),
-    ({"size": [32, 48]}, "not a square"),
-    ({"std": [0, 0, 0]}, "three channels"),
+    ({"size": [32, 48]}, r"size \[32, 48\]"),
+    ({"std": [0, 0, 0]}, "std "),
     ({"mode": "L"}, "mode"),
 ])  # fmt: skip
 def test_open_clips_preprocessing_that_cannot_be_done_is_refused_by_name(tmp_path, said, words):
@@ -687,7 +739,7 @@ def test_what_may_change_the_features_is_not_left_out(tmp_path):
         clip.load(tmp_path / "a.pt", config=SMALL)
 
 
-def test_describe_reads_no_weights_and_agree_finds_what_differs(tmp_path, monkeypatch):
+def test_files_that_agree_give_what_load_needs_and_others_are_named(tmp_path):
     quick = clip_random(SMALL)
     plain = clip_random(dataclasses.replace(SMALL, quick_gelu=False))
     wide = clip_random(SMALL)
@@ -700,18 +752,6 @@ def test_describe_reads_no_weights_and_agree_finds_what_differs(tmp_path, monkey
     (tmp_path / "bare").mkdir()
     clip.write_tensors(quick.state_dict(), tmp_path / "bare/a.safetensors")
     clip.write_tensors({"w": torch.ones(3)}, tmp_path / "bare/other.safetensors")
-    read = []
-    call = clip.Stored.__call__
-    monkeypatch.setattr(clip.Stored, "__call__", lambda self: read.append(self.shape) or call(self))
-    said = clip.describe(tmp_path / "hf")
-    assert said == dataclasses.asdict(SMALL) | {"preprocess": quick.preprocess, "tokenizer": {}}
-    bare = clip.describe(tmp_path / "bare/a.safetensors")
-    assert bare.keys() == {*dataclasses.asdict(SMALL)} - {
-        "quick_gelu",
-        "vision_heads",
-        "text_heads",
-    }
-    assert clip.describe(tmp_path / "bare/other.safetensors") == {}
     for paths in (
         ["openai.pt", "quick.safetensors"],
         ["bare/a.safetensors", "hf"],
@@ -720,18 +760,72 @@ def test_describe_reads_no_weights_and_agree_finds_what_differs(tmp_path, monkey
         metadata = clip.agree([tmp_path / path for path in paths])
         clip.write_tensors(quick.state_dict(), tmp_path / "merged", metadata)
         assert clip.load(tmp_path / "merged").config == SMALL
-    assert clip.agree([tmp_path / "bare/a.safetensors"]) == {}
-    read = [shape for shape in read if shape != ()]
-    assert not [s for s in read[: -3 * len(quick.state_dict())] if s != ()]
+    for silent in ("a", "other"):
+        assert clip.agree([tmp_path / f"bare/{silent}.safetensors"]) == {}
     for other, word in (("plain", "quick_gelu: True and False"), ("wide", "preprocess")):
         with pytest.raises(ValueError, match=f"hf and .*{other}.safetensors differ in {word}"):
             clip.agree([tmp_path / "hf", tmp_path / f"{other}.safetensors"])
     assert clip.agree([tmp_path / "hf", tmp_path / "plain.safetensors"], quick_gelu=False)
 
 
+def test_what_a_checkpoint_says_is_read_without_its_weights(tmp_path):
+    """8 GB, a hole in a file, which take seconds to read."""
+    config = dataclasses.replace(SMALL, vocab_size=2_000_000, text_width=1024, text_heads=16)
+    with torch.device("meta"):
+        state = clip.CLIP(config).state_dict()
+    offset = 0
+    header = {"__metadata__": {"config": json.dumps(dataclasses.asdict(config))}}
+    for name, tensor in state.items():
+        header[name] = clip_entry(offset, offset + tensor.nbytes, tensor.shape)
+        offset += tensor.nbytes
+    head = clip_bytes(header, b"")
+    with open(tmp_path / "w.safetensors", "wb") as f:
+        f.write(head)
+        f.truncate(len(head) + offset)
+    began = time.process_time()
+    metadata = clip.agree([tmp_path / "w.safetensors"])
+    assert offset > 8e9 and time.process_time() - began < 1
+    assert json.loads(metadata["config"])["vocab_size"] == 2_000_000
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_tensor_that_was_read_is_the_callers_own(tmp_path, mapped):
+    """Writing to it changes neither the file nor what is read next, and no file stays open."""
+    path = tmp_path / "a.safetensors"
+    data = np.arange(3, dtype=np.float32).tobytes()
+    for padding in range(8):  # headers of other writers leave the data at any byte
+        head = json.dumps({"a": clip_entry(0, 12, (3,))}).encode() + b" " * padding
+        path.write_bytes(clip_bytes(head, data))
+        tensors = clip.read_tensors(path, mapped)
+        first = tensors["a"]
+        assert first.data_ptr() % 4 == 0
+        assert first.add_(1).tolist() == [1, 2, 3] and tensors["a"].tolist() == [0, 1, 2]
+    many = {str(i): torch.ones(1) for i in range(2000)}
+    clip.write_tensors(many, path)
+    assert len(dict(clip.read_tensors(path, mapped))) == 2000  # more than a process may open
+
+
+def test_a_file_may_be_written_again_in_place_from_what_was_read(tmp_path):
+    """A map of it would end in a bus error, with the file lost."""
+    torch.save({"a": torch.arange(50_000.0)}, tmp_path / "a.pt")
+    tensors = dict(clip.read_tensors(tmp_path / "a.pt"))
+    torch.save(tensors | {"b": torch.ones(1)}, tmp_path / "a.pt")
+    again = clip.read_tensors(tmp_path / "a.pt")
+    assert again.keys() == {"a", "b"} and torch.equal(again["a"], torch.arange(50_000.0))
+
+
+def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path):
+    clip.write_tensors({"a": torch.ones(10_000)}, tmp_path / "a.safetensors")
+    tensors = clip.read_tensors(tmp_path / "a.safetensors")
+    os.truncate(tmp_path / "a.safetensors", 100)
+    with pytest.raises(ValueError, match="a.safetensors: cannot be mapped"):
+        tensors["a"]
+
+
 # ------------------------------------------------------------------------------------------ files
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_torchscript_archive_is_read_without_running_its_code(tmp_path):
     model = clip_random(SMALL).half()
     for name, value in zip(clip.SCALARS, (32, 10, 40)):
@@ -836,14 +930,6 @@ def test_a_flipped_bit_where_a_zip_says_what_lies_where_is_seen(tmp_path):
             clip.read_tensors(tmp_path / "b.pt")
 
 
-def test_what_could_not_be_read_again_is_not_written(tmp_path):
-    for tensors, metadata in (({"__metadata__": torch.ones(1)}, {}), ({1: torch.ones(1)}, {}),
-                              ({"a": torch.ones(1)}, {"n": 1})):  # fmt: skip
-        with pytest.raises(ValueError, match="safetensors"):
-            clip.write_tensors(tensors, tmp_path / "a.safetensors", metadata)
-    assert not list(tmp_path.iterdir())
-
-
 def test_safetensors_are_written_byte_for_byte_as_the_package_does(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     g = torch.Generator().manual_seed(0)
@@ -860,7 +946,7 @@ def test_safetensors_are_written_byte_for_byte_as_the_package_does(tmp_path):
             torch.equal(read[k], v) for k, v in tensors.items()
         )
     assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
-    with pytest.raises(ValueError, match="complex64 of complex"):
+    with pytest.raises(ValueError, match="complex64"):
         clip.write_tensors(
             {"a": torch.ones(1), "complex": torch.ones(1, dtype=torch.complex64)}, tmp_path / "ours"
         )
@@ -893,14 +979,14 @@ CLIP_FAULTS = {
     "hole": (clip_bytes({"a": clip_entry(0, 8), "b": clip_entry(12, 20)}, b"\0" * 20), "tensor b"),
     "wrong size": (clip_bytes({"a": clip_entry(0, 8, (3,))}), "tensor a"),
     "negative": (clip_bytes({"a": clip_entry(0, 8, (-1, -2))}), "tensor a"),
-    "shape of text": (clip_bytes({"a": clip_entry(0, 8, ("2",))}), "header"),
+    "shape of text": (clip_bytes({"a": clip_entry(0, 8, ("2",))}), "tensor a"),
     "shape without end": (clip_bytes({"a": clip_entry(0, 0, (0, 10**30))}, b""), "10000000000"),
     "header in UTF-16": (
         clip_bytes(json.dumps({"a": clip_entry(0, 8)}).encode("utf-16")),
         "broken safetensors header",
     ),
     "shape of floats": (clip_bytes({"a": clip_entry(0, 8, (2.0,))}), r"shape \[2.0\]"),
-    "offset is a float": (clip_bytes({"a": clip_entry(0.0, 8)}), "first byte"),
+    "offset is a float": (clip_bytes({"a": clip_entry(0.0, 8)}), "tensor a"),
     "metadata is a list": (clip_bytes({"__metadata__": [1], "a": clip_entry(0, 8)}), "header"),
     "metadata of numbers": (
         clip_bytes({"__metadata__": {"a": 1}, "a": clip_entry(0, 8)}),
@@ -940,9 +1026,9 @@ def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
     (tmp_path / "f").mkdir()
     clip.write_tensors(clip.CLIP(config).state_dict(), tmp_path / "f" / "model.safetensors")
     for text, words in {
-        "{": "config.json: not JSON",
-        "[1]": "config.json: not JSON .* a list",
-        '"x"': "a str",
+        "{": "config.json: not a JSON object",
+        "[1]": "config.json: not a JSON object",
+        '"x"': "config.json: not a JSON object",
         '{"vision_config": 3}': "config.json: not a config",
         '{"vision_cfg": {"head_width": 0}, "text_cfg": {}}': "config.json: not a config",
         '{"vision_cfg": {}}': "'text_cfg'",
@@ -958,9 +1044,9 @@ def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
 def test_an_index_of_shards_that_lists_none_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text, words in {
-        "{}": "weight_map is no list",
-        '{"weight_map": {"a": 3}}': "weight_map is no list",
-        "[]": "not JSON",
+        "{}": "no list of shards by tensor",
+        '{"weight_map": {"a": 3}}': "no list of shards by tensor",
+        "[1]": "not a JSON object",
         '{"weight_map": {"a": "model.safetensors.index.json"}}': (
             "neither a torch zip nor safetensors"
         ),
@@ -977,6 +1063,7 @@ CLIP_DAMAGE = {  # to the tensors of a whole checkpoint
     "no positions": lambda s: s | {"visual.positional_embedding": torch.ones(0, 384)},
     "no layers": lambda s: {k: v for k, v in s.items() if "resblocks" not in k},
     "scale of two": lambda s: s | {"logit_scale": torch.ones(2)},
+    "eight bits": lambda s: s | {"visual.proj": s["visual.proj"].to(torch.int8)},
     "half a head": lambda s: {
         k.replace("visual.ln_pre.bias", "vision_model.q_proj.bias"): v for k, v in s.items()
     },
@@ -996,20 +1083,16 @@ def test_tensors_of_odd_shapes_make_no_clip(tmp_path, damage):
         clip.load(path, config=config, image_size=96)
 
 
-def test_a_config_of_impossible_sizes_is_refused(tmp_path):
-    for change in (
-        {"vision_heads": 5},
-        {"text_layers": 0},
-        {"embed_dim": 8.0},
-        {"quick_gelu": 1},
-        {"text_mlp": True},
-    ):
-        with pytest.raises(ValueError, match="sizes are whole numbers|heads do not divide"):
-            dataclasses.replace(SMALL, **change)
-        clip.write_tensors(clip_random(SMALL).state_dict(), tmp_path / "w.safetensors",
-                           {"config": json.dumps(dataclasses.asdict(SMALL) | change)})  # fmt: skip
-        with pytest.raises(ValueError, match="the config in its metadata"):
-            clip.load(tmp_path / "w.safetensors")
+@pytest.mark.parametrize("change", [
+    {"vision_heads": 5}, {"vision_heads": 0}, {"text_heads": "1"}, {"text_layers": 0},
+    {"embed_dim": 8.0}, {"text_mlp": True}, {"image_size": 4}, {"depth": 3}, {"patch_size": None},
+])  # fmt: skip
+def test_a_config_of_impossible_sizes_is_refused(tmp_path, change):
+    path = tmp_path / "w.safetensors"
+    config = dataclasses.asdict(SMALL) | change
+    clip.write_tensors(clip_random(SMALL).state_dict(), path, {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        clip.load(path)
 
 
 def test_pickles_that_lie_about_their_tensors_are_named(tmp_path):
@@ -1245,7 +1328,7 @@ def test_a_wrong_checksum_leaves_nothing(clip_server, tmp_path):
     with pytest.raises(OSError, match="404"):
         clip.fetch(f"{clip_server.url}/gone.pt", tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-    with pytest.raises(ValueError, match="sha256"):
+    with pytest.raises(OSError, match="sha256=64 hexadecimal"):
         clip.fetch("openai:ViT-B-32".replace("openai:", f"{clip_server.url}/w.pt#md5="), tmp_path)
     file, sha256 = clip.OPENAI["ViT-B-32"]
     clip_server.files[f"/{sha256}/{file}"] = b"an impostor"
@@ -1553,8 +1636,8 @@ def test_merges_are_fetched_with_downloaded_weights(clip_server, clip_bpe, tmp_p
         (b"\x1f\x8b123", "gzip"),
         (b"#version\na b c\n", "'a b c'"),
         (b"#version\nq zz\n", "'q zz'"),
-        (b"#version\n", "no merges"),
-        (b"#v\na b\na b\n", "twice"),
+        (b"#version\n", "it is empty"),
+        (b"#v\na b\na b\n", "to a new one"),
         (b"#v\n\xff\n", "Unicode"),
     ],
 )
@@ -1583,8 +1666,9 @@ def test_a_long_caption_is_cut_or_refused(clip_tokenizer):
             tokenizer(["cat dog " * 50], context_length=10, truncate=False)
         with pytest.raises(TypeError, match="NoneType"):
             tokenizer([None])
-        with pytest.raises(ValueError, match="context_length=1"):
-            tokenizer(["cat"], context_length=1)
+        for nothing_fits in (0, 1):
+            with pytest.raises(ValueError):
+                tokenizer(["cat"], context_length=nothing_fits)
         for strange in (99_999, -1):
             with pytest.raises(ValueError, match=f"got {strange}"):
                 tokenizer.decode([strange])
@@ -7115,7 +7199,7 @@ class TestMergeTensors:
 
     def test_what_is_not_finite_in_a_file_is_refused(self, tmp_path):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            w = torch.zeros(merge.ONCE + 5, dtype=dtype)
+            w = torch.zeros(merge.PIECE + 5, dtype=dtype)
             base = {"w": w.clone()}
             w[-2] = math.inf
             path = tmp_path / f"{dtype}.safetensors"
@@ -7157,9 +7241,9 @@ class TestMergeTensors:
         )
 
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-    def test_files_read_in_pieces_merge_as_tensors_do(self, tmp_path, suffix):
+    def test_mapped_files_merge_as_tensors_do(self, tmp_path, suffix):
         g = torch.Generator().manual_seed(0)
-        models = [{"long": torch.randn(2 * merge.ONCE + 7, generator=g),
+        models = [{"long": torch.randn(2 * merge.PIECE + 7, generator=g),
                    "turned": torch.randn(5, 300, generator=g).T,
                    "half": torch.randn(9, 2, generator=g).half(),
                    "empty": torch.zeros(0, 3), "one": torch.ones(())}
@@ -7168,9 +7252,6 @@ class TestMergeTensors:
         for model, path in zip(models, files):
             torch.save(model, path) if suffix == "pt" else clip.write_tensors(model, path)
         stored = [clip.read_tensors(path) for path in files]
-        pieces = [piece.clone() for piece in stored[0].stored("long").pieces(merge.ONCE)]
-        assert [len(piece) for piece in pieces] == [merge.ONCE, merge.ONCE, 7]
-        assert torch.equal(torch.cat(pieces), models[0]["long"])
         merged = merge.merge("linear", stored[0], stored[1:])
         assert all(
             torch.equal(merged[k], v)
@@ -7178,7 +7259,7 @@ class TestMergeTensors:
         )
         os.truncate(files[2], os.path.getsize(files[2]) // 2)  # while the run reads it
         with pytest.raises(
-            ValueError, match=rf"2.{suffix}: a tensor of shape .* is not where the file puts it"
+            ValueError, match=rf"2.{suffix}: cannot be mapped"
         ):
             merge.merge("linear", stored[0], stored[1:])
 
@@ -7244,7 +7325,7 @@ import os, sys, clip, merge, torch
 def status(field):
     return next(int(line.split()[1]) * 1024 \
 for line in open("/proc/self/status") if line.startswith(field))
-models = [clip.read_tensors(f"{sys.argv[1]}/{i}.safetensors") for i in range(4)]
+models = [clip.read_tensors(f"{sys.argv[1]}/{i}.safetensors", i % 2 > 0) for i in range(4)]
 merge.merge("ties", {"w": torch.zeros(9)}, [{"w": torch.ones(9)}], whole=True)  \
 # libraries load on first use
 for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whole": True}), \
@@ -7760,7 +7841,7 @@ def bench_merge_case(folder, case):
     """-> seconds on the CPU, and the peak of memory above the interpreter, in bytes (Linux)."""
     torch.set_num_threads(1)
     base, *experts = [
-        clip.read_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))
+        clip.read_tensors(path, mapped=True) for path in sorted(Path(folder).glob("*.safetensors"))
     ]
     theta = {name: experts[0][name] for name in base} if case.startswith("ema") else {}
     if case in MERGE_BENCH:
@@ -7789,9 +7870,10 @@ def bench_merge_memory(field):
 
 
 def bench_merge_read(base, experts):
+    """All tensors into memory, one after the other."""
     for name in base:
         for expert in experts:
-            expert[name].sum()
+            expert[name].clone()
 
 
 def bench_merge_copy(copies, theta):
