@@ -32,7 +32,7 @@ from PIL.PngImagePlugin import PngInfo
 # Similarities nearer than this are equal. Rounding differs with the batch's size and the number of
 # threads, so that without it equal captions, or classes of one name, would be ranked by chance.
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
-TILE = 4096  # similarities are formed in squares of this side, 64 MiB in float32
+TILE = 2048  # similarities are formed in squares of this side, 16 MiB in float32
 
 
 def classifier(encode_text, prompts, templates=None):

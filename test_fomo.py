@@ -3440,7 +3440,7 @@ def recall_by_sorting(image, text, owner, k):
     return 100 * np.mean(t2i), 100 * np.mean(i2t)
 
 
-@pytest.mark.parametrize("tile", [4096, 100])  # 100: the last tiles are not full
+@pytest.mark.parametrize("tile", [2048, 100])  # 100: the last tiles are not full
 def test_recall_equals_a_full_ranking_with_several_texts_a_picture(tile, monkeypatch):
     monkeypatch.setattr(evaluate, "TILE", tile)
     image, text = normal(330, 4, dtype=torch.float64), normal(701, 4, seed=1, dtype=torch.float64)
@@ -3519,6 +3519,40 @@ def test_bf16_features_cost_less_than_a_tenth_of_a_point():
     assert 60 < exact < 99
     rounded = evaluate.accuracy(image.bfloat16(), weights, labels)
     assert abs(exact - rounded) < 0.1
+
+
+def scores_in(learner, monkeypatch, batch_size, workers=0, processes=1):
+    """{dataset: all its numbers}, in batches of that size, each process's share encoded alone."""
+    loader = data.test_loader
+    found = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "test_loader", lambda *args, **options: loader(
+            *args, **options | {"batch_size": batch_size, "workers": workers}))  # fmt: skip
+        patch.setattr(clip, "gather_rows", lambda mine, first, total: mine)
+        learner.crew.count = processes
+        for d in [*learner.world.heldout, *learner.world.adaptation][:: 1 - 2 * (workers > 0)]:
+            shares = []
+            for rank in range(processes):
+                learner.crew.rank = rank
+                shares.append(fomo.encode(learner, d, np.arange(len(d.test))))
+            image = torch.cat([share[0] for share in shares])
+            text = torch.cat([share[1] for share in shares])
+            found[d.name] = fomo.measure(d, np.arange(len(d.test)), image, text, shares[0][2])
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scores_do_not_depend_on_batches_workers_processes_or_the_order_of_sets(
+    precision, world, monkeypatch
+):
+    learner = tiny_learner(world, "--precision", precision)
+    expected = scores_in(learner, monkeypatch, 256)
+    for batch_size, workers, processes in ((7, 2, 1), (33, 0, 3)):
+        found = scores_in(learner, monkeypatch, batch_size, workers, processes)
+        if precision == "fp32":
+            assert found == expected
+        means = [math.fsum(n["score"] for n in each.values()) for each in (found, expected)]
+        assert abs(means[0] - means[1]) / len(expected) < 0.1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -4197,31 +4231,50 @@ def test_results_tell_runs_on_other_data_apart(flux, tmp_path, capsys):
 
 
 def bench_evaluate(argv):
-    """Seconds and MiB of retrieval and classification on features of width 512, in float32."""
+    """Seconds and MiB of retrieval and classification from features, in float32; and what scoring
+    the drawn world costs above encoding it with the tiny model."""
     parser = argparse.ArgumentParser("test_fomo.py evaluate", description=bench_evaluate.__doc__)
     parser.add_argument("--pictures", type=int, default=50_000)
     parser.add_argument("--texts", type=int, nargs="+", default=[50_000, 250_000])
+    parser.add_argument("--width", type=int, default=512, help="of the features")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    image = normal(args.pictures, 512)
-    weights = F.normalize(normal(1000, 512, seed=1), dim=-1)
+    image = normal(args.pictures, args.width)
+    weights = F.normalize(normal(1000, args.width, seed=1), dim=-1)
     work = {"classification, 1000 classes": lambda: evaluate.classification(
         image, weights, np.arange(args.pictures) % 1000)}  # fmt: skip
     for texts in args.texts:
         owner = np.arange(texts) % args.pictures
-        text = image[owner].add_(normal(texts, 512, seed=2), alpha=2)
+        text = image[owner].add_(normal(texts, args.width, seed=2), alpha=2)
         work[f"retrieval, {texts:,} texts"] = functools.partial(
             evaluate.retrieval, image, text, owner
         )
-    print(f"{args.pictures:,} pictures, {args.threads} threads")
+    print(f"{args.pictures:,} pictures, width {args.width}, {args.threads} threads")
     for name, run in work.items():
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (Linux)
         before = _memory("VmRSS")
         began = time.perf_counter()
+        worked = time.process_time()
         run()
         seconds = time.perf_counter() - began
-        print(f"{name:32} {seconds:7.1f} s {_memory('VmHWM') - before:7.0f} MiB above", flush=True)
+        worked = time.process_time() - worked
+        above = _memory("VmHWM") - before
+        times = f"{seconds:7.1f} s ({worked:.1f} s of CPU)"
+        print(f"{name:30}{times} {above:5.0f} MiB above the features", flush=True)
+    learner = tiny_learner(data.toy(), "--workers", "0")
+    encoding = []
+    scoring = []
+    for d in learner.world.adaptation + learner.world.heldout:
+        ids = np.arange(len(d.test))
+        began = time.process_time()  # of all threads, and whatever else runs
+        features = fomo.encode(learner, d, ids)
+        encoded = time.process_time()
+        fomo.measure(d, ids, *features)
+        encoding.append(encoded - began)
+        scoring.append(time.process_time() - began)
+    print(f"scoring the drawn world: {sum(scoring) / sum(encoding):.3f} times encoding it, at most"
+          f" {max(map(float.__truediv__, scoring, encoding)):.3f} of a set")  # fmt: skip
 
 
 def _memory(field):
