@@ -432,21 +432,35 @@ def read_results(folder):
     """The results.json of a finished run; ValueError where it is none, or only half of one."""
     path = Path(folder) / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        for row in (results["theta_0"], *results["tasks"], results["final"]):
+            row.setdefault("datasets", {})
+            for part in (row, row.get("subset", row), *row.get("within", ())):
+                percent = [part["ka"], *part.get("datasets", {}).values()]
+                percent += [part[metric] for metric in ("zs", "gm") if part[metric] is not None]
+                if not all(0 <= v <= 100 for v in percent):
+                    raise ValueError("a score is no percentage")
         numbers = [results["seconds"], results["trained_parameters"]]
         numbers += [row[key] for row in results["tasks"] for key in ("task", "steps")]
-        percent = []
-        for row in (results["theta_0"], *results["tasks"], results["final"]):
-            percent += [row["ka"], *row.setdefault("datasets", {}).values()]
-            percent += [row[metric] for metric in ("zs", "gm") if row[metric] is not None]
-        if not all(0 <= v <= 100 for v in percent) or not all(0 <= v < 1e15 for v in numbers):
-            raise ValueError("numbers out of range")
+        if not all(0 <= v < 1e15 for v in numbers):
+            raise ValueError("a count is out of range")
         for text in (results["config"]["method"], results["theta_0_sha256"]):
             if not isinstance(text, str):
                 raise TypeError("its method or theta_0 is no name")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as e:
+        for line in compare([(folder, results)]):  # what a report will make of it
+            table(summarise([line]))
+            line.within()
+        run_title(results)
+        set(results.get("heldout", ()))
+        Path((results.get("parent") or {"run": ""})["run"])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+            OSError) as e:  # fmt: skip
         raise ValueError(f"{path} is no run's results ({type(e).__name__}: {e})") from None
     return results
+
+
+def _no_number(name):
+    raise ValueError(f"{name} is in it")  # NaN and infinities are not JSON
 
 
 def read_runs(folders):

@@ -3826,6 +3826,43 @@ def test_foreign_and_half_written_results_are_refused(text, tmp_path):
         evaluate.read_results(tmp_path)
 
 
+def places_in(value, place=()):
+    """Keys and indices that lead to each part of nested JSON."""
+    if place:
+        yield place
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places_in(value[key], (*place, key))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["x", -1, math.nan, 10**400, None, [1], {"a": 1}, "nothing"], ids=lambda v: str(v)[:9]
+)
+def test_results_with_anything_wrong_in_them_are_refused_or_reported(wrong, tmp_path):
+    """Never an error that is none of ours: each part in turn is something else, or missing."""
+    whole = made_run(sets=1) | {"gflops": 3000.0, "parent": None}
+    whole["tasks"][1]["within"] = [{"step": 2, "ka": 25.0, "zs": 81.0}]
+    refused = 0
+    for place in places_in(whole):
+        results = copy.deepcopy(whole)
+        part = results
+        for key in place[:-1]:
+            part = part[key]
+        if wrong == "nothing":
+            del part[place[-1]]
+        else:
+            part[place[-1]] = wrong
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        try:
+            results = evaluate.read_results(tmp_path)
+        except ValueError as e:
+            refused += "is no run's results" in str(e)
+            continue
+        assert not isinstance(wrong, float), place
+        evaluate.report([(tmp_path, results)], style="json")
+    assert refused > 20
+
+
 def test_a_lineage_of_continued_runs_is_one_run(tmp_path):
     first = write_run(tmp_path / "one", made_run(moves=[(1, 10), (2, 20)]))
     middle = made_run(moves=[(3, 22), (3, 25)]) | {"parent": {"run": "elsewhere/one"}}
