@@ -1000,9 +1000,11 @@ def _ticks(low, high, step):
 class Legend:
     """Names beside their marks, long ones on several lines: nothing is cut, nothing overlaps."""
 
-    def __init__(self, tracks, styles, within=()):
+    def __init__(self, tracks, styles, over_tasks=False, within=()):
         self.entries = [("theta_0", INK, "star")]
-        if "joint" in tracks:
+        if "joint" in tracks and over_tasks:
+            self.entries += [("joint", GOLD, None)]
+        elif "joint" in tracks:
             self.entries += [("joint", GOLD, "star"), ("linear trade-off", GREY, None)]
         for name, style in styles.items():
             seeds = f", {len(tracks[name])} seeds" if len(tracks[name]) > 1 else ""
@@ -1166,7 +1168,7 @@ def draw_curves(tracks, within=None):
     task [(finished tasks, ZS, KA), ...], of the weights in training: thin lines."""
     styles = _styles(tracks)
     within = {name: tasks for name, tasks in (within or {}).items() if any(map(len, tasks))}
-    legend = Legend(tracks, styles, within)
+    legend = Legend(tracks, styles, True, within)
     metrics = {"KA (%)": lambda points: points[..., -1]}
     if _has_zs(tracks):
         metrics["ZS (%)"] = lambda points: points[..., -2]
@@ -1233,7 +1235,7 @@ def draw_heat(maps, heldout=()):
     most = np.nanmax(np.abs(np.concatenate([change.ravel() for *_, change in maps])))
     limit = min(40, 5 * math.ceil(max(most, 1) / 5))
     columns = max(len(tasks) for _, _, tasks, _ in maps)
-    cell = max(3, min(40, 640 // columns))
+    cell = max(3, min(40, (640 if len(maps) <= FEW else 220) // columns))
     panel = max(cell * columns, 130) + 26
     titles = [textwrap.wrap(_printable(name), panel // 9) for name, *_ in maps]
     head = 21 * max(map(len, titles)) + 30
