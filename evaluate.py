@@ -871,11 +871,13 @@ def score_table(scores, roles, baseline=None):
 
 def class_table(numbers, classes, baseline=None):
     """Scores per class, the worst first. classes: their names; the rest as in score_table()."""
-    rows = [["class", "score"] + (["before", "change"] if baseline else [])]
+    before = (baseline or {}).get("per_class") or ()
+    with_before = len(before) == len(classes)
+    rows = [["class", "score"] + (["before", "change"] if with_before else [])]
     scores = [(score, c) for c, score in enumerate(numbers["per_class"]) if score is not None]
     for score, c in sorted(scores):
         row = [classes[c], f"{score:.1f}"]
-        rows.append(row + (_beside(score, baseline["per_class"][c]) if baseline else []))
+        rows.append(row + (_beside(score, before[c]) if with_before else []))
     return aligned(rows)
 
 
