@@ -4267,6 +4267,32 @@ def test_results_tell_runs_on_other_data_apart(flux, tmp_path, capsys):
     assert "on different test data" in said and f"{runs[0]} {runs[1]}; or {runs[2]}" in said
 
 
+def test_a_baseline_is_a_file_of_scores_or_weights_or_a_run_that_are_scored_now(
+    flux, tmp_path, capsys
+):
+    for seed in range(2):
+        clip.save(clip_random(clip.CONFIGS["tiny"], seed), tmp_path / f"{seed}.safetensors")
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "1.safetensors", tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "results.json").write_text("{}")
+    command = ["evaluate", "--data", str(flux), "--heldout", "DIGITS", "--workers", "0"]
+    first = [*command, "--weights", str(tmp_path / "1.safetensors")]
+    assert fomo.main([*first, "--out", str(tmp_path / "scores.json")]) == 0
+    capsys.readouterr()
+    said = []
+    for name in ("scores.json", "1.safetensors", "run"):
+        more = ["--weights", str(tmp_path / "0.safetensors"), "--out", str(tmp_path / "o.json")]
+        more += ["--per-class", "--baseline", str(tmp_path / name)]
+        assert fomo.main([*command, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+    there = json.loads((tmp_path / "scores.json").read_text())["datasets"]
+    here = json.loads((tmp_path / "o.json").read_text())["datasets"]
+    rows = [line.split() for line in said[0].splitlines()]
+    beside = {row[0]: row[-2:] for row in rows if row and row[0] in here and len(row) > 1}
+    assert beside == {n: [f"{there[n]:.1f}", f"{here[n] - there[n]:+z.1f}"] for n in here}
+
+
 def bench_evaluate(argv):
     """Seconds and MiB of retrieval and classification from features, in float32; and what scoring
     the drawn world costs above encoding it with the tiny model."""
