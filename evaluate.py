@@ -80,7 +80,6 @@ def classification(image, classifier, labels):
     better, equal = _class_ranks(image, classifier, labels)
     hits = _hit(1, better, equal)
     per_class = _per_class(hits, labels, len(classifier))
-    there = [score for score in per_class if score is not None]
     top1 = _percent(hits)
     return {
         "metric": "top-1",
@@ -88,7 +87,7 @@ def classification(image, classifier, labels):
         "score": top1,
         "top1": top1,
         "top5": _percent(_hit(5, better, equal)),
-        "mean_per_class": math.fsum(there) / len(there),
+        "mean_per_class": _mean(per_class),
         "per_class": per_class,
         "chance": 100 / len(classifier),
     }
@@ -265,18 +264,28 @@ def balanced_subset(labels, seed):
 def knowledge_accumulation(per_dataset):
     """KA: the mean over all adaptation datasets, seen or not, each weighing the same; None of none.
     per_dataset: name -> percent."""
-    return math.fsum(per_dataset.values()) / len(per_dataset) if per_dataset else None
+    return _mean(per_dataset.values())
 
 
 def zero_shot_retention(per_dataset):
     """ZS: the mean over all held-out datasets, each weighing the same; None of none.
     per_dataset: name -> percent."""
-    return math.fsum(per_dataset.values()) / len(per_dataset) if per_dataset else None
+    return _mean(per_dataset.values())
 
 
 def geometric_mean(ka, zs):
     """GM = sqrt(KA ZS); None without one of them."""
     return None if ka is None or zs is None else math.sqrt(ka * zs)
+
+
+def _mean(values):
+    """The mean of those that are not None; None where all are. fsum rounds once, in any order."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _minus(a, b):
+    return None if a is None or b is None else a - b
 
 
 def summary(scores, adaptation, heldout):
@@ -293,8 +302,7 @@ def forgetting(history):
     """Mean over datasets of (best score so far - last score), >= 0. history: list over time of
     {name: percent}. Chaudhry et al. 2018 (arXiv 1801.10112), eq. 3, on every dataset instead of
     every task."""
-    lost = dataset_forgetting(history)
-    return math.fsum(lost.values()) / len(lost)
+    return _mean(dataset_forgetting(history).values())
 
 
 def dataset_forgetting(history):
@@ -315,18 +323,14 @@ def by_concept(per_class, when, tasks, now):
     table = {}
     means = {"seen": [], "unseen": []}
     for name, numbers in when.items():
-        groups = {"seen": [], "unseen": []}
-        row = [[] for _ in range(tasks)]
+        taught = [[] for _ in range(tasks)]
         for score, task in zip(per_class[name], numbers, strict=True):
-            if score is not None and task:
-                row[task - 1].append(score)
-                groups["seen" if task <= now else "unseen"].append(score)
-        table[name] = [math.fsum(s) / len(s) if s else None for s in row]
-        for group, scores in groups.items():
-            if scores:
-                means[group].append(math.fsum(scores) / len(scores))
-    mean = {group: math.fsum(m) / len(m) if m else None for group, m in means.items()}
-    return {"seen": mean["seen"], "unseen": mean["unseen"], "by_task": table}
+            if task:
+                taught[task - 1].append(score)
+        table[name] = [_mean(scores) for scores in taught]
+        means["seen"].append(_mean(itertools.chain(*taught[:now])))
+        means["unseen"].append(_mean(itertools.chain(*taught[now:])))
+    return {group: _mean(of_sets) for group, of_sets in means.items()} | {"by_task": table}
 
 
 def transfer(history):
@@ -339,18 +343,10 @@ def transfer(history):
     last = len(history) - 1
     moves = {}
     for name in history[-1]:
-        scores = [row.get(name, []) for row in history]
-
-        def change(after, before, task, scores=scores):
-            old, new = ((scores[t] + [None] * task)[task - 1] for t in (before, after))
-            return [] if old is None or new is None else [new - old]
-
-        backward = [d for i in range(1, last) for d in change(last, i, i)]
-        forward = [d for i in range(2, last + 1) for d in change(i - 1, 0, i)]
-        moves[name] = {
-            "backward": math.fsum(backward) / len(backward) if backward else None,
-            "forward": math.fsum(forward) / len(forward) if forward else None,
-        }
+        R = [[*row.get(name, ()), *[None] * last] for row in history]  # a row may know fewer tasks
+        backward = [_minus(R[last][i - 1], R[i][i - 1]) for i in range(1, last)]
+        forward = [_minus(R[i - 1][i - 1], R[0][i - 1]) for i in range(2, last + 1)]
+        moves[name] = {"backward": _mean(backward), "forward": _mean(forward)}
     return moves
 
 
@@ -408,15 +404,10 @@ def over_time(results):
     moved = transfer([scores_on(row, last, "by_task") for row in rows]) if kept else {}
     none = {"backward": None, "forward": None}
     each = {name: {"forgetting": lost[name], **moved.get(name, none)} for name in lost}
-    means = {}
-    for what in ("forgetting", "backward", "forward"):
-        there = [scores[what] for scores in each.values() if scores[what] is not None]
-        means[what] = math.fsum(there) / len(there) if there else None
+    means = {what: _mean([d[what] for d in each.values()])
+             for what in ("forgetting", "backward", "forward")}  # fmt: skip
     gaps = [task_gap(before, row) for before, row in itertools.pairwise(rows)]
-    mean_gap = {}
-    for metric in ("ka", "zs"):
-        there = [gap[metric] for gap in gaps if gap[metric] is not None]
-        mean_gap[metric] = math.fsum(there) / len(there) if there else None
+    mean_gap = {metric: _mean([gap[metric] for gap in gaps]) for metric in ("ka", "zs")}
     return {**means, "stability_gap": mean_gap, "datasets": each}
 
 
@@ -703,10 +694,6 @@ def above_line(point, theta_0, joint):
         return point[1] - right_ka
     share = max(0.0, (point[0] - left) / (right - left))
     return point[1] - (left_ka + share * (right_ka - left_ka))
-
-
-def _minus(a, b):
-    return None if a is None or b is None else a - b
 
 
 def _spread(values):
