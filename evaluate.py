@@ -33,7 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 # Similarities nearer than this are equal. Rounding differs with the batch's size and the number of
 # threads, so that without it equal captions, or classes of one name, would be ranked by chance.
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
-TILE = 4096  # similarities are formed in squares of this side, 64 MiB in float32
+TILE = 2048  # similarities are formed in squares of this side, 16 MiB in float32
 
 
 def classifier(encode_text, prompts, templates=None):
@@ -81,7 +81,6 @@ def classification(image, classifier, labels):
     better, equal = _class_ranks(image, classifier, labels)
     hits = _hit(1, better, equal)
     per_class = _per_class(hits, labels, len(classifier))
-    there = [score for score in per_class if score is not None]
     top1 = _percent(hits)
     return {
         "metric": "top-1",
@@ -89,7 +88,7 @@ def classification(image, classifier, labels):
         "score": top1,
         "top1": top1,
         "top5": _percent(_hit(5, better, equal)),
-        "mean_per_class": math.fsum(there) / len(there),
+        "mean_per_class": _mean(per_class),
         "per_class": per_class,
         "chance": 100 / len(classifier),
     }
@@ -266,18 +265,28 @@ def balanced_subset(labels, seed):
 def knowledge_accumulation(per_dataset):
     """KA: the mean over all adaptation datasets, seen or not, each weighing the same; None of none.
     per_dataset: name -> percent."""
-    return math.fsum(per_dataset.values()) / len(per_dataset) if per_dataset else None
+    return _mean(per_dataset.values())
 
 
 def zero_shot_retention(per_dataset):
     """ZS: the mean over all held-out datasets, each weighing the same; None of none.
     per_dataset: name -> percent."""
-    return math.fsum(per_dataset.values()) / len(per_dataset) if per_dataset else None
+    return _mean(per_dataset.values())
 
 
 def geometric_mean(ka, zs):
     """GM = sqrt(KA ZS); None without one of them."""
     return None if ka is None or zs is None else math.sqrt(ka * zs)
+
+
+def _mean(values):
+    """The mean of those that are not None; None where all are. fsum rounds once, in any order."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _minus(a, b):
+    return None if a is None or b is None else a - b
 
 
 def summary(scores, adaptation, heldout):
@@ -304,8 +313,7 @@ def forgetting(history):
     """Mean over datasets of (best score so far - last score), >= 0. history: list over time of
     {name: percent}. Chaudhry et al. 2018 (arXiv 1801.10112), eq. 3, on every dataset instead of
     every task."""
-    lost = dataset_forgetting(history)
-    return math.fsum(lost.values()) / len(lost)
+    return _mean(dataset_forgetting(history).values())
 
 
 def dataset_forgetting(history):
@@ -326,18 +334,14 @@ def by_concept(per_class, when, tasks, now):
     table = {}
     means = {"seen": [], "unseen": []}
     for name, numbers in when.items():
-        groups = {"seen": [], "unseen": []}
-        row = [[] for _ in range(tasks)]
+        taught = [[] for _ in range(tasks)]
         for score, task in zip(per_class[name], numbers, strict=True):
-            if score is not None and task:
-                row[task - 1].append(score)
-                groups["seen" if task <= now else "unseen"].append(score)
-        table[name] = [math.fsum(s) / len(s) if s else None for s in row]
-        for group, scores in groups.items():
-            if scores:
-                means[group].append(math.fsum(scores) / len(scores))
-    mean = {group: math.fsum(m) / len(m) if m else None for group, m in means.items()}
-    return {"seen": mean["seen"], "unseen": mean["unseen"], "by_task": table}
+            if task:
+                taught[task - 1].append(score)
+        table[name] = [_mean(scores) for scores in taught]
+        means["seen"].append(_mean(itertools.chain(*taught[:now])))
+        means["unseen"].append(_mean(itertools.chain(*taught[now:])))
+    return {group: _mean(of_sets) for group, of_sets in means.items()} | {"by_task": table}
 
 
 def transfer(history):
@@ -350,18 +354,10 @@ def transfer(history):
     last = len(history) - 1
     moves = {}
     for name in history[-1]:
-        scores = [row.get(name, []) for row in history]
-
-        def change(after, before, task, scores=scores):
-            old, new = ((scores[t] + [None] * task)[task - 1] for t in (before, after))
-            return [] if old is None or new is None else [new - old]
-
-        backward = [d for i in range(1, last) for d in change(last, i, i)]
-        forward = [d for i in range(2, last + 1) for d in change(i - 1, 0, i)]
-        moves[name] = {
-            "backward": math.fsum(backward) / len(backward) if backward else None,
-            "forward": math.fsum(forward) / len(forward) if forward else None,
-        }
+        R = [[*row.get(name, ()), *[None] * last] for row in history]  # a row may know fewer tasks
+        backward = [_minus(R[last][i - 1], R[i][i - 1]) for i in range(1, last)]
+        forward = [_minus(R[i - 1][i - 1], R[0][i - 1]) for i in range(2, last + 1)]
+        moves[name] = {"backward": _mean(backward), "forward": _mean(forward)}
     return moves
 
 
@@ -419,15 +415,10 @@ def over_time(results):
     moved = transfer([scores_on(row, last, "by_task") for row in rows]) if kept else {}
     none = {"backward": None, "forward": None}
     each = {name: {"forgetting": lost[name], **moved.get(name, none)} for name in lost}
-    means = {}
-    for what in ("forgetting", "backward", "forward"):
-        there = [scores[what] for scores in each.values() if scores[what] is not None]
-        means[what] = math.fsum(there) / len(there) if there else None
+    means = {what: _mean([d[what] for d in each.values()])
+             for what in ("forgetting", "backward", "forward")}  # fmt: skip
     gaps = [task_gap(before, row) for before, row in itertools.pairwise(rows)]
-    mean_gap = {}
-    for metric in ("ka", "zs"):
-        there = [gap[metric] for gap in gaps if gap[metric] is not None]
-        mean_gap[metric] = math.fsum(there) / len(there) if there else None
+    mean_gap = {metric: _mean([gap[metric] for gap in gaps]) for metric in ("ka", "zs")}
     return {**means, "stability_gap": mean_gap, "datasets": each}
 
 
@@ -479,28 +470,43 @@ def read_results(folder):
     """The results.json of a finished run; ValueError where it is none, or only half of one."""
     path = Path(folder) / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        for row in (results["theta_0"], *results["tasks"], results["final"]):
+            row.setdefault("datasets", {})
+            for part in (row, row.get("subset", row), *row.get("within", ())):
+                percent = [part["ka"], *part.get("datasets", {}).values()]
+                percent += [part[metric] for metric in ("zs", "gm") if part[metric] is not None]
+                if not all(0 <= v <= 100 for v in percent):
+                    raise ValueError("a score is no percentage")
         numbers = [results["seconds"], results["trained_parameters"]]
         numbers += [row[key] for row in results["tasks"] for key in ("task", "steps")]
-        percent = []
-        for row in (results["theta_0"], *results["tasks"], results["final"]):
-            percent += [row["ka"], *row.setdefault("datasets", {}).values()]
-            percent += [row[metric] for metric in ("zs", "gm") if row[metric] is not None]
-        if not all(0 <= v <= 100 for v in percent) or not all(0 <= v < 1e15 for v in numbers):
-            raise ValueError("numbers out of range")
+        if not all(0 <= v < 1e15 for v in numbers):
+            raise ValueError("a count is out of range")
         for text in (results["config"]["method"], results["theta_0_sha256"]):
             if not isinstance(text, str):
                 raise TypeError("its method or theta_0 is no name")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as e:
+        for line in compare([(folder, results)]):  # what a report will make of it
+            table(summarise([line]))
+            line.within()
+        run_title(results)
+        set(results.get("heldout", ()))
+        Path((results.get("parent") or {"run": ""})["run"])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+            OSError) as e:  # fmt: skip
         raise ValueError(f"{path} is no run's results ({type(e).__name__}: {e})") from None
     return results
+
+
+def _no_number(name):
+    raise ValueError(f"{name} is in it")  # NaN and infinities are not JSON
 
 
 def read_numbers(path):
     """What `evaluate` wrote of another checkpoint."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8"))["numbers"])
-    except (ValueError, KeyError, TypeError) as e:
+        numbers = json.loads(Path(path).read_text(encoding="utf-8"))["numbers"]
+        return {name: {**n, "score": float(n["score"])} for name, n in numbers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         fault = type(e).__name__
         raise ValueError(f"{path} is no scores.json of fomo.py evaluate ({fault})") from e
 
@@ -721,10 +727,6 @@ def above_line(point, theta_0, joint):
     return point[1] - (left_ka + share * (right_ka - left_ka))
 
 
-def _minus(a, b):
-    return None if a is None or b is None else a - b
-
-
 def _spread(values):
     """{"mean", "std", "n"} of numbers, the std that of a sample; None if one is missing."""
     if None in values:
@@ -887,11 +889,13 @@ def score_table(scores, roles, baseline=None):
 
 def class_table(numbers, classes, baseline=None):
     """Scores per class, the worst first. classes: their names; the rest as in score_table()."""
-    rows = [["class", "score"] + (["before", "change"] if baseline else [])]
+    before = (baseline or {}).get("per_class") or ()
+    with_before = len(before) == len(classes)
+    rows = [["class", "score"] + (["before", "change"] if with_before else [])]
     scores = [(score, c) for c, score in enumerate(numbers["per_class"]) if score is not None]
     for score, c in sorted(scores):
         row = [classes[c], f"{score:.1f}"]
-        rows.append(row + (_beside(score, baseline["per_class"][c]) if baseline else []))
+        rows.append(row + (_beside(score, before[c]) if with_before else []))
     return aligned(rows)
 
 
@@ -1016,9 +1020,11 @@ def _ticks(low, high, step):
 class Legend:
     """Names beside their marks, long ones on several lines: nothing is cut, nothing overlaps."""
 
-    def __init__(self, tracks, styles, within=()):
+    def __init__(self, tracks, styles, over_tasks=False, within=()):
         self.entries = [("theta_0", INK, "star")]
-        if "joint" in tracks:
+        if "joint" in tracks and over_tasks:
+            self.entries += [("joint", GOLD, None)]
+        elif "joint" in tracks:
             self.entries += [("joint", GOLD, "star"), ("linear trade-off", GREY, None)]
         for name, style in styles.items():
             seeds = f", {len(tracks[name])} seeds" if len(tracks[name]) > 1 else ""
@@ -1182,7 +1188,7 @@ def draw_curves(tracks, within=None):
     task [(finished tasks, ZS, KA), ...], of the weights in training: thin lines."""
     styles = _styles(tracks)
     within = {name: tasks for name, tasks in (within or {}).items() if any(map(len, tasks))}
-    legend = Legend(tracks, styles, within)
+    legend = Legend(tracks, styles, True, within)
     metrics = {"KA (%)": lambda points: points[..., -1]}
     if _has_zs(tracks):
         metrics["ZS (%)"] = lambda points: points[..., -2]
@@ -1249,7 +1255,7 @@ def draw_heat(maps, heldout=()):
     most = np.nanmax(np.abs(np.concatenate([change.ravel() for *_, change in maps])))
     limit = min(40, 5 * math.ceil(max(most, 1) / 5))
     columns = max(len(tasks) for _, _, tasks, _ in maps)
-    cell = max(3, min(40, 640 // columns))
+    cell = max(3, min(40, (640 if len(maps) <= FEW else 220) // columns))
     panel = max(cell * columns, 130) + 26
     titles = [textwrap.wrap(_printable(name), panel // 9) for name, *_ in maps]
     head = 21 * max(map(len, titles)) + 30

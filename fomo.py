@@ -1896,7 +1896,8 @@ def evaluate_command(argv):
     extra = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     extra.add_argument("--templates", help="file of templates with {}, one a line, to average over")
     extra.add_argument("--per-class", action="store_true", help="the scores of each class too")
-    extra.add_argument("--baseline", help="a scores.json to put beside")
+    extra.add_argument("--baseline", help="what to put beside: a scores.json, or a run or weights,"
+                       " which are scored now")  # fmt: skip
     more, argv = extra.parse_known_args(argv)
     c = parse(argv, "fomo.py evaluate", description, EVALUATE, [extra])
     if c.weights is None:
@@ -1907,12 +1908,9 @@ def evaluate_command(argv):
     world = load_world(c, crew)
     learner = load_learner(c, crew, world)
     templates = more.templates and evaluate.read_templates(os.path.expanduser(more.templates))
-    before = more.baseline and evaluate.read_numbers(os.path.expanduser(more.baseline))
-    learner.model.to(learner.device).eval()
-    numbers = {}
+    before = more.baseline and baseline(learner, more.baseline, templates)
+    numbers = score_now(learner, templates)
     datasets = world.adaptation + world.heldout
-    for d in Lines(datasets, "scoring", len(datasets), 0, learner):
-        numbers[d.name] = score(learner, d, range(len(d.test)), templates)
     scores = summary(world, {name: n["score"] for name, n in numbers.items()})
     if crew.leads:
         samples = sum(len(d.test) for d in datasets)
@@ -1922,10 +1920,29 @@ def evaluate_command(argv):
     crew.say(evaluate.score_table(numbers, roles, before))
     for d in datasets if more.per_class else ():
         if numbers[d.name].get("per_class"):
-            baseline = before and before.get(d.name)
-            crew.say(f"\n{d.name}\n{evaluate.class_table(numbers[d.name], d.classes, baseline)}")
+            table = evaluate.class_table(numbers[d.name], d.classes, (before or {}).get(d.name))
+            crew.say(f"\n{d.name}\n{table}")
     means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     crew.say(f"{'  '.join(means)} (all of it in {out})")
+
+
+def score_now(learner, templates=None):
+    """{dataset: its numbers} on all test data."""
+    learner.model.to(learner.device).eval()
+    datasets = learner.world.adaptation + learner.world.heldout
+    return {d.name: score(learner, d, range(len(d.test)), templates)
+            for d in Lines(datasets, "scoring", len(datasets), 0, learner)}  # fmt: skip
+
+
+def baseline(learner, path, templates):
+    """The numbers of what --baseline names: a file of them, or a run or weights to score now."""
+    path = os.path.expanduser(path)
+    if path.endswith(".json"):
+        return evaluate.read_numbers(path)
+    if os.path.exists(os.path.join(path, "results.json")):
+        path = os.path.join(path, "model.safetensors")
+    c = dataclasses.replace(learner.c, weights=path, model=None)
+    return score_now(load_learner(c, learner.crew, learner.world), templates)
 
 
 def merge_command(argv):

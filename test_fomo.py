@@ -3524,7 +3524,7 @@ def recall_by_sorting(image, text, owner, k):
     return 100 * np.mean(t2i), 100 * np.mean(i2t)
 
 
-@pytest.mark.parametrize("tile", [4096, 100])  # 100: the last tiles are not full
+@pytest.mark.parametrize("tile", [2048, 100])  # 100: the last tiles are not full
 def test_recall_equals_a_full_ranking_with_several_texts_a_picture(tile, monkeypatch):
     monkeypatch.setattr(evaluate, "TILE", tile)
     image, text = normal(330, 4, dtype=torch.float64), normal(701, 4, seed=1, dtype=torch.float64)
@@ -3603,6 +3603,40 @@ def test_bf16_features_cost_less_than_a_tenth_of_a_point():
     assert 60 < exact < 99
     rounded = evaluate.accuracy(image.bfloat16(), weights, labels)
     assert abs(exact - rounded) < 0.1
+
+
+def scores_in(learner, monkeypatch, batch_size, workers=0, processes=1):
+    """{dataset: all its numbers}, in batches of that size, each process's share encoded alone."""
+    loader = data.test_loader
+    found = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "test_loader", lambda *args, **options: loader(
+            *args, **options | {"batch_size": batch_size, "workers": workers}))  # fmt: skip
+        patch.setattr(clip, "gather_rows", lambda mine, first, total: mine)
+        learner.crew.count = processes
+        for d in [*learner.world.heldout, *learner.world.adaptation][:: 1 - 2 * (workers > 0)]:
+            shares = []
+            for rank in range(processes):
+                learner.crew.rank = rank
+                shares.append(fomo.encode(learner, d, np.arange(len(d.test))))
+            image = torch.cat([share[0] for share in shares])
+            text = torch.cat([share[1] for share in shares])
+            found[d.name] = fomo.measure(d, np.arange(len(d.test)), image, text, shares[0][2])
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scores_do_not_depend_on_batches_workers_processes_or_the_order_of_sets(
+    precision, world, monkeypatch
+):
+    learner = tiny_learner(world, "--precision", precision)
+    expected = scores_in(learner, monkeypatch, 256)
+    for batch_size, workers, processes in ((7, 2, 1), (33, 0, 3)):
+        found = scores_in(learner, monkeypatch, batch_size, workers, processes)
+        if precision == "fp32":
+            assert found == expected
+        means = [math.fsum(n["score"] for n in each.values()) for each in (found, expected)]
+        assert abs(means[0] - means[1]) / len(expected) < 0.1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -3885,6 +3919,43 @@ def test_a_run_that_another_continues_is_part_of_that_one(tmp_path):
     runs, unfinished = evaluate.read_runs([*folders, folders[1], tmp_path])
     assert [folder.name for folder, _ in runs] == ["y", "z"] and unfinished == [tmp_path]
     assert "y: A0 is scored as it is now from task 3 on" in evaluate.report(runs[:1])[0]
+
+
+def places_in(value, place=()):
+    """Keys and indices that lead to each part of nested JSON."""
+    if place:
+        yield place
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places_in(value[key], (*place, key))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["x", -1, math.nan, 10**400, None, [1], {"a": 1}, "nothing"], ids=lambda v: str(v)[:9]
+)
+def test_results_with_anything_wrong_in_them_are_refused_or_reported(wrong, tmp_path):
+    """Never an error that is none of ours: each part in turn is something else, or missing."""
+    whole = made_run(sets=1) | {"gflops": 3000.0, "parent": None}
+    whole["tasks"][1]["within"] = [{"step": 2, "ka": 25.0, "zs": 81.0}]
+    refused = 0
+    for place in places_in(whole):
+        results = copy.deepcopy(whole)
+        part = results
+        for key in place[:-1]:
+            part = part[key]
+        if wrong == "nothing":
+            del part[place[-1]]
+        else:
+            part[place[-1]] = wrong
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        try:
+            results = evaluate.read_results(tmp_path)
+        except ValueError as e:
+            refused += "is no run's results" in str(e)
+            continue
+        assert not isinstance(wrong, float), place
+        evaluate.report([(tmp_path, results)], style="json")
+    assert refused > 20
 
 
 def test_a_runs_last_lines_say_what_it_gained_and_lost():
@@ -4272,32 +4343,77 @@ def test_results_tell_runs_on_other_data_apart(flux, tmp_path, capsys):
     assert "on different test data" in said and f"{runs[0]} {runs[1]}; or {runs[2]}" in said
 
 
+def test_a_baseline_is_a_file_of_scores_or_weights_or_a_run_that_are_scored_now(
+    flux, tmp_path, capsys
+):
+    for seed in range(2):
+        clip.save(clip_random(clip.CONFIGS["tiny"], seed), tmp_path / f"{seed}.safetensors")
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "1.safetensors", tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "results.json").write_text("{}")
+    command = ["evaluate", "--data", str(flux), "--heldout", "DIGITS", "--workers", "0"]
+    first = [*command, "--weights", str(tmp_path / "1.safetensors")]
+    assert fomo.main([*first, "--out", str(tmp_path / "scores.json")]) == 0
+    capsys.readouterr()
+    said = []
+    for name in ("scores.json", "1.safetensors", "run"):
+        more = ["--weights", str(tmp_path / "0.safetensors"), "--out", str(tmp_path / "o.json")]
+        more += ["--per-class", "--baseline", str(tmp_path / name)]
+        assert fomo.main([*command, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+    there = json.loads((tmp_path / "scores.json").read_text())["datasets"]
+    here = json.loads((tmp_path / "o.json").read_text())["datasets"]
+    rows = [line.split() for line in said[0].splitlines()]
+    beside = {row[0]: row[-2:] for row in rows if row and row[0] in here and len(row) > 1}
+    assert beside == {n: [f"{there[n]:.1f}", f"{here[n] - there[n]:+z.1f}"] for n in here}
+
+
 def bench_evaluate(argv):
-    """Seconds and MiB of retrieval and classification on features of width 512, in float32."""
+    """Seconds and MiB of retrieval and classification from features, in float32; and what scoring
+    the drawn world costs above encoding it with the tiny model."""
     parser = argparse.ArgumentParser("test_fomo.py evaluate", description=bench_evaluate.__doc__)
     parser.add_argument("--pictures", type=int, default=50_000)
     parser.add_argument("--texts", type=int, nargs="+", default=[50_000, 250_000])
+    parser.add_argument("--width", type=int, default=512, help="of the features")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    image = normal(args.pictures, 512)
-    weights = F.normalize(normal(1000, 512, seed=1), dim=-1)
+    image = normal(args.pictures, args.width)
+    weights = F.normalize(normal(1000, args.width, seed=1), dim=-1)
     work = {"classification, 1000 classes": lambda: evaluate.classification(
         image, weights, np.arange(args.pictures) % 1000)}  # fmt: skip
     for texts in args.texts:
         owner = np.arange(texts) % args.pictures
-        text = image[owner].add_(normal(texts, 512, seed=2), alpha=2)
+        text = image[owner].add_(normal(texts, args.width, seed=2), alpha=2)
         work[f"retrieval, {texts:,} texts"] = functools.partial(
             evaluate.retrieval, image, text, owner
         )
-    print(f"{args.pictures:,} pictures, {args.threads} threads")
+    print(f"{args.pictures:,} pictures, width {args.width}, {args.threads} threads")
     for name, run in work.items():
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (Linux)
         before = _memory("VmRSS")
         began = time.perf_counter()
+        worked = time.process_time()
         run()
         seconds = time.perf_counter() - began
-        print(f"{name:32} {seconds:7.1f} s {_memory('VmHWM') - before:7.0f} MiB above", flush=True)
+        worked = time.process_time() - worked
+        above = _memory("VmHWM") - before
+        times = f"{seconds:7.1f} s ({worked:.1f} s of CPU)"
+        print(f"{name:30}{times} {above:5.0f} MiB above the features", flush=True)
+    learner = tiny_learner(data.toy(), "--workers", "0")
+    encoding = []
+    scoring = []
+    for d in learner.world.adaptation + learner.world.heldout:
+        ids = np.arange(len(d.test))
+        began = time.process_time()  # of all threads, and whatever else runs
+        features = fomo.encode(learner, d, ids)
+        encoded = time.process_time()
+        fomo.measure(d, ids, *features)
+        encoding.append(encoded - began)
+        scoring.append(time.process_time() - began)
+    print(f"scoring the drawn world: {sum(scoring) / sum(encoding):.3f} times encoding it, at most"
+          f" {max(map(float.__truediv__, scoring, encoding)):.3f} of a set")  # fmt: skip
 
 
 def _memory(field):
