@@ -28,6 +28,7 @@ import tarfile
 import textwrap
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -93,8 +94,15 @@ def _hash(labels, captions, pictures):
     return digest.hexdigest()
 
 
-class Listlike(Sequence):
-    """A sequence that compares with lists, and can be sliced, if at(i) gives its item i."""
+class Lazy(Sequence):
+    """A sequence of n items that at(i) makes when they are asked for. It compares with lists."""
+
+    def __init__(self, n, at):
+        self.n = n
+        self.at = at
+
+    def __len__(self):
+        return self.n
 
     def __getitem__(self, i):
         if isinstance(i, slice):
@@ -107,24 +115,14 @@ class Listlike(Sequence):
     __hash__ = None
 
 
-class Lazy(Listlike):
-    """A sequence of n items, made when they are asked for."""
-
-    def __init__(self, n, at):
-        self.n = n
-        self.at = at
-
-    def __len__(self):
-        return self.n
-
-
-class Texts(Listlike):
+class Texts(Lazy):
     """Items that are a str or a list of str each, as one block of UTF-8 and offsets into it.
 
     Millions of them cost their bytes and little more, and processes share them without a copy.
     """
 
     def __init__(self, block, starts, first, is_list):
+        super().__init__(len(is_list), self.text)
         self.block = block  # uint8 [bytes]
         self.starts = starts  # int64 [texts + 1]: text k is block[starts[k] : starts[k + 1]]
         self.first = first  # int64 [items + 1]: item i has the texts first[i] to first[i + 1] - 1
@@ -144,10 +142,7 @@ class Texts(Listlike):
     def arrays(self):
         return self.block, self.starts, self.first, self.is_list
 
-    def __len__(self):
-        return len(self.is_list)
-
-    def at(self, i):
+    def text(self, i):
         texts = []
         for k in range(self.first[i], self.first[i + 1]):
             text = self.block[self.starts[k] : self.starts[k + 1]].tobytes()
@@ -203,19 +198,25 @@ class Concat(Split):
         self.splits = list(splits)
         self.ends = np.cumsum([len(s) for s in self.splits])
         self.labels = np.concatenate([s.labels for s in self.splits])
-        self.captions = Lazy(len(self.labels), lambda i: self.ask("captions", i))
+        self.captions = Lazy(len(self.labels), self.caption)
 
-    def ask(self, what, i):
+    def place(self, i):
+        """-> the split of sample i, its number there."""
         part = int(np.searchsorted(self.ends, i, side="right"))
         split = self.splits[part]
-        within = int(i - self.ends[part] + len(split))
-        return split.captions[within] if what == "captions" else getattr(split, what)(within)
+        return split, int(i - self.ends[part] + len(split))
+
+    def caption(self, i):
+        split, within = self.place(i)
+        return split.captions[within]
 
     def image(self, i):
-        return self.ask("image", i)
+        split, within = self.place(i)
+        return split.image(within)
 
     def raw(self, i):
-        return self.ask("raw", i)
+        split, within = self.place(i)
+        return split.raw(within)
 
     def fingerprint(self):
         return hashlib.sha256("".join(s.fingerprint() for s in self.splits).encode()).hexdigest()
@@ -537,8 +538,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none t
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
             ".ppm", ".pgm", ".pbm")  # fmt: skip
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, refuses: half a gigabyte of pixels
-DECODING = (OSError, ValueError, RuntimeError, SyntaxError, MemoryError, EOFError, KeyError,
-            IndexError, TypeError, AttributeError, OverflowError, ZeroDivisionError)  # fmt: skip
 
 
 class Changed(OSError):
@@ -602,7 +601,7 @@ class Files(Split):
             raise
         except TooLarge as e:
             raise ValueError(f"{self.place(i)} {e}") from None
-        except DECODING as e:
+        except Exception as e:  # decoders of torn files raise whatever they stumble over
             raise ValueError(f"{self.place(i)} does not decode as an image ({e}); "
                              "replace it or leave it out") from e  # fmt: skip
 
@@ -677,20 +676,12 @@ def _stamp(path):
 
 
 def _sizes_and_times(folder, paths):
-    """Size and time of change of each file, a folder at a time -> int64 [N, 2]; -1 if not there."""
-    listings = {}
+    """Size and time of change of each file -> int64 [N, 2]; -1 if it is not there."""
     found = np.full((len(paths), 2), -1, np.int64)
     for i, path in enumerate(paths):
-        head, _, name = path.rpartition("/")
-        if head not in listings:
-            listings[head] = {}
-            place = os.path.join(folder, head)
-            if os.path.isdir(place):
-                with os.scandir(place) as entries:
-                    listings[head] = {e.name: e for e in entries}
-        if name in listings[head]:
-            stat = listings[head][name].stat()
-            found[i] = stat.st_size, stat.st_mtime_ns
+        stamp = _stamp(os.path.join(folder, path))
+        if stamp:
+            found[i] = stamp[1:]
     return found
 
 
@@ -699,47 +690,41 @@ def _same_form(text):
 
 
 class Folder:
-    """Finds files below a folder, whichever way Unicode spells their names; a folder read once."""
+    """Finds files below a folder, whichever way Unicode spells their names; reads each once."""
 
     def __init__(self, path):
         self.path = str(path)
-        self.listings = {}  # (folder below, whether files or folders) -> names in it
-        self.forms = {}  # likewise -> NFC form of a name -> the name
+        self.listings = {}  # folder below -> name -> whether it is a file
+        self.forms = {}  # folder below, whether of files -> NFC form of a name -> the name
 
-    def listing(self, head, files=True):
-        if (head, files) not in self.listings:
-            names = set()
+    def listing(self, head):
+        if head not in self.listings:
+            self.listings[head] = {}
             place = os.path.join(self.path, head)
             if os.path.isdir(place):
                 with os.scandir(place) as entries:
-                    names = {e.name for e in entries if e.is_file() == files}
-            self.listings[head, files] = names
-        return self.listings[head, files]
+                    self.listings[head] = {e.name: e.is_file() for e in entries}
+        return self.listings[head]
 
-    def find(self, path):
-        """-> the path as it is spelt on disk, or None."""
-        head, _, name = path.rpartition("/")
-        if name in self.listing(head):
+    def find(self, path, file=True):
+        """-> the path of the file (or folder) as it is spelt on disk, or None."""
+        head, name = posixpath.split(path)
+        if self.listing(head).get(name) is file:
             return path
         if path.isascii():
             return None
-        at = ""
-        for part in path.split("/")[:-1]:
-            at = self._spelt(at, part, False)
-            if at is None:
-                return None
-        return self._spelt(at, name, True)
-
-    def _spelt(self, head, name, files):
-        names = self.listing(head, files)
-        if name not in names:
-            if (head, files) not in self.forms:
-                self.forms[head, files] = {_same_form(n): n for n in names}
-            name = self.forms[head, files].get(_same_form(name))
-        return name and posixpath.join(head, name)
+        if head.strip("/"):
+            head = self.find(head, False)
+        if head is None:
+            return None
+        if (head, file) not in self.forms:
+            names = [n for n, is_file in self.listing(head).items() if is_file is file]
+            self.forms[head, file] = {_same_form(n): n for n in names}
+        spelt = self.forms[head, file].get(_same_form(name))
+        return spelt and posixpath.join(head, spelt)
 
     def folders(self):
-        return {os.path.join(self.path, key[0]) for key in self.listings}
+        return {os.path.join(self.path, head) for head in self.listings}
 
 
 # -------------------------------------------------------------------------------------------- tars
@@ -805,7 +790,7 @@ class Tar:
                                  "truncated; copy or download it again")  # fmt: skip
             at += -(-size // BLOCK) * BLOCK
             if kind not in b"LKxg":
-                said = {k: v for k, v in said.items() if k.startswith("global ")}
+                said = {}
         if header != NOTHING:
             raise ValueError(f"{self.path} lacks the end mark of a tar: it is truncated, or no "
                              "uncompressed tar; unpack it, or download it again")  # fmt: skip
@@ -828,7 +813,6 @@ class Tar:
         if kind in b"LK":
             said["path" if kind == b"L" else "linkpath"] = _decoded(text.split(b"\0", 1)[0])
             return
-        prefix = "global " if kind == b"g" else ""
         while text.strip(b"\0"):
             length, _, _ = text.partition(b" ")
             if not length.isdigit() or not 0 < int(length) <= len(text):
@@ -837,10 +821,11 @@ class Tar:
             text = text[int(length) :]
             if key.startswith(b"GNU.sparse"):
                 raise Sparse
-            said[prefix + _decoded(key)] = _decoded(value)
+            if kind == b"x":  # those of the whole archive name no file
+                said[_decoded(key)] = _decoded(value)
 
     def _name(self, header, said):
-        name = said.get("path", said.get("global path"))
+        name = said.get("path")
         if name is None:
             name = _decoded(header[:100].split(b"\0", 1)[0])
             if header[257:263] == b"ustar\0" and header[345]:
@@ -949,50 +934,29 @@ def _pieces(member):
 # What an annotation file says is kept in one file of arrays, which the next opening reads as it
 # is. It holds for as long as every file and folder that it was made from stays as it was.
 
-INDEX = 1  # of the format: what is kept by another is made anew
+INDEX = 2  # of the format: what is kept by another is made anew
 
 
 def _keep(path, head, arrays):
-    """Write a JSON head and named arrays, each at a multiple of 64 bytes."""
-    places = {}
-    at = 0
-    for name, array in arrays.items():
-        places[name] = [array.dtype.str, list(array.shape), at]
-        at += -(-array.nbytes // 64) * 64
-    text = json.dumps({"head": head, "arrays": places, "bytes": at}).encode()
+    """Write a head, which is JSON, and named arrays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.part")
     try:
         with open(aside, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text + bytes(-(len(text) + 8) % 64))
-            for array in arrays.values():
-                f.write(np.ascontiguousarray(array).data)
-                f.write(bytes(-array.nbytes % 64))
+            np.savez(f, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def _kept(path):
-    """-> head and arrays as _keep wrote them; None if there are none or they are torn.
-
-    What is small is read at once, so that a worker has it from its parent; the rest is mapped.
-    """
+    """-> head and arrays as _keep wrote them; None if there are none or they are torn."""
     try:
-        small = os.path.getsize(path) < 2**30
-        block = np.fromfile(path, np.uint8) if small else np.memmap(path, np.uint8, "r")
-        start = 8 + int.from_bytes(block[:8].tobytes(), "little")
-        said = json.loads(block[8:start].tobytes())
-        start += -start % 64
-        if len(block) != start + said["bytes"]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        with np.load(path) as kept:
+            arrays = dict(kept)
+        return json.loads(arrays.pop("head").tobytes()), arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    arrays = {}
-    for name, (dtype, shape, at) in said["arrays"].items():
-        count = math.prod(shape)
-        arrays[name] = np.frombuffer(block, dtype, count, start + at).reshape(shape)
-    return said["head"], arrays
 
 
 def _indexed(cache, key, make):
@@ -1001,7 +965,7 @@ def _indexed(cache, key, make):
     cache: the folder for it, None for none. The head's notes say if nothing can be kept there.
     """
     name = hashlib.sha256(json.dumps([INDEX, *key]).encode()).hexdigest()[:24]
-    path = cache and Path(cache).expanduser() / f"index-{name}.bin"
+    path = cache and Path(cache).expanduser() / f"index-{name}.npz"
     kept = _kept(path) if path else None
     if kept and all(_stamp(p) == stamp for p, stamp in kept[0]["from"]):
         return kept
@@ -1251,8 +1215,8 @@ def _remarks(info, name, items, captions):
 def _read_dataset(root, info, name, captions, prompts_too):
     """One annotated dataset, for the index: head, arrays, and what they were made from."""
     disk = Folder(root)
-    folder = disk._spelt("", name, False)
-    tar = disk._spelt("", f"{name}.tar", True)
+    folder = disk.find(name, False)
+    tar = disk.find(f"{name}.tar")
     places = [Place(folder=root / folder)] if folder else []
     places += [Place(tar=root / tar)] if tar else []
     kinds = {"train": dict.fromkeys([CAPTIONS[captions], *KINDS]), "test": KINDS}
@@ -2319,7 +2283,10 @@ def _batches(make, items, workers, broken):
     own = torch.Generator()  # else it draws from torch's global one
     forks = workers and "fork" in multiprocessing.get_all_start_methods()  # `make` does not pickle
     how = {"num_workers": workers, "multiprocessing_context": "fork"} if forks else {}
-    for result in DataLoader(_Lazily(make, items), batch_size=None, generator=own, **how):
+    gc.freeze()  # a collection in a worker would write to, and so copy, all that is shared with it
+    results = iter(DataLoader(_Lazily(make, items), batch_size=None, generator=own, **how))
+    gc.unfreeze()
+    for result in results:
         if isinstance(result, Exception):
             raise result
         batch, faults = result
