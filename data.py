@@ -685,6 +685,10 @@ def _sizes_and_times(folder, paths):
     return found
 
 
+def _count(n, thing):
+    return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
 def _same_form(text):
     return unicodedata.normalize("NFC", text)
 
@@ -1026,10 +1030,9 @@ SPLITS = {  # the first whose pictures are there counts. The copies at 224 pixel
     "test": ("test_224", "val_224", "test", "val"),
 }
 KINDS = ("default_caption", "synthetic_merged_caption", "synthetic_caption", "primer_caption")
-CAPTIONS = {  # --captions: which kind an item is asked for first; then KINDS in turn, FoMo's rule
-    "fomo": "default_caption",
+CAPTIONS = {  # --captions: which kind an item is asked for first, then KINDS in turn
+    "default": "default_caption",  # FoMo's own rule
     "merged": "synthetic_merged_caption",
-    "default": "default_caption",
     "synthetic": "synthetic_caption",
     "prompt": "primer_caption",
 }
@@ -1053,7 +1056,7 @@ def _read_json(path, kind):
 def _is_blank(text):
     """Whether a caption says nothing: white space, or the NaN that a table left."""
     if isinstance(text, str):
-        return not text.strip() or text.strip() in ("nan", "NaN")
+        return text.strip() in ("", "nan", "NaN")
     return text is None or (isinstance(text, float) and math.isnan(text))
 
 
@@ -1241,6 +1244,14 @@ def _read_dataset(root, info, name, captions, prompts_too):
     return head, arrays, sorted(made_from.union(*(p.made_from() for p in places)))
 
 
+def _is_dataset(path):
+    """Whether it may be one: a tar, or a folder and not of JSON alone, as those of streams are."""
+    if not path.is_dir():
+        return path.suffix == ".tar"
+    names = os.listdir(path)
+    return not names or not all(name.endswith(".json") for name in names)
+
+
 def _annotated(info):
     """Names of the datasets that 00_info describes."""
     form = re.compile(r"(.+?)_(train|train_mini|test|val)(_224)?")
@@ -1248,7 +1259,7 @@ def _annotated(info):
     return {match[1] for match in matches if match}
 
 
-def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, cache=None):
+def _fomo_sets(root, names=None, also=(), captions="default", prompts_too=False, cache=None):
     """-> datasets by name and notes, of FoMo-in-Flux's layout."""
     root = Path(root).resolve()
     if not root.is_dir():
@@ -1260,15 +1271,13 @@ def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, ca
         raise FileNotFoundError(f"{root / '00_info'} is not there: the annotations, "
                                 "<DATASET>_train.json and so on")  # fmt: skip
     annotated = _annotated(info)
-    with os.scandir(root) as entries:
-        disk = {_same_form(e.name if e.is_dir() else e.name.removesuffix(".tar")) for e in entries
-                if e.is_dir() or e.name.endswith(".tar")}  # fmt: skip
+    disk = {_same_form(p.name.removesuffix(".tar")) for p in root.iterdir() if _is_dataset(p)}
     there = sorted(n for n in annotated if _same_form(n) in disk)
     notes = []
     absent = sorted(annotated - set(there))
     if absent and names is None:
         notes.append(f"annotated in {info} but not in {root}, so left out: {', '.join(absent)}")
-    foreign = sorted(disk - {"00_info"} - {_same_form(n) for n in annotated})
+    foreign = sorted(disk - {_same_form(n) for n in annotated})
     if foreign and names is None:
         notes.append(f"in {root} but not annotated in {info}, so left out: {', '.join(foreign)}")
     wanted = dict.fromkeys([*(there if names is None else names), *also])
@@ -1290,7 +1299,7 @@ def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, ca
     return sets, notes
 
 
-def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, captions="fomo",
+def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, captions="default",
                  cache=None):  # fmt: skip
     """World from FoMo-in-Flux's layout.
 
@@ -1319,10 +1328,14 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
             held = HELD_OUT if heldout is None else heldout
             (world.heldout if name in held else world.adaptation).append(d)
         elif name in asked:
-            raise FileNotFoundError(f"{name} has no test pictures, so it cannot be scored; leave "
-                                    "it out, or score on training pictures: --validation .2")
+            raise FileNotFoundError(f"{name} has no test pictures to be scored on: leave it out, "
+                                    "or score on training pictures: --validation .2")  # fmt: skip
         elif name not in pool:
             world.notes.append(f"{name} has no test pictures to be scored on, so it is left out")
+    for d in world.adaptation + world.heldout:
+        if d.kind == "classification" and len(d.classes) == 1:
+            raise ValueError(f"{d.name} holds one class, {d.classes[0]!r}: scoring takes two or "
+                             "more, each in a folder of its own")  # fmt: skip
     if not world.adaptation and not world.heldout:
         raise ValueError("no dataset has test pictures; "
                          "--validation .2 scores on training pictures")  # fmt: skip
@@ -1336,7 +1349,8 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
 # ------------------------------------------------------------------------- people's own pictures
 
 TEMPLATE = "A photo of a {}."
-TEST = ("test", "val", "valid", "validation")  # the first that is there
+TRAIN = ("train", "training")
+TEST = ("test", "testing", "val", "valid", "validation")  # the first that is there
 
 
 def _prompts(template, classes):
@@ -1345,25 +1359,18 @@ def _prompts(template, classes):
         fields = [f for _, f, _, _ in string.Formatter().parse(template) if f is not None]
         named = next((f for f in fields if f), None)
         fault = f"has the unknown field {{{named}}}" if named else f"has {len(fields)} times {{}}"
+        if fields == [""]:
+            return [template.format(name.replace("_", " ")) for name in classes]
     except ValueError as e:
-        fields = []
         fault = f"cannot be read ({e})"
-    if fields != [""]:
-        raise ValueError(f"the template {template!r} {fault}: it takes one {{}}, where the class "
-                         f"name stands, as in {TEMPLATE!r}")  # fmt: skip
-    return [template.format(name.replace("_", " ")) for name in classes]
-
-
-def _two_classes(where, classes):
-    if len(classes) < 2:
-        raise ValueError(f"{where} holds one class, {classes[0]!r}: scoring takes two or more; put "
-                         "the pictures of each class in a folder of its own")  # fmt: skip
+    raise ValueError(f"the template {template!r} {fault}: it takes one {{}}, where the class name "
+                     f"stands, as in {TEMPLATE!r}")  # fmt: skip
 
 
 def _pictures_below(folder):
     """Pictures in a folder and those within it, as sorted relative paths."""
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         inside = os.path.relpath(place, folder)
         kept = [f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
@@ -1371,49 +1378,71 @@ def _pictures_below(folder):
     return found
 
 
-def _class_folders(folder):
+def _subfolders(folder):
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _split_folder(folder, names):
-    return next((folder / n for n in names if (folder / n).is_dir()), None)
+def _split_folders(root):
+    """-> the names of root's folders for training and testing, None where there is none, and of
+    those that are for testing, too, and not the first."""
+    there = {name.lower(): name for name in _subfolders(root)}
+    train = next((there[n] for n in TRAIN if n in there), None)
+    tests = [there[n] for n in TEST if n in there] or [None]
+    return [train, tests[0]], tests[1:]
+
+
+def _class_name(folder):
+    """Of the class whose pictures it holds: text, whatever bytes and form the file system has."""
+    return _same_form(os.fsencode(folder).decode("utf-8", "replace"))
 
 
 def _folder_set(name, root, template):
     """One dataset of root/{train,test}/<class>/*."""
-    places = [_split_folder(root, ("train",)), _split_folder(root, TEST)]
-    classes = sorted({c for place in places if place for c in _class_folders(place)})
+    places = [place and root / place for place in _split_folders(root)[0]]
+    below = [_subfolders(place) if place else [] for place in places]
+    classes = sorted({_class_name(folder) for folder in chain(*below)})
     if not classes:
         raise ValueError(f"{root} has no folders of classes below train/ and test/")
-    _two_classes(next(p for p in places if p), classes)
     prompts = _prompts(template, classes)
     splits = []
-    for place in places:
+    for place, found in zip(places, below):
         paths = []
         labels = []
-        for c in _class_folders(place) if place else []:
-            within = [f"{c}/{path}" for path in _pictures_below(place / c)]
+        for folder in found:
+            within = [f"{folder}/{path}" for path in _pictures_below(place / folder)]
             paths += within
-            labels += [classes.index(c)] * len(within)
+            labels += [classes.index(_class_name(folder))] * len(within)
         if place and not paths:
-            raise ValueError(f"{place} holds no picture ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{place} holds no picture in a folder of its class "
+                             f"({', '.join(SUFFIXES)})")  # fmt: skip
         splits.append(Files(place or root, None, paths, labels, [prompts[k] for k in labels]))
     return Dataset(name, "classification", classes, prompts, *splits)
 
 
 def _folder_sets(root, template=TEMPLATE):
     root = Path(root).resolve()
-    if _split_folder(root, ("train", *TEST)):
-        found = {root.name: root}
-    else:
-        found = {n: root / n for n in _class_folders(root)
-                 if _split_folder(root / n, ("train", *TEST))}  # fmt: skip
-    if not found:
+    candidates = {root.name: root}
+    if not any(_split_folders(root)[0]):
+        candidates = {name: root / name for name in _subfolders(root)}
+    sets = {}
+    others = []
+    notes = []
+    for name, folder in candidates.items():
+        found, unused = _split_folders(folder)
+        if any(found):
+            sets[name] = _folder_set(name, folder, template)
+        else:
+            others.append(name)
+        if unused:
+            notes.append(f"{folder}: {found[1]} is for testing, {', '.join(unused)} left out")
+    if not sets:
         raise FileNotFoundError(f"{root} holds neither train/<class>/ and test/<class>/ nor "
                                 "folders <DATASET> that do")  # fmt: skip
-    sets = {name: _folder_set(name, folder, template) for name, folder in found.items()}
-    return sets, [f"{root}: class folders; captions are prompts, {template!r}"]
+    if others:
+        notes.append(f"in {root} but without train/ or test/, so left out: {', '.join(others)}")
+    what = f"class folders, {_count(len(sets), 'dataset')}; captions are prompts, {template!r}"
+    return sets, [f"{root}: {what}", *notes]
 
 
 def folders(root, template=TEMPLATE, heldout=None, pool=()):
@@ -1425,76 +1454,101 @@ def folders(root, template=TEMPLATE, heldout=None, pool=()):
 
 
 def _table_rows(path):
-    """-> the rows of a table as dicts, their column names in small letters."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    """-> a table's column names, in small letters, and its rows: line, cells by column."""
+    mark = "\t" if path.suffix.lower() == ".tsv" else ","
+    named = "tabs" if mark == "\t" else "commas"
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = csv.reader(f, delimiter=delimiter)
-            header = [name.strip().lower() for name in next(rows, [])]
-            rows = [(rows.line_num, dict(zip(header, row))) for row in rows if any(row)]
+            reader = csv.reader(f, delimiter=mark, strict=True)
+            header = [name.strip().lower() for name in next(reader, [])]
+            cells = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there") from None
-    except (UnicodeDecodeError, csv.Error) as e:
+    except UnicodeDecodeError as e:
         raise ValueError(f"{path} cannot be read as a table in UTF-8: {e}") from None
+    except csv.Error as e:
+        raise ValueError(f"{path}, line {reader.line_num}: {e}; a text that holds quotes stands in "
+                         "quotes, its own doubled") from None  # fmt: skip
     if "filepath" not in header:
         found = ", ".join(header) or "none at all"
-        mark = "tabs" if delimiter == "\t" else "commas"
         raise ValueError(f"{path} has no column filepath, but {found}; its first line should name "
-                         f"the columns, divided by {mark}")  # fmt: skip
+                         f"the columns, divided by {named}")  # fmt: skip
     if not {"title", "caption"} & set(header):
         raise ValueError(f"{path} has no column title or caption, but {', '.join(header)}: add one "
                          "with the captions")  # fmt: skip
-    if not rows:
+    if not cells:
         raise ValueError(f"{path} has no rows below its header")
-    return header, rows
+    for line, row in cells:
+        if any(row[len(header) :]):
+            raise ValueError(f"{path}, line {line} has {len(row)} cells for {len(header)} columns: "
+                             f"a text that holds {named} stands in quotes")  # fmt: skip
+    return header, [(line, dict(zip(header, row))) for line, row in cells]
+
+
+def _table_splits(path, rows):
+    """-> of each row "train", "test", or the name of a further split."""
+    said = [(row.get("split") or "train").strip().lower() for _, row in rows]
+    for (line, _), name in zip(rows, said):
+        if name not in TRAIN + TEST:
+            raise ValueError(f"{path}, line {line}: its split is {name!r}, not train or test")
+    test = next((name for name in TEST if name in said), None)
+    return ["train" if name in TRAIN else "test" if name == test else name for name in said]
+
+
+def _table_classes(path, header, rows):
+    """-> of each row its class's name, None where there is no column class."""
+    if "class" not in header:
+        return [None] * len(rows)
+    nameless = [line for line, row in rows if _is_blank(row.get("class"))]
+    if nameless:
+        raise ValueError(f"{path}, line {nameless[0]}: its class is blank ({len(nameless)} in all)")
+    return [_same_form(row["class"].strip()) for _, row in rows]
 
 
 def _table_sets(path, template=TEMPLATE):
     path = Path(path).resolve()
     header, rows = _table_rows(path)
-    notes = []
-    caption_column = "caption" if "caption" in header else "title"
+    notes = [f"{path}: a table of {_count(len(rows), 'row')}"]
+    splits = _table_splits(path, rows)
+    for name, n in Counter(splits).items():
+        if name not in ("train", "test"):
+            notes.append(f"{path}: test is for testing, {_count(n, 'row')} of {name} left out")
+    named = _table_classes(path, header, rows)
     classed = "class" in header
-    nameless = [line for line, row in rows if classed and _is_blank(row.get("class"))]
-    if nameless:
-        raise ValueError(f"{path}, line {nameless[0]}: its class is blank ({len(nameless)} in all)")
-    classes = sorted({row["class"].strip() for _, row in rows}) if classed else [path.stem]
-    if classed:
-        _two_classes(path, classes)
+    classes = sorted(set(named)) if classed else [path.stem]
     prompts = _prompts(template, classes)
-    number = {name: k for k, name in enumerate(classes)}
-    samples = {}  # (split, file) -> label, captions
+    columns = [name for name in ("caption", "title") if name in header]
+    samples = {"train": {}, "test": {}}  # file -> label, captions
     blank = 0
-    for line, row in rows:
-        split = (row.get("split") or "train").strip().lower()
-        if split != "train" and split not in TEST:
-            raise ValueError(f"{path}, line {line}: its split is {split!r}, not train or test")
+    for (line, row), split, name in zip(rows, splits, named):
+        if split not in samples:
+            continue
         file = (row["filepath"] or "").strip()
-        label = number[row["class"].strip()] if classed else 0
-        said = row.get(caption_column)
-        if _is_blank(said):
-            blank += 1
-            said = prompts[label] if classed else None
-        key = "train" if split == "train" else "test", file
-        known, captions = samples.setdefault(key, (label, []))
+        label = classes.index(name) if classed else 0
+        texts = [row[c] for c in columns if not _is_blank(row.get(c))]
+        blank += _is_blank(row.get(columns[0]))
+        if classed:
+            texts.append(prompts[label])
+        known, captions = samples[split].setdefault(file, (label, []))
         if known != label:
             raise ValueError(f"{path}, line {line}: {file} is of two classes, {classes[known]} and "
                              f"{classes[label]}")  # fmt: skip
-        captions += [said] if said else []
+        captions += texts[:1]
     if blank:
-        instead = "their class prompts stand in" if classed else "these are left out"
+        instead = [f"the {name}" for name in [*columns[1:], *(["class prompt"] if classed else [])]]
+        instead = f"{' or '.join(instead)} stands in" if instead else "these are left out"
         notes.append(f"{path}: {blank} of {len(rows)} captions are blank or NaN; {instead}")
-    splits = [_table_split(path, samples, split) for split in ("train", "test")]
+    found = [_table_split(path, samples[split]) for split in samples]
     kind = "classification" if classed else "retrieval"
-    dataset = Dataset(path.stem, kind, classes, prompts, *splits)
-    if not len(dataset.test) and "split" not in header:
+    dataset = Dataset(path.stem, kind, classes, prompts, *found)
+    if "split" not in header:
         notes.append(f"{path} has no column split: a fifth of each class is for testing")
         dataset = _validated(dataset, 0.2)
-    return {path.stem: dataset}, [f"{path}: a table of {len(rows)} rows", *notes]
+    return {path.stem: dataset}, notes
 
 
-def _table_split(path, samples, split):
-    chosen = {file: sample for (s, file), sample in samples.items() if s == split and sample[1]}
+def _table_split(path, samples):
+    chosen = {file: sample for file, sample in samples.items() if sample[1]}
     disk = Folder(path.parent)
     found = [disk.find(file) for file in chosen]
     missing = [file for file, at in zip(chosen, found) if at is None]
@@ -1659,8 +1713,9 @@ def _torchvision_sets(root, names, download=False):
             raise ValueError(f"torchvision's {name} needs the package {e.name}") from None
         except (RuntimeError, OSError) as e:
             fault = str(e).splitlines()[0]
+            advice = "is the network there?" if download else "--download fetches it"
             raise FileNotFoundError(f"torchvision's {name} cannot be read below {root} ({fault}); "
-                                    "--download fetches it") from None  # fmt: skip
+                                    f"{advice}") from None  # fmt: skip
         classes = _torchvision_classes(name, found[0])
         prompts = _prompts(template, classes)
         splits = [_torchvision_split(root, name, d, prompts) for d in found]
@@ -1765,6 +1820,8 @@ def _read_shards(files):
 
 def _shards(pattern, cache=None):
     files = [os.path.abspath(f) for f in _shard_files(str(pattern))]
+    if not files:
+        raise FileNotFoundError(f"the pattern {pattern} stands for no shard")
     head, arrays = _indexed(cache, ["shards", *files], lambda: _read_shards(files))
     split = _unpacked(head["split"], arrays, "")
     if not len(split):
@@ -1784,29 +1841,31 @@ def shards(pattern, cache=None):
 
 
 def _validated(dataset, share):
-    """The dataset scored on a share of each class's training pictures, not trained on these."""
+    """The dataset scored on a share of each class's training pictures, not trained on these: at
+    least one of a class that has two."""
     rng = np.random.default_rng((7, zlib.crc32(dataset.name.encode())))
     labels = dataset.train.labels
     shuffled = rng.permutation(len(labels))
     shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]  # by class, each shuffled
     _, starts, counts = np.unique(labels[shuffled], return_index=True, return_counts=True)
     places = np.arange(len(labels)) - np.repeat(starts, counts)  # of each within its class
-    chosen = places < np.repeat(np.floor(counts * share), counts)
+    wanted = np.maximum(np.floor(counts * share), counts > 1)
+    chosen = places < np.repeat(wanted, counts)
     if not chosen.any():
-        raise ValueError(f"{dataset.name} has at most {max(counts, default=0)} training pictures "
-                         f"of a class: a share of {share:g} leaves none to score on")  # fmt: skip
+        raise ValueError(f"{dataset.name} has no class of two training pictures, so that none can "
+                         "be kept to score on")  # fmt: skip
     train = Subset(dataset.train, np.sort(shuffled[~chosen]))
     test = Subset(dataset.train, np.sort(shuffled[chosen]))
     return Dataset(dataset.name, dataset.kind, dataset.classes, dataset.prompts, train, test)
 
 
-def _sets_of(spec, names, options):
+def _sets_of(spec, options):
     """-> datasets by name and notes, of one thing that --data may say."""
     template = options["template"]
     if spec.startswith("torchvision:"):
         root, _, wanted = spec.removeprefix("torchvision:").rpartition("/")
-        root = root or Path(options["cache"] or "~/.cache/fomo").expanduser() / "torchvision"
-        return _torchvision_sets(root, wanted.split(","), options["download"])
+        root = Path(root or Path(options["cache"] or "~/.cache/fomo") / "torchvision").expanduser()
+        return _torchvision_sets(root, re.split(r"\s*,\s*", wanted), options["download"])
     path = Path(spec).expanduser()
     if path.suffix.lower() in (".csv", ".tsv"):
         return _table_sets(path, template)
@@ -1818,7 +1877,8 @@ def _sets_of(spec, names, options):
     disk = {_same_form(name.removesuffix(".tar")) for name in os.listdir(path)}
     if (path / "00_info").is_dir() or disk & above:
         fomo = options["captions"], options["prompts_too"], options["cache"]
-        return _fomo_sets(path, names, (), *fomo)
+        sets, notes = _fomo_sets(path, None, (), *fomo)
+        return sets, [f"{path}: FoMo-in-Flux's layout, {_count(len(sets), 'dataset')}", *notes]
     try:
         return _folder_sets(path, template)
     except FileNotFoundError:
@@ -1829,17 +1889,26 @@ def _sets_of(spec, names, options):
         ) from None
 
 
-def _joined(name, one, other):
-    """Two datasets of one name as one, the samples of both."""
-    if one.classes != other.classes or one.kind != other.kind:
-        raise ValueError(f"there are two datasets {name} whose classes differ, {len(one.classes)} "
-                         f"and {len(other.classes)} of them: rename one")  # fmt: skip
-    return Dataset(name, one.kind, one.classes, one.prompts, Concat([one.train, other.train]),
-                   Concat([one.test, other.test]))  # fmt: skip
+def _joined(one, other):
+    """Two datasets of one name as one, with the classes and samples of both."""
+    if one.kind != other.kind:
+        raise ValueError(f"there are two datasets {one.name}, one for {one.kind} and one for "
+                         f"{other.kind}: rename one")  # fmt: skip
+    prompts = dict(zip(other.classes, other.prompts)) | dict(zip(one.classes, one.prompts))
+    classes = list(dict.fromkeys([*one.classes, *other.classes]))
+    number = np.array([classes.index(name) for name in other.classes], np.int64)
+    splits = []
+    for ours, theirs in ((one.train, other.train), (one.test, other.test)):
+        both = Concat([ours, theirs])
+        if classes:
+            both.labels = np.concatenate([ours.labels, number[theirs.labels]])
+        splits.append(both)
+    return Dataset(one.name, one.kind, classes, [prompts[name] for name in classes], *splits)
 
 
-def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, template=TEMPLATE,
-               validation=0.0, download=False, cache=None):  # fmt: skip
+def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=False,
+               template=TEMPLATE, validation=0.0, download=False, cache=None,
+               join=False):  # fmt: skip
     """World of what --data names: a source or a list of them, each of which may be
 
     a folder in FoMo-in-Flux's layout; class folders (see folders); a .csv or .tsv (see table); or
@@ -1849,8 +1918,8 @@ def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, 
     datasets whose training split is the pretraining pool, and patterns of shards (*.tar). captions,
     prompts_too, cache: as in fomo_in_flux. template: of prompts that the source does not have.
     validation: score on this share of each training split, which is then not trained on; a dataset
-    without one is scored on its test split. Datasets of one name in two sources are one if their
-    classes are the same. notes of the World say what was found and what was left out.
+    without one is scored on its test split. join: datasets of one name in two sources are one, else
+    they are refused. notes of the World say what was found and what was left out.
     """
     if not 0 <= validation < 1:
         raise ValueError(f"the share for validation is 0 or more and below 1, got {validation:g}")
@@ -1859,10 +1928,13 @@ def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, 
     sets = {}
     notes = []
     for one in [spec] if isinstance(spec, (str, os.PathLike)) else spec:
-        found, said = _sets_of(str(one), None, options)
+        found, said = _sets_of(str(one), options)
         notes += said
         for name, dataset in found.items():
-            sets[name] = _joined(name, sets[name], dataset) if name in sets else dataset
+            if name in sets and not join:
+                raise ValueError(f"{one} holds a dataset {name}, and so does another source of "
+                                 "--data: rename one, or leave one out")  # fmt: skip
+            sets[name] = _joined(sets[name], dataset) if name in sets else dataset
     if validation:
         bare = [name for name, d in sets.items() if not len(d.train)]
         sets |= {n: _validated(d, validation) for n, d in sets.items() if len(d.train)}
