@@ -137,8 +137,9 @@ class Config:
     stream: str = option("data", None, "JSON list of DATASET+++class, in place of --order")
     order: str = option("data", "random", "of the concepts (sec. 3.3)", ORDERS)
     reverse: bool = option("data", False, "that order backwards")
-    captions: str = option("data", "fomo", "which kind to train on first, where FoMo-in-Flux has"
-                           " several", CAPTIONS)
+    captions: str = option("data", "default", "which kind to train on where FoMo-in-Flux has"
+                           " several; default is its rule: default captions, else merged ones",
+                           CAPTIONS)
     prompts_too: bool = option("data", False, "a training picture's class prompt is one of its"
                                " captions, where these name none")
     template: str = option("data", TEMPLATE, "of the prompts of classes that have none")
