@@ -374,8 +374,9 @@ def add_option(group, f):
         text += f" (default {f.default})"
     choices = f.metadata["choices"]
     many = f.type == tuple[str, ...]
+    flags = [flag(f.name)] + (["-o"] if f.name == "out" else [])
     group.add_argument(
-        flag(f.name), type=str if many else f.type, nargs="*" if many else None, choices=choices,
+        *flags, type=str if many else f.type, nargs="*" if many else None, choices=choices,
         help=text.replace("%", "%%"), metavar=None if choices else f.name.upper())  # fmt: skip
 
 
