@@ -2100,8 +2100,8 @@ def tasks(concepts, n):
     if not concepts:
         raise ValueError("the stream is empty: no concept of a dataset to adapt to has a sample")
     if not 1 <= n <= len(concepts):
-        raise ValueError(f"{len(concepts)} concepts cannot make {n} tasks; "
-                         f"take 1 to {len(concepts)} (--tasks)")  # fmt: skip
+        raise ValueError(f"{_count(len(concepts), 'concept')} cannot make {_count(n, 'task')}: "
+                         f"take 1 to {len(concepts):,} (--tasks)")  # fmt: skip
     size, longer = divmod(len(concepts), n)
     ends = [i * size + min(i, longer) for i in range(n + 1)]
     return [concepts[a:b] for a, b in pairwise(ends)]

@@ -1554,12 +1554,13 @@ def check_file(path, inputs=()):
 
 
 def is_ours(path):
-    """Whether an existing file is a picture or scores that fomo.py wrote."""
+    """Whether an existing file is a picture, scores or a stream that fomo.py wrote."""
     try:
         if str(path).endswith(".png"):
             with PIL.Image.open(path) as image:
                 return image.format == "PNG" and image.info.get("Software") == "fomo"
-        return "chance" in json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return "chance" in json.loads(text) or text.startswith('[\n "')  # as streams are written
     except (OSError, ValueError, TypeError):
         return False
 
