@@ -776,22 +776,22 @@ class Tar:
             if len(header) < BLOCK:
                 break
             kind = header[156:157]
-            size = self._number(header[124:136], header, said)
-            if kind in b"LKxg":
-                self._heed(kind, os.pread(file, size, at), said)
-            elif kind in b"12":
-                self._link(kind, header, said)
+            size = self._size(header)
+            if kind in b"123456":  # links, folders and devices
                 size = 0
             elif kind in b"0\x007":
                 size = int(said.get("size", size))
-                self.files[self._name(header, said)] = at, size, None
-            elif kind == b"S":
-                raise Sparse
-            elif kind in b"3456":
-                size = 0
-            if at + size > length:
+            if not 0 <= size <= length - at:
                 raise ValueError(f"{self.path} ends within {self._name(header, said)!r}: it is "
                                  "truncated; copy or download it again")  # fmt: skip
+            if kind in b"LKxg":
+                self._heed(kind, os.pread(file, size, at), said)
+            elif kind == b"S":
+                raise Sparse
+            elif kind in b"12":
+                self._link(kind, header, said)
+            elif kind in b"0\x007":
+                self.files[self._name(header, said)] = at, size, None
             at += -(-size // BLOCK) * BLOCK
             if kind not in b"LKxg":
                 said = {}
@@ -799,11 +799,11 @@ class Tar:
             raise ValueError(f"{self.path} lacks the end mark of a tar: it is truncated, or no "
                              "uncompressed tar; unpack it, or download it again")  # fmt: skip
 
-    def _number(self, text, header, said):
-        """A size, as octal digits or, of large files, in binary."""
-        plain = header[257:262] == b"ustar" or _checked(header)
+    def _size(self, header):
+        """Of what follows a header: octal digits or, of large files, in binary."""
+        text = header[124:136]
         try:
-            if not plain:
+            if header[257:262] != b"ustar" and not _checked(header):
                 raise ValueError("a header's check sum is wrong")
             if text[0] & 128:
                 return int.from_bytes(text[1:], "big")
@@ -1319,8 +1319,9 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
     asked = [*(names or ()), *(heldout or ())]
     for name in [*pool, *asked]:
         if name not in sets:
+            shards = "; shards are named as in 'folder/*.tar'" if name in pool else ""
             there = ", ".join(sets) or "none"
-            raise FileNotFoundError(f"there is no dataset {name}; there are: {there}")
+            raise FileNotFoundError(f"there is no dataset {name}; there are: {there}{shards}")
     world = World([], [], notes=list(notes))
     for name in dict.fromkeys(asked if names is not None else [*sets, *asked]):
         d = sets[name]
@@ -2461,6 +2462,8 @@ def broken_pictures(split, workers=0, chunk=64):
         for i in range(first, min(first + chunk, len(split))):
             try:
                 split.image(i)
+            except Changed:
+                raise
             except (ValueError, OSError) as e:
                 faults.append(str(e))
         return faults, None

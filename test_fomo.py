@@ -2522,6 +2522,18 @@ def test_a_truncated_tar_is_named(tmp_path, end):
         data.Tar(path)
 
 
+@pytest.mark.parametrize("size", [b"-0000002000\0", b"\x80" + 11 * b"\xff", b"77777777777\0"])
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L"])
+def test_a_member_of_a_hostile_size_is_named_and_nothing_hangs(tmp_path, kind, size):
+    path = tar_bytes(tmp_path / "a.tar", {"a": b"1", "b": b"2"})
+    raw = bytearray(path.read_bytes())
+    raw[1024 + 124 : 1024 + 136] = size  # the header of b
+    raw[1024 + 156 : 1024 + 157] = kind
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="a.tar ends within 'b'"):
+        data.Tar(path)
+
+
 @pytest.mark.parametrize(
     "content", [b"x" * 3000, gzip.compress(b"x" * 99999)], ids=["text", "gzip"]
 )
