@@ -33,7 +33,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BytesIO
 from itertools import chain, pairwise
 from pathlib import Path
@@ -532,6 +532,22 @@ def toy(seed=0, train=1000, test=250):
     return World(sets[len(TOY_HELD_OUT) :], heldout, Concat(pool))
 
 
+# ------------------------------------------------------------------------------- words and names
+
+
+def _count(n, thing):
+    return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
+def _twice(names):
+    return Counter(names).most_common(1)[0][0]
+
+
+def _same_form(text):
+    """File systems and people spell an accent as one character or as two."""
+    return unicodedata.normalize("NFC", text)
+
+
 # ------------------------------------------------------------------------------- pictures in files
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that runs programs
@@ -685,14 +701,6 @@ def _sizes_and_times(folder, paths):
     return found
 
 
-def _count(n, thing):
-    return f"{n:,} {thing}{'s' * (n != 1)}"
-
-
-def _same_form(text):
-    return unicodedata.normalize("NFC", text)
-
-
 class Folder:
     """Finds files below a folder, whichever way Unicode spells their names; reads each once."""
 
@@ -729,6 +737,10 @@ class Folder:
 
     def folders(self):
         return {os.path.join(self.path, head) for head in self.listings}
+
+    def split(self, items, found, captions):
+        """-> Files of annotated items that find() found."""
+        return Files(self.path, None, found, items.labels, captions)
 
 
 # -------------------------------------------------------------------------------------------- tars
@@ -881,29 +893,35 @@ class Tar:
             name = posixpath.normpath(name).lstrip("/")
         return self.files.get(name)
 
-    def finder(self, stem):
-        """-> function from a path within the dataset's folder to its place or None.
-
-        The tar may hold that folder, what is in it, or the folder at the end of a longer path.
-        """
-        roots = ["", f"{stem}/"]
+    @cached_property
+    def roots(self):
+        """What a dataset's paths may begin with: its folder is called as the tar is, and the tar
+        holds it, what is in it, or it at the end of a longer path."""
+        stem = Path(self.path).stem
         longer = next((n for n in self.files if f"/{stem}/" in n), None)
+        roots = [f"{stem}/", ""]
         if longer is not None:
-            roots.append(longer[: longer.index(f"/{stem}/") + len(stem) + 2])
-        forms = {}
+            roots.insert(0, longer[: longer.index(f"/{stem}/") + len(stem) + 2])
+        return roots
 
-        def find(path):
-            for root in reversed(roots):
-                if place := self.follow(root + path):
-                    return place
-            if not path.isascii():
-                forms.update({} if forms else {_same_form(n): n for n in self.files})
-                for root in reversed(roots):
-                    if name := forms.get(_same_form(root + path)):
-                        return self.files[name]
-            return None
+    @cached_property
+    def forms(self):
+        return {_same_form(name): name for name in self.files}
 
-        return find
+    def find(self, path):
+        """-> where a path within the dataset's folder lies, or None."""
+        for root in self.roots:
+            if place := self.follow(root + path):
+                return place
+        for root in () if path.isascii() else self.roots:
+            if name := self.forms.get(_same_form(root + path)):
+                return self.files[name]
+        return None
+
+    def split(self, items, found, captions):
+        """-> Files of annotated items that find() found."""
+        members = _members([[self.path, self.stamp]], [0] * len(found), found)
+        return Files(self.path, members, items.keys, items.labels, captions)
 
 
 def _checked(header):
@@ -1112,34 +1130,6 @@ class Items:
                          "expected text or a list of texts")  # fmt: skip
 
 
-class Place:
-    """Where the pictures of a dataset are: a folder or a tar, which is read when asked."""
-
-    def __init__(self, folder=None, tar=None):
-        self.folder = folder and Folder(folder)
-        self.tar = tar
-        self._finder = None
-
-    def find(self, key):
-        if self.folder is not None:
-            return self.folder.find(key)
-        if self._finder is None:
-            self.archive = Tar(self.tar)
-            self._finder = self.archive.finder(self.tar.stem)
-        return self._finder(key)
-
-    def files(self, items, found, captions):
-        """-> Files of these items, found by find()."""
-        if self.folder is not None:
-            return Files(self.folder.path, None, found, items.labels, captions)
-        members = _members([[str(self.tar), self.archive.stamp]], [0] * len(found), found)
-        return Files(self.tar, members, items.keys, items.labels, captions)
-
-    def made_from(self):
-        """Paths that change if a picture comes or goes."""
-        return self.folder.folders() if self.folder is not None else {str(self.tar)}
-
-
 def _members(tars, which, places):
     offsets, sizes, pieces = zip(*places) if places else ((), (), ())
     sparse = {i: p for i, p in enumerate(pieces) if p}
@@ -1148,20 +1138,24 @@ def _members(tars, which, places):
 
 
 def _find_split(info, name, places, split, kinds):
-    """-> Items, the Place that holds their pictures, what it says of each; None: not annotated."""
+    """-> Items, the Folder or Tar of their pictures, what it finds of each; None: not annotated.
+
+    places: functions that return a Folder or Tar, since reading a tar takes time.
+    """
     absent = None
     for suffix in SPLITS[split]:
         file = info / f"{name}_{suffix}.json"
         if not file.exists():
             continue
         items = Items(file, kinds)
-        for place in places:
+        for open_place in places:
+            place = open_place()
             found = [place.find(key) for key in items.keys]
             missing = [key for key, at in zip(items.keys, found) if at is None]
             if not missing:
                 return items, place, found
             absent = FileNotFoundError(
-                f"{file} lists {missing[0]}, which is not in {place.tar or place.folder.path} "
+                f"{file} lists {missing[0]}, which is not in {place.path} "
                 f"({len(missing)} of {len(found)} are missing)"
             )
             if len(missing) < len(found):  # some are there, so these are meant
@@ -1218,10 +1212,11 @@ def _remarks(info, name, items, captions):
 def _read_dataset(root, info, name, captions, prompts_too):
     """One annotated dataset, for the index: head, arrays, and what they were made from."""
     disk = Folder(root)
-    folder = disk.find(name, False)
-    tar = disk.find(f"{name}.tar")
-    places = [Place(folder=root / folder)] if folder else []
-    places += [Place(tar=root / tar)] if tar else []
+    folder_name = disk.find(name, False)
+    tar_name = disk.find(f"{name}.tar")
+    folder = Folder(root / (folder_name or name))
+    places = [lambda: folder] if folder_name else []
+    places += [lru_cache(lambda: Tar(root / tar_name))] if tar_name else []
     kinds = {"train": dict.fromkeys([CAPTIONS[captions], *KINDS]), "test": KINDS}
     splits = {s: _find_split(info, name, places, s, kinds[s]) for s in SPLITS}
     splits = {s: found for s, found in splits.items() if found}
@@ -1235,13 +1230,12 @@ def _read_dataset(root, info, name, captions, prompts_too):
         if split == "train":
             head["notes"] += _remarks(info, name, items, captions)
             texts = _with_prompts(items, classes, prompts) if prompts_too else texts
-        said, packed = _packed(place.files(items, found, texts), f"{split}-")
+        said, packed = _packed(place.split(items, found, texts), f"{split}-")
         head["splits"][split] = said
         arrays |= packed
     annotations = [info / f"{name}_{s}.json" for s in (*SPLITS["train"], *SPLITS["test"])]
-    made_from = {str(file), *map(str, annotations), str(root / (folder or name))}
-    made_from |= {str(root / (tar or f"{name}.tar"))}
-    return head, arrays, sorted(made_from.union(*(p.made_from() for p in places)))
+    made_from = {*annotations, file, folder.path, root / (tar_name or f"{name}.tar")}
+    return head, arrays, sorted(map(str, made_from | folder.folders()))
 
 
 def _is_dataset(path):
@@ -1347,7 +1341,7 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
     return world
 
 
-# ------------------------------------------------------------------------- people's own pictures
+# --------------------------------------------------------------------------------- class folders
 
 TEMPLATE = "A photo of a {}."
 TRAIN = ("train", "training")
@@ -1452,6 +1446,9 @@ def folders(root, template=TEMPLATE, heldout=None, pool=()):
     test may be called val. Captions and prompts are the template's.
     """
     return _world(*_folder_sets(root, template), heldout, pool)
+
+
+# ---------------------------------------------------------------------------------------- tables
 
 
 def _table_rows(path):
@@ -1568,6 +1565,8 @@ def table(path, template=TEMPLATE, heldout=None, pool=()):
     several rows has several captions. Without a column class it is one concept, for retrieval."""
     return _world(*_table_sets(path, template), heldout, pool)
 
+
+# ------------------------------------------------------------------------ torchvision's formats
 
 # name in torchvision -> name in the paper, template, the arguments of its training and test split;
 # where there is one split only, three tenths of each class are for testing, about as in the paper
@@ -1727,10 +1726,6 @@ def _torchvision_sets(root, names, download=False):
         else:
             sets[folder] = Dataset(folder, "classification", classes, prompts, *splits)
     return sets, [f"torchvision's {', '.join(names)} below {root}; captions are prompts"]
-
-
-def _twice(names):
-    return Counter(names).most_common(1)[0][0]
 
 
 def torchvision_sets(root, names, download=False, heldout=None, pool=()):
@@ -1986,7 +1981,7 @@ def concepts(datasets):
                              "hold it out, or leave it out")  # fmt: skip
         names = [d.classes[c] for c in labels]
         if len(set(map(_same_form, names))) < len(names):
-            twice = Counter(map(_same_form, names)).most_common(1)[0][0]
+            twice = _twice(map(_same_form, names))
             raise ValueError(f"{d.name} names {twice!r} more than once, and a stream cannot tell "
                              "them apart: rename one, or hold the dataset out")  # fmt: skip
         found += [(d.name, name) for name in names]
@@ -2256,8 +2251,7 @@ def _groups(datasets):
 
 def _check_stream(stream, groups, names):
     if len(set(stream)) < len(stream):
-        twice = Counter(stream).most_common(1)[0][0]
-        raise ValueError(f"the stream names {'+++'.join(twice)} more than once; "
+        raise ValueError(f"the stream names {'+++'.join(_twice(stream))} more than once; "
                          "tasks must be disjoint")  # fmt: skip
     for concept in stream:
         name = "+++".join(concept)

@@ -2503,7 +2503,7 @@ def test_members_with_holes_are_read_whole(tmp_path, form):
 @pytest.mark.parametrize("prefix", ["MINE/", "./MINE/", "./", "", "/data/sets/MINE/", "data/MINE/"])
 def test_a_tar_may_hold_the_folder_what_is_in_it_or_a_longer_path(tmp_path, prefix):
     files = {f"{prefix}train/MINE/a.png": b"1", f"{prefix}._a.png": b"2"}
-    find = data.Tar(tar_bytes(tmp_path / "MINE.tar", files)).finder("MINE")
+    find = data.Tar(tar_bytes(tmp_path / "MINE.tar", files)).find
     assert find("train/MINE/a.png") and find("train/a.png") is None and find("../a.png") is None
 
 
@@ -3290,8 +3290,7 @@ def bench_data_speed(root, n, rounds):
     with tarfile.open(root / "DATA.tar", "w") as archive:
         archive.add(root / "folder" / "train", "DATA")
     found = data.Tar(root / "DATA.tar")
-    find = found.finder("DATA")
-    places = [find(path) for path in in_folder.paths]
+    places = [found.find(path) for path in in_folder.paths]
     members = data._members([[str(root / "DATA.tar"), found.stamp]], [0] * n, places)
     in_tar = data.Files("", members, in_folder.paths, in_folder.labels, in_folder.captions)
     crop = v2.Compose([
