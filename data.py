@@ -720,7 +720,8 @@ class Folder:
 
     def find(self, path, file=True):
         """-> the path of the file (or folder) as it is spelt on disk, or None."""
-        head, name = posixpath.split(path)
+        head, slash, name = path.rpartition("/")
+        head = head or slash  # of "/name", too
         if self.listing(head).get(name) is file:
             return path
         if path.isascii():
@@ -1078,13 +1079,16 @@ def _is_blank(text):
     return text is None or (isinstance(text, float) and math.isnan(text))
 
 
-def _said(place, value):
+def _said(file, key, value):
     """The texts in a caption that say something: a str, a list of str, or None."""
+    if isinstance(value, str):
+        return None if _is_blank(value) else value
     several = value if isinstance(value, list) else [value]
     texts = [text for text in several if not _is_blank(text)]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{place} is {value!r:.80}, expected text or a list of texts")
-    return texts and (texts if isinstance(value, list) else texts[0]) or None
+        raise ValueError(f"{file}: the caption of {key} is {value!r:.80}, expected text or a list "
+                         "of texts")  # fmt: skip
+    return texts or None
 
 
 class Items:
@@ -1114,14 +1118,15 @@ class Items:
                 self.prompts[target] = prompt
 
     def _caption(self, key, item, kinds):
+        """The first that says something. One of several that are blank in part is counted, too."""
         passed = False
         for kind in kinds:
             value = item.get(kind)
             if value is None:
                 continue
-            caption = _said(f"{self.file}: the caption of {key}", value)
-            partly = isinstance(value, list) and caption is not None and len(caption) < len(value)
-            passed = passed or caption is None or partly
+            caption = _said(self.file, key, value)
+            if caption is None or isinstance(value, list) and len(caption) < len(value):
+                passed = True
             if caption is not None:
                 self.blank += passed
                 self.bare += kind == "primer_caption"
@@ -1579,11 +1584,11 @@ TORCHVISION = {
                      {"split": "test"}),
     "Flowers102": ("FLOWERS102", "A photo of a {}, a type of flower.", {"split": "test"},
                    {"split": "train"}),  # the paper, too, trains on the larger
-    "SUN397": ("SUN397", "A photo of a {}.", {}, None),
-    "Caltech101": ("CALTECH101", "A photo of a {}.", {}, None),
-    "Caltech256": ("CALTECH256", "A photo of a {}.", {}, None),
+    "SUN397": ("SUN397", "A photo of a {}.", {}),
+    "Caltech101": ("CALTECH101", "A photo of a {}.", {}),
+    "Caltech256": ("CALTECH256", "A photo of a {}.", {}),
     "CIFAR10": ("CIFAR10", "A photo of a {}.", {"train": True}, {"train": False}),
-    "EuroSAT": ("EuroSAT", "A centered satellite photo of a {}.", {}, None),
+    "EuroSAT": ("EuroSAT", "A centered satellite photo of a {}.", {}),
     "FashionMNIST": ("FashionMNIST", "A black-and-white photo of a {}, a type of clothing.",
                      {"train": True}, {"train": False}),
     "Food101": ("Food101", "A photo of a {}, a type of food.", {"split": "train"},
@@ -1698,34 +1703,36 @@ def _torchvision_classes(name, dataset):
     return [c.replace("_", " ").replace("/", " ").strip() for c in classes]
 
 
+def _torchvision_dataset(root, name, download):
+    folder, template, *parts = TORCHVISION[name]
+    found = [_torchvision_set(root, name, options, download) for options in parts]
+    classes = _torchvision_classes(name, found[0])
+    prompts = _prompts(template, classes)
+    splits = [_torchvision_split(root, name, one, prompts) for one in found]
+    kind = "classification"
+    if len(splits) == 2:
+        return Dataset(folder, kind, classes, prompts, *splits)
+    return _validated(Dataset(folder, kind, classes, prompts, *splits, Subset(splits[0], [])), 0.3)
+
+
 def _torchvision_sets(root, names, download=False):
     if len(set(names)) < len(names):
         raise ValueError(f"torchvision:{','.join(names)} names two datasets {_twice(names)}")
-    sets = {}
+    sets = []
     for name in names:
         if name not in TORCHVISION:
             raise ValueError(f"torchvision:{name} is unknown; there are: {', '.join(TORCHVISION)}")
-        folder, template, train, test = TORCHVISION[name]
         try:
-            found = [_torchvision_set(root, name, options, download) for options in (train, test)
-                     if options is not None]  # fmt: skip
+            sets.append(_torchvision_dataset(root, name, download))
         except ImportError as e:
             raise ValueError(f"torchvision's {name} needs the package {e.name}") from None
-        except (RuntimeError, OSError) as e:
-            fault = str(e).splitlines()[0]
+        except (RuntimeError, OSError, ValueError, LookupError, TypeError) as e:
+            fault = str(e).partition("\n")[0] or type(e).__name__
             advice = "is the network there?" if download else "--download fetches it"
             raise FileNotFoundError(f"torchvision's {name} cannot be read below {root} ({fault}); "
                                     f"{advice}") from None  # fmt: skip
-        classes = _torchvision_classes(name, found[0])
-        prompts = _prompts(template, classes)
-        splits = [_torchvision_split(root, name, d, prompts) for d in found]
-        if test is None:
-            whole = Dataset(folder, "classification", classes, prompts, splits[0],
-                            Subset(splits[0], []))  # fmt: skip
-            sets[folder] = _validated(whole, 0.3)
-        else:
-            sets[folder] = Dataset(folder, "classification", classes, prompts, *splits)
-    return sets, [f"torchvision's {', '.join(names)} below {root}; captions are prompts"]
+    notes = [f"torchvision's {', '.join(names)} below {root}; captions are prompts"]
+    return {dataset.name: dataset for dataset in sets}, notes
 
 
 def torchvision_sets(root, names, download=False, heldout=None, pool=()):
@@ -1768,7 +1775,7 @@ def _shard_caption(path, key, texts):
                     said = json.loads(said).get("caption")
             except (ValueError, AttributeError) as e:
                 raise ValueError(f"{path}: {key}.{suffix} holds no caption ({e})") from None
-            caption = _said(f"{path}: the caption of {key}", said)
+            caption = _said(path, key, said)
             if caption:
                 return caption
     return ""

@@ -2958,6 +2958,21 @@ def test_a_pickle_that_is_no_data_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("change", [
+    lambda d: d.pop("fine_labels"), lambda d: d.update(fine_labels=[0, 7]),
+    lambda d: d.update(data=d["data"][:, :5]), lambda d: d.update(fine_labels=["a", "b"]),
+])  # fmt: skip
+def test_cifars_format_with_other_content_is_named(tmp_path, change):
+    pictures = np.zeros((4, 32, 32, 3), np.uint8)
+    write_cifar100(tmp_path, ["a", "b"], pictures, np.array([0, 1, 0, 1]), 2)
+    file = tmp_path / "cifar-100-python" / "train"
+    content = pickle.loads(file.read_bytes())
+    change(content)
+    file.write_bytes(pickle.dumps(content))
+    with pytest.raises(OSError, match="torchvision's CIFAR100 cannot be read below"):
+        data.torchvision_sets(tmp_path, ["CIFAR100"])
+
+
 def test_shards_are_read_in_place(tmp_path):
     write_pictures(tmp_path, [f"{i}.png" for i in range(6)])
     for k in range(3):
