@@ -626,7 +626,8 @@ class Files(Split):
         if self.members is None:
             arrays = [*self.paths.arrays(), _sizes_and_times(self.folder, self.paths)]
         else:
-            tars = [[os.path.basename(path), _stamp(path)[1:]] for path, _ in self.members.tars]
+            tars = [[os.path.basename(path), _stamped(os.stat(path))[1:]]
+                    for path, _ in self.members.tars]  # fmt: skip
             digest.update(json.dumps(tars).encode())
             arrays = [*self.paths.arrays(), self.members.tar, self.members.offset]
         for array in arrays:
@@ -1520,6 +1521,7 @@ def _table_sets(path, template=TEMPLATE):
     classed = "class" in header
     classes = sorted(set(named)) if classed else [path.stem]
     prompts = _prompts(template, classes)
+    number = {name: k for k, name in enumerate(classes)}
     columns = [name for name in ("caption", "title") if name in header]
     samples = {"train": {}, "test": {}}  # file -> label, captions
     blank = 0
@@ -1527,7 +1529,7 @@ def _table_sets(path, template=TEMPLATE):
         if split not in samples:
             continue
         file = (row["filepath"] or "").strip()
-        label = classes.index(name) if classed else 0
+        label = number[name] if classed else 0
         texts = [row[c] for c in columns if not _is_blank(row.get(c))]
         blank += _is_blank(row.get(columns[0]))
         if classed:
@@ -1796,7 +1798,7 @@ def _read_shards(files):
         for name, place in tar.files.items():
             folder, base = posixpath.split(name)
             stem, _, suffix = base.partition(".")
-            if not base.startswith("._"):  # what macOS adds
+            if not base.startswith("."):  # as what macOS adds
                 samples.setdefault(posixpath.join(folder, stem), {})[suffix.lower()] = place
         for key, parts in samples.items():
             picture = next((s for s in parts if f".{s}" in SUFFIXES), None)
@@ -1897,16 +1899,19 @@ def _joined(one, other):
     if one.kind != other.kind:
         raise ValueError(f"there are two datasets {one.name}, one for {one.kind} and one for "
                          f"{other.kind}: rename one")  # fmt: skip
-    prompts = dict(zip(other.classes, other.prompts)) | dict(zip(one.classes, one.prompts))
-    classes = list(dict.fromkeys([*one.classes, *other.classes]))
-    number = np.array([classes.index(name) for name in other.classes], np.int64)
+    new = [k for k, name in enumerate(other.classes) if name not in one.classes]
+    classes = one.classes + [other.classes[k] for k in new]
+    prompts = one.prompts + [other.prompts[k] for k in new]
+    number = np.arange(len(classes))  # of each of the other's classes
+    if one.classes != other.classes:
+        number = np.array([classes.index(name) for name in other.classes], np.int64)
     splits = []
     for ours, theirs in ((one.train, other.train), (one.test, other.test)):
         both = Concat([ours, theirs])
         if classes:
             both.labels = np.concatenate([ours.labels, number[theirs.labels]])
         splits.append(both)
-    return Dataset(one.name, one.kind, classes, [prompts[name] for name in classes], *splits)
+    return Dataset(one.name, one.kind, classes, prompts, *splits)
 
 
 def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=False,
@@ -2101,7 +2106,8 @@ def trainable(stream, world):
 def tasks(concepts, n):
     """n contiguous chunks, the first len mod n of them one concept longer."""
     if not concepts:
-        raise ValueError("the stream is empty: no concept of a dataset to adapt to has a sample")
+        raise ValueError("the stream is empty: no concept of a dataset to adapt to has a sample "
+                         "(--heldout says which are not, by default the paper's)")  # fmt: skip
     if not 1 <= n <= len(concepts):
         raise ValueError(f"{_count(len(concepts), 'concept')} cannot make {_count(n, 'task')}: "
                          f"take 1 to {len(concepts):,} (--tasks)")  # fmt: skip
