@@ -569,22 +569,19 @@ class Members:
     """Where the pictures of a split lie in uncompressed tars."""
 
     tars: list  # [path, what _stamp said of it]
-    tar: np.ndarray  # int32 [N]: which of the tars
-    offset: np.ndarray  # int64 [N]: of the data
-    size: np.ndarray  # int64 [N]: of the picture, in bytes
-    sparse: dict  # number of a picture stored with holes: [place in it, offset in the tar, bytes]
+    places: np.ndarray  # int64 [N, 3]: which of the tars, offset in it, bytes
+    holes: dict  # number of a picture stored with holes -> [place in it, offset in the tar, bytes]
 
     def read(self, i):
-        path, stamp = self.tars[self.tar[i]]
-        offset = int(self.offset[i])
-        size = int(self.size[i])
+        tar, offset, size = self.places[i].tolist()
+        path, stamp = self.tars[tar]
         with open(path, "rb", buffering=0) as f:
             if _stamped(os.fstat(f.fileno())) != stamp:
                 raise Changed(f"{path} has changed since it was opened: start the command again")
-            if i not in self.sparse:
+            if i not in self.holes:
                 return os.pread(f.fileno(), size, offset)
             picture = bytearray(size)
-            for place, at, length in self.sparse[i]:
+            for place, at, length in self.holes[i]:
                 picture[place : place + length] = os.pread(f.fileno(), length, at)
             return bytes(picture)
 
@@ -602,7 +599,7 @@ class Files(Split):
     def place(self, i):
         if self.members is None:
             return os.path.join(self.folder, self.paths[i])
-        return f"{self.members.tars[self.members.tar[i]][0]}: {self.paths[i]}"
+        return f"{self.members.tars[self.members.places[i, 0]][0]}: {self.paths[i]}"
 
     def raw(self, i):
         if self.members is not None:
@@ -629,7 +626,7 @@ class Files(Split):
             tars = [[os.path.basename(path), _stamped(os.stat(path))[1:]]
                     for path, _ in self.members.tars]  # fmt: skip
             digest.update(json.dumps(tars).encode())
-            arrays = [*self.paths.arrays(), self.members.tar, self.members.offset]
+            arrays = [*self.paths.arrays(), self.members.places]
         for array in arrays:
             digest.update(hashlib.sha256(np.ascontiguousarray(array)).digest())
         return digest.digest()
@@ -958,7 +955,7 @@ def _pieces(member):
 # What an annotation file says is kept in one file of arrays, which the next opening reads as it
 # is. It holds for as long as every file and folder that it was made from stays as it was.
 
-INDEX = 2  # of the format: what is kept by another is made anew
+INDEX = 3  # of the format: what is kept by another is made anew
 
 
 def _keep(path, head, arrays):
@@ -1020,8 +1017,8 @@ def _packed(files, prefix):
             arrays[f"{name}{k}"] = array
     head = {"folder": files.folder}
     if files.members is not None:
-        arrays |= {name: getattr(files.members, name) for name in ("tar", "offset", "size")}
-        head |= {"tars": files.members.tars, "sparse": list(files.members.sparse.items())}
+        arrays["places"] = files.members.places
+        head |= {"tars": files.members.tars, "holes": list(files.members.holes.items())}
     return head, {prefix + name: array for name, array in arrays.items()}
 
 
@@ -1030,8 +1027,7 @@ def _unpacked(head, arrays, prefix):
              for name in ("paths", "captions")]  # fmt: skip
     members = None
     if "tars" in head:
-        places = [arrays[prefix + name] for name in ("tar", "offset", "size")]
-        members = Members(head["tars"], *places, {i: pieces for i, pieces in head["sparse"]})
+        members = Members(head["tars"], arrays[f"{prefix}places"], dict(head["holes"]))
     return Files(head["folder"], members, texts[0], arrays[f"{prefix}labels"], texts[1])
 
 
@@ -1136,11 +1132,11 @@ class Items:
                          "expected text or a list of texts")  # fmt: skip
 
 
-def _members(tars, which, places):
-    offsets, sizes, pieces = zip(*places) if places else ((), (), ())
-    sparse = {i: p for i, p in enumerate(pieces) if p}
-    return Members(tars, np.asarray(which, np.int32), np.asarray(offsets, np.int64),
-                   np.asarray(sizes, np.int64), sparse)  # fmt: skip
+def _members(tars, which, found):
+    """Members of what Tar found of each, in the tars of these numbers."""
+    places = [(tar, offset, size) for tar, (offset, size, _) in zip(which, found)]
+    holes = {i: pieces for i, (_, _, pieces) in enumerate(found) if pieces}
+    return Members(tars, np.array(places, np.int64).reshape(-1, 3), holes)
 
 
 def _find_split(info, name, places, split, kinds):
