@@ -548,6 +548,12 @@ def _same_form(text):
     return unicodedata.normalize("NFC", text)
 
 
+def _spelt(names, known):
+    """The names, as those of them that are known are spelt there."""
+    forms = {_same_form(name): name for name in known}
+    return [forms.get(_same_form(name), name) for name in names]
+
+
 # ------------------------------------------------------------------------------- pictures in files
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that runs programs
@@ -1276,7 +1282,7 @@ def _fomo_sets(root, names=None, also=(), captions="default", prompts_too=False,
     foreign = sorted(disk - {_same_form(n) for n in annotated})
     if foreign and names is None:
         notes.append(f"in {root} but not annotated in {info}, so left out: {', '.join(foreign)}")
-    wanted = dict.fromkeys([*(there if names is None else names), *also])
+    wanted = dict.fromkeys(_spelt([*(there if names is None else names), *also], there))
     for name in wanted:
         if name not in there:
             raise FileNotFoundError(f"no dataset {name} in {root}; "
@@ -1312,7 +1318,9 @@ def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, cap
 
 def _world(sets, notes, heldout=None, pool=(), names=None):
     """World of datasets by name; roles as in fomo_in_flux. names: those adapted to or scored."""
-    asked = [*(names or ()), *(heldout or ())]
+    pool = _spelt(pool, sets)
+    held = _spelt(HELD_OUT if heldout is None else heldout, sets)
+    asked = [*_spelt(names or (), sets), *(held if heldout is not None else ())]
     for name in [*pool, *asked]:
         if name not in sets:
             shards = "; shards are named as in 'folder/*.tar'" if name in pool else ""
@@ -1322,7 +1330,6 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
     for name in dict.fromkeys(asked if names is not None else [*sets, *asked]):
         d = sets[name]
         if len(d.test):
-            held = HELD_OUT if heldout is None else heldout
             (world.heldout if name in held else world.adaptation).append(d)
         elif name in asked:
             raise FileNotFoundError(f"{name} has no test pictures to be scored on: leave it out, "
@@ -1389,8 +1396,8 @@ def _split_folders(root):
     return [train, tests[0]], tests[1:]
 
 
-def _class_name(folder):
-    """Of the class whose pictures it holds: text, whatever bytes and form the file system has."""
+def _name_of(folder):
+    """Of a dataset or class: the folder's name as text, whatever bytes and form the disk has."""
     return _same_form(os.fsencode(folder).decode("utf-8", "replace"))
 
 
@@ -1398,7 +1405,7 @@ def _folder_set(name, root, template):
     """One dataset of root/{train,test}/<class>/*."""
     places = [place and root / place for place in _split_folders(root)[0]]
     below = [_subfolders(place) if place else [] for place in places]
-    classes = sorted({_class_name(folder) for folder in chain(*below)})
+    classes = sorted({_name_of(folder) for folder in chain(*below)})
     if not classes:
         raise ValueError(f"{root} has no folders of classes below train/ and test/")
     prompts = _prompts(template, classes)
@@ -1409,7 +1416,7 @@ def _folder_set(name, root, template):
         for folder in found:
             within = [f"{folder}/{path}" for path in _pictures_below(place / folder)]
             paths += within
-            labels += [classes.index(_class_name(folder))] * len(within)
+            labels += [classes.index(_name_of(folder))] * len(within)
         if place and not paths:
             raise ValueError(f"{place} holds no picture in a folder of its class "
                              f"({', '.join(SUFFIXES)})")  # fmt: skip
@@ -1428,7 +1435,7 @@ def _folder_sets(root, template=TEMPLATE):
     for name, folder in candidates.items():
         found, unused = _split_folders(folder)
         if any(found):
-            sets[name] = _folder_set(name, folder, template)
+            sets[_name_of(name)] = _folder_set(_name_of(name), folder, template)
         else:
             others.append(name)
         if unused:
@@ -2082,10 +2089,14 @@ def times(concepts):
 
 
 def trainable(stream, world):
-    """-> the stream without what nobody may or can train on, and notes of what went."""
-    names = {d.name for d in world.adaptation}
-    held = {d.name for d in world.heldout}
-    kept = [concept for concept in stream if concept[0] in names]
+    """-> the stream, spelt as the world's names are, without what nobody may or can train on; notes
+    of what went."""
+    stream = [(_same_form(name), _same_form(c)) for name, c in stream]
+    names = {_same_form(d.name) for d in world.adaptation}
+    held = {_same_form(d.name) for d in world.heldout}
+    own = {(_same_form(d.name), _same_form(c)): (d.name, c)
+           for d in world.adaptation for c in d.classes}  # fmt: skip
+    kept = [own.get(concept, concept) for concept in stream if concept[0] in names]
     heldout = sum(name in held for name, _ in stream)
     absent = sorted({name for name, _ in stream} - names - held)
     notes = []
@@ -2280,11 +2291,11 @@ def _check_stream(stream, groups, names):
 TRIES = 100  # broken pictures in a row after which it is no accident
 
 
-def train_crop(image, size, resize="shortest", interpolation="bicubic"):
+def train_crop(image, size, interpolation="bicubic"):
     """RandomResizedCrop as in sec. 3.2 and R, without flip -> uint8 [3, S, S].
 
     image: PIL or uint8 [H, W, 3]. Drawn from torch's generator. The box is cut out before it is
-    resized; `resize` is about test pictures, and says nothing here.
+    resized.
     """
     pixels = _tensor(image)
     top, left, height, width = v2.RandomResizedCrop.get_params(pixels, (0.9, 1.0), (3 / 4, 4 / 3))
@@ -2395,6 +2406,7 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0,
 
     broken: called in this process with sentences about pictures that cannot be read; each is
     replaced by the next of its source that can. Without it the first raises ValueError or OSError.
+    resize: as in test_loader, so that both take a checkpoint's geometry; it changes nothing here.
     """
     splits = {d.name: d.train for d in world.adaptation} | {"pool": world.pool}
     rank, processes = part
@@ -2418,7 +2430,7 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0,
                 choice = candidates(ids, step, slot)
                 split, i, image = _first_sound(choice, faults, broken is not None)
                 torch.default_generator.manual_seed(chance[slot][0])
-                images.append(train_crop(image, image_size, resize, interpolation))
+                images.append(train_crop(image, image_size, interpolation))
                 several = split.captions[i]
                 several = [several] if isinstance(several, str) else several
                 captions.append(several[chance[slot][1] % len(several)])

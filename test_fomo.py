@@ -2664,6 +2664,11 @@ def test_names_match_however_unicode_spells_them(tmp_path, on_disk, tar):
         assert data.Mixture(world, [[concept]], 2, (0, 1, 0)).ends == [0, 2]
     with pytest.raises(ValueError, match="more than once"):
         data.Mixture(world, [stream], 2, (0, 1, 0))
+    for form in ("NFC", "NFD"):
+        spelt = [tuple(unicodedata.normalize(form, name) for name in stream[0])]
+        assert data.trainable(spelt, world) == ([(dataset.name, dataset.classes[0])], [])
+        named = unicodedata.normalize(form, "SÉT")
+        assert data.fomo_in_flux(root, [named], [named], [named]).heldout[0].name == dataset.name
 
 
 def test_json_with_a_byte_order_mark_is_read(tmp_path):
