@@ -3279,6 +3279,56 @@ def write_shard(path, pictures, captions, suffix="txt"):
                 archive.addfile(member, io.BytesIO(content))
 
 
+def lay_out(dataset, root, how):
+    """A drawn dataset's first pictures in another form -> what --data calls it."""
+    parts = {"train": dataset.train, "test": dataset.test}
+    classes = dataset.classes[:4]
+    chosen = {s: [i for i in range(len(p)) if p.labels[i] < 4] for s, p in parts.items()}
+    if how == "torchvision":
+        pixels, labels = (
+            np.concatenate([getattr(p, a)[chosen[s]] for s, p in parts.items()])
+            for a in ("pixels", "labels")
+        )
+        write_cifar100(root, classes, pixels, labels.tolist(), len(chosen["train"]))
+        return f"torchvision:{root}/CIFAR100"
+    rows = ["filepath,title,class,split"]
+    for split, part in parts.items():
+        for i in chosen[split]:
+            c = classes[part.labels[i]]
+            file = root / "PICTURES" / split / c / f"{i}.PNG"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(part.pixels[i]).save(file)
+            rows.append(f'{file.relative_to(root)},"{part.captions[i]}",{c},{split}')
+    (root / "table.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    return str(root / {"folders": "PICTURES", "table": "table.csv"}[how])
+
+
+@pytest.mark.parametrize("how", ["folders", "table", "torchvision"])
+def test_a_run_goes_from_peoples_own_pictures_to_scores(world, tmp_path, capsys, how):
+    dataset = next(d for d in world.adaptation if d.kind == "classification")
+    source = lay_out(dataset, tmp_path, how)
+    files = []
+    for i in range(16):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(world.heldout[0].train.pixels[i]).save(files[-1])
+    write_shard(tmp_path / "00.tar", files, world.heldout[0].train.captions[:16])
+    run = ["--method", "merge", "--model", "tiny", "--data", source, "--pool",
+           f"{tmp_path}/{{00..00}}.tar", "--steps", "2", "--tasks", "2", "--pretrain-steps", "2",
+           "--batch-size", "8", "--workers", "0", "--threads", "1", "--cache", str(tmp_path / "c"),
+           "--out", str(tmp_path / "run")]  # fmt: skip
+    assert fomo.main(run) == 0
+    said = capsys.readouterr().out
+    assert "nothing is held out" in said and "pool: 16 pictures" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["final"]["ka"] is not None and results["final"]["zs"] is None
+    assert [task["concepts"] for task in results["tasks"]] == [2, 2]
+    weights = ["--weights", str(tmp_path / "run" / "model.safetensors"), "--data", source]
+    scores = ["--threads", "1", "--out", str(tmp_path / "scores.json")]
+    assert fomo.main(["evaluate", *weights, *scores]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["ka"] == results["final"]["ka"]
+
+
 def bench_data(argv):
     """Pictures a second of one core against torchvision's ImageFolder with the same crop; from
     folder, tar and shards; the time and memory of opening a world of FoMo-in-Flux's size."""
