@@ -778,7 +778,8 @@ class Tar:
             except Sparse:
                 self._scan_slowly()
         for name in self.links:
-            if place := self.follow(name):
+            place = self.follow(name)
+            if place:
                 self.files.setdefault(name, place)
 
     def _scan(self, file, length):
@@ -916,11 +917,11 @@ class Tar:
     def find(self, path):
         """-> where a path within the dataset's folder lies, or None."""
         for root in self.roots:
-            if place := self.follow(root + path):
+            place = self.follow(root + path)
+            if place is None and not path.isascii():
+                place = self.files.get(self.forms.get(_same_form(root + path)))
+            if place:
                 return place
-        for root in () if path.isascii() else self.roots:
-            if name := self.forms.get(_same_form(root + path)):
-                return self.files[name]
         return None
 
     def split(self, items, found, captions):
@@ -1231,7 +1232,9 @@ def _read_dataset(root, info, name, captions, prompts_too):
     file = info / f"{name}_classnames.json"
     classes, prompts = _class_names(file, reversed(splits.values()))
     head = {"classes": classes, "prompts": prompts, "notes": [], "splits": {}}
-    head["retrieval"] = not classes or not ("test" in splits and splits["test"][0].prompts)
+    filled = {split: items for split, (items, _, _) in splits.items() if items.keys}
+    scored = filled.get("test") or filled.get("train")  # train if --validation takes from it
+    head["retrieval"] = not classes or scored is None or not scored.prompts
     arrays = {}
     for split, (items, place, found) in splits.items():
         texts = items.captions

@@ -3091,6 +3091,14 @@ def test_validation_scores_on_training_pictures_that_are_then_not_trained_on(tmp
     assert len(one.heldout[0].test) == 4 and "on their test split: HELD" in one.notes[-1]
 
 
+def test_validation_classifies_where_there_is_a_training_split_alone(tmp_path):
+    root = write_set(tmp_path, "SET", {"train": prompted(10, default_caption="x")}, ["a", "b"])
+    [dataset] = data.open_world(root, validation=0.2).adaptation
+    assert dataset.kind == "classification" and len(dataset.test) == 2
+    write_set(root, "SET", {"test": {}}, ["a", "b"])
+    assert data.open_world(root, validation=0.2).adaptation[0].kind == "classification"
+
+
 @pytest.mark.parametrize("make, says", [
     (lambda t: data.open_world(t / "nowhere"), "nowhere is no folder and no .csv or .tsv"),
     (lambda t: data.open_world(write_pictures(t / "x", ["a.png"])), "x is no data known here"),
