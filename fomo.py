@@ -152,8 +152,9 @@ class Config:
     stream: str = option("data", None, "JSON list of DATASET+++class, in place of --order")
     order: str = option("data", "random", "of the concepts (sec. 3.3)", ORDERS)
     reverse: bool = option("data", False, "that order backwards")
-    captions: str = option("data", "fomo", "which kind to train on first, where FoMo-in-Flux has"
-                           " several", CAPTIONS)
+    captions: str = option("data", "default", "which kind to train on where FoMo-in-Flux has"
+                           " several; default is its rule: default captions, else merged ones",
+                           CAPTIONS)
     prompts_too: bool = option("data", False, "a training picture's class prompt is one of its"
                                " captions, where these name none")
     template: str = option("data", TEMPLATE, "of the prompts of classes that have none")
@@ -402,8 +403,9 @@ def add_option(group, f):
         text += f" (default {f.default})"
     choices = f.metadata["choices"]
     many = f.type == tuple[str, ...]
+    flags = [flag(f.name)] + (["-o"] if f.name == "out" else [])
     group.add_argument(
-        flag(f.name), type=str if many else f.type, nargs="*" if many else None, choices=choices,
+        *flags, type=str if many else f.type, nargs="*" if many else None, choices=choices,
         help=text.replace("%", "%%"), dest=f.name,
         metavar=None if choices else f.name.upper().rstrip("_"))  # fmt: skip
 
@@ -1831,12 +1833,13 @@ def check_file(path, inputs=()):
 
 
 def is_ours(path):
-    """Whether an existing file is a picture or scores that fomo.py wrote."""
+    """Whether an existing file is a picture, scores or a stream that fomo.py wrote."""
     try:
         if str(path).endswith(".png"):
             with PIL.Image.open(path) as image:
                 return image.format == "PNG" and image.info.get("Software") == "fomo"
-        return "chance" in json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return "chance" in json.loads(text) or text.startswith('[\n "')  # as streams are written
     except (OSError, ValueError, TypeError):
         return False
 

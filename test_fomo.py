@@ -2587,7 +2587,7 @@ def test_members_with_holes_are_read_whole(tmp_path, form):
 @pytest.mark.parametrize("prefix", ["MINE/", "./MINE/", "./", "", "/data/sets/MINE/", "data/MINE/"])
 def test_a_tar_may_hold_the_folder_what_is_in_it_or_a_longer_path(tmp_path, prefix):
     files = {f"{prefix}train/MINE/a.png": b"1", f"{prefix}._a.png": b"2"}
-    find = data.Tar(tar_bytes(tmp_path / "MINE.tar", files)).finder("MINE")
+    find = data.Tar(tar_bytes(tmp_path / "MINE.tar", files)).find
     assert find("train/MINE/a.png") and find("train/a.png") is None and find("../a.png") is None
 
 
@@ -2603,6 +2603,18 @@ def test_a_truncated_tar_is_named(tmp_path, end):
     path = tar_bytes(tmp_path / "a.tar", {"a": bytes([7]) * 600, "b": b"b"})
     path.write_bytes(path.read_bytes()[:end])  # a: 512 + 1024, b: 512 + 512
     with pytest.raises(ValueError, match="a.tar .*truncated"):
+        data.Tar(path)
+
+
+@pytest.mark.parametrize("size", [b"-0000002000\0", b"\x80" + 11 * b"\xff", b"77777777777\0"])
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L"])
+def test_a_member_of_a_hostile_size_is_named_and_nothing_hangs(tmp_path, kind, size):
+    path = tar_bytes(tmp_path / "a.tar", {"a": b"1", "b": b"2"})
+    raw = bytearray(path.read_bytes())
+    raw[1024 + 124 : 1024 + 136] = size  # the header of b
+    raw[1024 + 156 : 1024 + 157] = kind
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="a.tar ends within 'b'"):
         data.Tar(path)
 
 
@@ -2684,8 +2696,8 @@ def test_a_tar_of_small_copies_alone_is_read_with_its_captions(tmp_path, how):
 
 
 @pytest.mark.parametrize("captions, expected", [
-    ("fomo", ["default"]), ("default", ["default"]), ("merged", "merged"),
-    ("synthetic", ["one", "two"]), ("prompt", "A photo of a a."),
+    ("default", ["default"]), ("merged", "merged"), ("synthetic", ["one", "two"]),
+    ("prompt", "A photo of a a."),
 ])  # fmt: skip
 def test_the_kind_of_training_captions_can_be_chosen(tmp_path, captions, expected):
     said = {"default_caption": ["default"], "synthetic_caption": ["one", "two"],
@@ -2736,6 +2748,11 @@ def test_names_match_however_unicode_spells_them(tmp_path, on_disk, tar):
         assert data.Mixture(world, [[concept]], 2, (0, 1, 0)).ends == [0, 2]
     with pytest.raises(ValueError, match="more than once"):
         data.Mixture(world, [stream], 2, (0, 1, 0))
+    for form in ("NFC", "NFD"):
+        spelt = [tuple(unicodedata.normalize(form, name) for name in stream[0])]
+        assert data.trainable(spelt, world) == ([(dataset.name, dataset.classes[0])], [])
+        named = unicodedata.normalize(form, "SÉT")
+        assert data.fomo_in_flux(root, [named], [named], [named]).heldout[0].name == dataset.name
 
 
 def test_json_with_a_byte_order_mark_is_read(tmp_path):
@@ -2888,8 +2905,8 @@ def test_a_table_is_a_dataset(tmp_path):
         'a/1.png\t"one, ""first"""\tx\ttrain',
         "a/2.png\t\ty\ttrain",
         "a/1.png\tuno\tx\ttrain",
-        "b/3.png\tthree\tx\tval",
-        f"{tmp_path}/b/4.png\tfour\ty\ttest",
+        "b/3.png\tthree\tx\ttest",
+        f"{tmp_path}/b/4.png\tfour\ty\t Test",
     ]
     (tmp_path / "MINE.tsv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
     world = data.open_world(tmp_path / "MINE.tsv")
@@ -2902,6 +2919,47 @@ def test_a_table_is_a_dataset(tmp_path):
     assert dataset.test.captions == ["three", "four"] and dataset.test.labels.tolist() == [0, 1]
     assert dataset.test.image(1)[0, 0, 0] == 30
     assert any("1 of 5 captions are blank or NaN" in note for note in world.notes)
+
+
+@pytest.mark.parametrize("change, captions, says", [
+    (lambda t: t.replace("one", '"one,\n""two"""'), ['one,\n"two"', "two"], None),
+    (lambda t: t.replace("title", " Caption "), ["one", "two"], None),
+    (lambda t: t.replace("\n", "\r"), ["one", "two"], None),
+    (lambda t: t.replace("\n", ",\n"), ["one", "two"], None),
+    (lambda t: t + "\n , ,,\n", ["one", "two"], None),
+    (lambda t: t.replace("1.png", "./@/../1.png"), ["one", "two"], None),
+    (lambda t: t.replace("split", "split,caption").replace("train", "train,nan"),
+     ["one", "two"], "4 of 4 captions are blank or NaN; the title or the class prompt"),
+    (lambda t: t + "1.png,x,a,val\n2.png,x,b,validation\n", ["one", "two"],
+     "test is for testing, 1 row of val left out"),
+])  # fmt: skip
+def test_tables_as_people_make_them(tmp_path, change, captions, says):
+    write_pictures(tmp_path, [f"{i}.png" for i in range(1, 5)])
+    (tmp_path / "@").mkdir()
+    rows = "1.png,one,a,train\n2.png,two,b,train\n3.png,three,a,test\n4.png,four,b,test\n"
+    (tmp_path / "t.csv").write_text(change(f"filepath,title,class,split\n{rows}"), newline="")
+    world = data.open_world(tmp_path / "t.csv")
+    assert world.adaptation[0].train.captions == captions and len(world.adaptation[0].test) == 2
+    assert [note for note in world.notes if says and says in note] or not says
+
+
+def test_names_in_a_table_match_across_unicode_forms(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    write_pictures(tmp_path / nfc, [f"{nfc}{i}.png" for i in range(4)])
+    places = [f"{nfd}/{nfd}0.png", f"{nfc}/{nfc}1.png", f"{tmp_path}/{nfd}/{nfd}2.png"]
+    rows = [f"{place},{c},{c},train" for place, c in zip(places, (nfc, nfd, "b"))]
+    rows.append(f"{nfc}/{nfc}3.png,b,b,test")
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title,class,split", *rows]))
+    [dataset] = data.table(tmp_path / "t.csv").adaptation
+    assert dataset.classes == ["b", nfc] and dataset.train.labels.tolist() == [1, 1, 0]
+
+
+def test_a_table_without_splits_keeps_one_picture_of_each_small_class_for_testing(tmp_path):
+    write_pictures(tmp_path, [f"{i}.png" for i in range(5)])
+    rows = [f"{i}.png,x,{'aabbc'[i]}" for i in range(5)]
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title,class", *rows]))
+    [dataset] = data.table(tmp_path / "t.csv").adaptation
+    assert dataset.test.labels.tolist() == [0, 1] and dataset.train.labels.tolist() == [0, 1, 2]
 
 
 def test_a_table_without_classes_and_splits_is_one_concept_for_retrieval(tmp_path):
@@ -2989,6 +3047,21 @@ def test_a_pickle_that_is_no_data_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("change", [
+    lambda d: d.pop("fine_labels"), lambda d: d.update(fine_labels=[0, 7]),
+    lambda d: d.update(data=d["data"][:, :5]), lambda d: d.update(fine_labels=["a", "b"]),
+])  # fmt: skip
+def test_cifars_format_with_other_content_is_named(tmp_path, change):
+    pictures = np.zeros((4, 32, 32, 3), np.uint8)
+    write_cifar100(tmp_path, ["a", "b"], pictures, np.array([0, 1, 0, 1]), 2)
+    file = tmp_path / "cifar-100-python" / "train"
+    content = pickle.loads(file.read_bytes())
+    change(content)
+    file.write_bytes(pickle.dumps(content))
+    with pytest.raises(OSError, match="torchvision's CIFAR100 cannot be read below"):
+        data.torchvision_sets(tmp_path, ["CIFAR100"])
+
+
 def test_shards_are_read_in_place(tmp_path):
     write_pictures(tmp_path, [f"{i}.png" for i in range(6)])
     for k in range(3):
@@ -3030,15 +3103,64 @@ def fixture_folder(tmp_path):
 def test_sources_come_together(tmp_path):
     names = [f"{s}/{c}/1.png" for s in ("train", "test") for c in "ab"]
     one = write_pictures(tmp_path / "1" / "SET", names)
-    two = write_pictures(tmp_path / "2" / "SET", [*names, "train/a/2.png"])
-    three = write_pictures(tmp_path / "OTHER", names)
-    world = data.open_world([one, two, three], heldout=["OTHER"])
-    [dataset] = world.adaptation
-    assert len(dataset.train) == 5 and dataset.train.labels.tolist() == [0, 1, 0, 0, 1]
-    assert len(dataset.test) == 4 and dataset.train.image(3)[0, 0, 0] == 40
-    write_pictures(two, ["train/c/1.png"])
-    with pytest.raises(ValueError, match="two datasets SET whose classes differ, 2 and 3"):
-        data.open_world([one, two])
+    two = write_pictures(tmp_path / "OTHER", names)
+    world = data.open_world([one, two], heldout=["OTHER"])
+    assert [d.name for d in world.adaptation] == ["SET"] and world.heldout[0].name == "OTHER"
+    again = write_pictures(tmp_path / "2" / "SET", names)
+    with pytest.raises(ValueError, match="2/SET holds a dataset SET, and so does another source"):
+        data.open_world([one, again])
+
+
+def test_in_an_update_datasets_of_one_name_are_joined_with_the_classes_of_both(tmp_path):
+    names = [f"{s}/{c}/1.png" for s in ("train", "test") for c in "bd"]
+    old = write_pictures(tmp_path / "1" / "SET", names)
+    new = write_pictures(tmp_path / "2" / "SET", ["train/a/1.png", "train/b/2.png", "test/a/1.png"])
+    first = data.open_world(old)
+    held = data.Mixture(first, [data.concepts(first.adaptation)], 4, (0, 0.5, 0.5)).held()
+    [dataset] = data.open_world([old, new], held=held).adaptation
+    assert dataset.classes == ["b", "d", "a"] and dataset.prompts[2] == "A photo of a a."
+    assert dataset.train.labels.tolist() == [0, 1, 2, 0]
+    assert dataset.test.labels.tolist() == [0, 1, 2]
+    assert [dataset.train.image(i)[0, 0, 0] for i in range(4)] == [0, 10, 0, 10]
+    assert data.concepts([dataset]) == [("SET", c) for c in "bda"]
+    one = write_pictures(tmp_path / "3" / "SET", ["train/d/9.png"])  # alone it has a class too few
+    assert len(data.open_world([old, one], held=held).adaptation[0].train) == 3
+
+
+@pytest.mark.parametrize("names, left_out", [
+    (["Train/a/1.png", "Train/b/1.png", "TEST/a/1.png", "TEST/b/1.png"], None),
+    (["training/a/1.png", "training/b/1.png", "testing/a/1.png", "testing/b/1.png"], None),
+    (["train/a/1.png", "train/b/1.png", "val/a/2.png", "test/a/1.png", "test/b/1.png"], "val"),
+    (["X/train/a/1.png", "X/train/b/1.png", "X/test/a/1.png", "X/test/b/1.png", "Y/a/1.png"], "Y"),
+])  # fmt: skip
+def test_split_folders_of_any_spelling_are_found_and_others_named(tmp_path, names, left_out):
+    world = data.open_world(write_pictures(tmp_path / "SET", names))
+    assert len(world.adaptation[0].train) == len(world.adaptation[0].test) == 2
+    said = [note for note in world.notes if "left out" in note]
+    assert len(said) == (left_out is not None) and all(left_out in note for note in said)
+
+
+def test_class_folders_match_across_unicode_forms_and_take_any_bytes(tmp_path):
+    forms = {s: unicodedata.normalize(f, "café") for s, f in (("train", "NFC"), ("test", "NFD"))}
+    latin = os.fsdecode(b"caf\xe9")
+    names = [f"{s}/{c}/1.png" for s in forms for c in (forms[s], latin)]
+    [dataset] = data.folders(write_pictures(tmp_path / "SET", names)).adaptation
+    assert dataset.classes == [forms["train"], "caf\ufffd"]
+    assert sorted(dataset.train.labels) == sorted(dataset.test.labels) == [0, 1]
+    assert [dataset.test.image(i).shape for i in (0, 1)] == [(8, 8, 3), (8, 8, 3)]
+    assert len(data.write_stream(data.concepts([dataset]), tmp_path / "s.json") or "") == 0
+    assert data.read_stream(tmp_path / "s.json") == data.concepts([dataset])
+
+
+def test_linked_folders_of_pictures_are_read(tmp_path):
+    names = [f"{s}/{c}/1.png" for s in ("train", "test") for c in "ab"]
+    root = write_pictures(tmp_path / "SET", names)
+    elsewhere = write_pictures(tmp_path / "more", ["1.png", "2.png"])
+    os.symlink(elsewhere, root / "train" / "c")
+    os.symlink(elsewhere, root / "train" / "a" / "deeper")
+    [dataset] = data.folders(root).adaptation
+    assert dataset.classes == ["a", "b", "c"]
+    assert np.bincount(dataset.train.labels).tolist() == [3, 1, 2]
 
 
 def test_validation_scores_on_training_pictures_that_are_then_not_trained_on(tmp_path):
@@ -3053,6 +3175,14 @@ def test_validation_scores_on_training_pictures_that_are_then_not_trained_on(tmp
     ]
     assert dataset.test.fingerprint() == two.adaptation[0].test.fingerprint()
     assert len(one.heldout[0].test) == 4 and "on their test split: HELD" in one.notes[-1]
+
+
+def test_validation_classifies_where_there_is_a_training_split_alone(tmp_path):
+    root = write_set(tmp_path, "SET", {"train": prompted(10, default_caption="x")}, ["a", "b"])
+    [dataset] = data.open_world(root, validation=0.2).adaptation
+    assert dataset.kind == "classification" and len(dataset.test) == 2
+    write_set(root, "SET", {"test": {}}, ["a", "b"])
+    assert data.open_world(root, validation=0.2).adaptation[0].kind == "classification"
 
 
 @pytest.mark.parametrize("make, says", [
@@ -3071,7 +3201,11 @@ def test_validation_scores_on_training_pictures_that_are_then_not_trained_on(tmp
     (lambda t: data.open_world(fixture_folder(t), pool=[f"{t}/*.tar"]), r"no shard .*\*.tar"),
     (lambda t: data.open_world(fixture_folder(t), validation=1.5),
      "share for validation .* got 1.5"),
-    (lambda t: data.open_world(fixture_folder(t), validation=0.2), "leaves none to score on"),
+    (lambda t: data.open_world(fixture_folder(t), validation=0.2),
+     "no class of two training pictures"),
+    (lambda t: data.open_world(f"torchvision:{t}/MNIST", download=True),
+     "MNIST cannot be read .* is the network there"),
+    (lambda t: data.shards(f"{t}/{{3..1}}.tar"), "stands for no shard"),
     (lambda t: data.open_world("torchvision:CIFAR7"), "torchvision:CIFAR7 is unknown; .*CIFAR100"),
     (lambda t: data.open_world(f"torchvision:{t}/CIFAR10,DTD"),
      "CIFAR10 cannot be read .* --download"),
@@ -3099,6 +3233,9 @@ def flux_folder(tmp_path):
     ("filepath,title,class\n1.png,a,x\n1.png,b,", "line 3: its class is blank"),
     ("filepath,title,split\n1.png,a,dev", "line 2: its split is 'dev'"),
     ("filepath,title\n1.png,\xff", "cannot be read as a table in UTF-8"),
+    ("filepath,title\n1.png,a dog, running", "line 2 has 3 cells for 2 columns"),
+    ('filepath,title\n1.png,"a\n2.png,b', "line 3: unexpected end of data"),
+    ('filepath,title\n1.png,"a" b\n2.png,b', "line 2: ',' expected after"),
 ])  # fmt: skip
 def test_tables_that_cannot_be_used_say_why(tmp_path, text, says):
     write_pictures(tmp_path, ["1.png", "2.png"])
@@ -3236,6 +3373,56 @@ def write_shard(path, pictures, captions, suffix="txt"):
                 archive.addfile(member, io.BytesIO(content))
 
 
+def lay_out(dataset, root, how):
+    """A drawn dataset's first pictures in another form -> what --data calls it."""
+    parts = {"train": dataset.train, "test": dataset.test}
+    classes = dataset.classes[:4]
+    chosen = {s: [i for i in range(len(p)) if p.labels[i] < 4] for s, p in parts.items()}
+    if how == "torchvision":
+        pixels, labels = (
+            np.concatenate([getattr(p, a)[chosen[s]] for s, p in parts.items()])
+            for a in ("pixels", "labels")
+        )
+        write_cifar100(root, classes, pixels, labels.tolist(), len(chosen["train"]))
+        return f"torchvision:{root}/CIFAR100"
+    rows = ["filepath,title,class,split"]
+    for split, part in parts.items():
+        for i in chosen[split]:
+            c = classes[part.labels[i]]
+            file = root / "PICTURES" / split / c / f"{i}.PNG"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(part.pixels[i]).save(file)
+            rows.append(f'{file.relative_to(root)},"{part.captions[i]}",{c},{split}')
+    (root / "table.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    return str(root / {"folders": "PICTURES", "table": "table.csv"}[how])
+
+
+@pytest.mark.parametrize("how", ["folders", "table", "torchvision"])
+def test_a_run_goes_from_peoples_own_pictures_to_scores(world, tmp_path, capsys, how):
+    dataset = next(d for d in world.adaptation if d.kind == "classification")
+    source = lay_out(dataset, tmp_path, how)
+    files = []
+    for i in range(16):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(world.heldout[0].train.pixels[i]).save(files[-1])
+    write_shard(tmp_path / "00.tar", files, world.heldout[0].train.captions[:16])
+    run = ["--method", "merge", "--model", "tiny", "--data", source, "--pool",
+           f"{tmp_path}/{{00..00}}.tar", "--steps", "2", "--tasks", "2", "--pretrain-steps", "2",
+           "--batch-size", "8", "--workers", "0", "--threads", "1", "--cache", str(tmp_path / "c"),
+           "--out", str(tmp_path / "run")]  # fmt: skip
+    assert fomo.main(run) == 0
+    said = capsys.readouterr().out
+    assert "nothing is held out" in said and "pool: 16 pictures" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["final"]["ka"] is not None and results["final"]["zs"] is None
+    assert [task["concepts"] for task in results["tasks"]] == [2, 2]
+    weights = ["--weights", str(tmp_path / "run" / "model.safetensors"), "--data", source]
+    scores = ["--threads", "1", "--out", str(tmp_path / "scores.json")]
+    assert fomo.main(["evaluate", *weights, *scores]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["ka"] == results["final"]["ka"]
+
+
 def bench_data(argv):
     """Pictures a second of one core against torchvision's ImageFolder with the same crop; from
     folder, tar and shards; the time and memory of opening a world of FoMo-in-Flux's size."""
@@ -3267,8 +3454,7 @@ def bench_data_speed(root, n, rounds):
     with tarfile.open(root / "DATA.tar", "w") as archive:
         archive.add(root / "folder" / "train", "DATA")
     found = data.Tar(root / "DATA.tar")
-    find = found.finder("DATA")
-    places = [find(path) for path in in_folder.paths]
+    places = [found.find(path) for path in in_folder.paths]
     members = data._members([[str(root / "DATA.tar"), found.stamp]], [0] * n, places)
     in_tar = data.Files("", members, in_folder.paths, in_folder.labels, in_folder.captions)
     crop = v2.Compose([
