@@ -191,7 +191,7 @@ def line(name, found, joint):
     ka, zs, gm = zip(*(r["scores"][-1] for r in found))
     tasks = len(found[0]["scores"]) - 1
     told = [name, number(ka), number(zs), number(gm), "", ""]
-    if joint:
+    if tasks > 1 and joint:
         above = [above_line(k, z, theta_0, joint) for k, z in zip(ka, zs)]
         told[4] = number(above, "{:+.1f}")
     if tasks > 1:
