@@ -23,7 +23,7 @@ from statistics import mean, stdev
 HERE = Path(__file__).parent
 ROWS = HERE / "runs.jsonl"
 README = HERE.parent / "README.md"
-ALWAYS = "--budget 4500 --threads 1 --workers 0 --cache mine/cache"
+ALWAYS = "--threads 1 --workers 0 --cache mine/cache"
 
 METHODS = {
     "joint": "--method joint",
@@ -87,8 +87,9 @@ QUESTIONS = {
         (f" --merge-weight {w}" if method == "merge" else "")
         for method in ("finetune", "merge", "lora") for tasks, w in SPREAD_OVER.items()}, 3),
     "e-budget": ("compute", {
-        f"{method}, {share} x": option(f"--method {method}", "--budget", round(4500 * share), 4500)
-        for method in ("joint", "finetune", "merge", "lora") for share in (0.25, 0.5, 1, 2, 4)}, 3),
+        f"{method}, {share} x": option(f"--method {method}", "--budget", round(3000 * share), 3000)
+        for method in ("joint", "finetune", "merge", "lora")
+        for share in (0.25, 0.5, 1, 1.5, 2, 4)}, 3),
     "d": ("order of the concepts", {
         f"{method}, {how}{', reversed' * back}":
         option(f"--method {method}", "--order", how, "random") + " --reverse" * back
@@ -190,7 +191,7 @@ def line(name, found, joint):
     ka, zs, gm = zip(*(r["scores"][-1] for r in found))
     tasks = len(found[0]["scores"]) - 1
     told = [name, number(ka), number(zs), number(gm), "", ""]
-    if joint:
+    if tasks > 1 and joint:
         above = [above_line(k, z, theta_0, joint) for k, z in zip(ka, zs)]
         told[4] = number(above, "{:+.1f}")
     if tasks > 1:
