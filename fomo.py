@@ -354,9 +354,6 @@ def run(config):
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
 FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
-UPDATING = ["tasks", "budget", "steps", "score_all", "eval_every", "gate", "mixture", "replay",
-            "stream", "order", "reverse", "lr", "schedule", "meta", "cooldown"]  # for the stream
-TRAINING = ["batch_size", "micro_batch", "warmup", "floor", "weight_decay", "clip_norm"]
 MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
 
@@ -434,8 +431,9 @@ def refuse_unused(c, given):
         if name != "seed" and name not in methods.used(trains):
             reasons[name] = f"--method {c.method} has no such option"
     if c.method == "zero-shot":
-        idle = [f.name for f in fields(Config) if f.metadata["group"] in ("method", "merging")]
-        idle += UPDATING if c.weights is None else UPDATING + TRAINING
+        idle = [f.name for f in fields(Config)
+                if f.metadata["group"] in ("schedule", "method", "merging")]  # fmt: skip
+        idle += ["eval_every", "gate"]
         reasons |= dict.fromkeys(idle, "--method zero-shot trains nothing")
     for name in given:
         if reasons.get(name):
