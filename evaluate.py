@@ -723,7 +723,7 @@ def above_line(point, theta_0, joint):
     (left, left_ka), (right, right_ka) = sorted([tuple(theta_0), tuple(joint)])
     if point[0] >= right:
         return point[1] - right_ka
-    share = max(0.0, (point[0] - left) / (right - left))
+    share = (point[0] - left) / (right - left) if point[0] > left else 0.0
     return point[1] - (left_ka + share * (right_ka - left_ka))
 
 

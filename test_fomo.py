@@ -4020,6 +4020,7 @@ def test_above_the_line_is_the_ka_over_the_linear_trade_off():
     assert above((72.0, 40.0)) == pytest.approx(1.1)  # beyond an end: over that end
     assert above((60.0, 50.0)) == pytest.approx(-9.5)
     assert evaluate.above_line((70, 50), (70, 40), (70, 60)) == -10  # a line straight up
+    assert evaluate.above_line((69, 50), (70, 40), (70, 60)) == 10
     runs = [("a", made_run("joint", moves=[(10, 20)])), ("b", made_run(moves=[(5, 13)]))]
     rows = evaluate.summarise(evaluate.compare(runs))["lines"]
     assert rows[0]["above_line"] is None and rows[1]["above_line"]["mean"] == pytest.approx(3)
@@ -4885,7 +4886,8 @@ def test_the_mixture_is_made_of_what_the_options_say(flux, tmp_path, monkeypatch
         )
         assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
     a, b = [args for args in made if len(args[1]) == 3]  # the others are theta_0's
-    assert a[2:] == (16, (0.1, 0.2, 0.7), 5, 0) and b[2:] == (16, (0.1, 0.2, 0.7), 5, 1)
+    assert a[2:] == (16, (0.1, 0.2, 0.7), 5, 0, None)
+    assert b[2:] == (16, (0.1, 0.2, 0.7), 5, 1, None)
     assert a[1] != b[1] and sorted(itertools.chain(*a[1])) == sorted(itertools.chain(*b[1]))
 
 
@@ -5299,7 +5301,7 @@ def test_an_error_before_anything_was_kept_leaves_other_peoples_files(flux, tmp_
     def interrupt(*a):
         raise fomo.Stopped(signal.SIGINT)
 
-    monkeypatch.setattr(fomo, "score_theta_0", interrupt)
+    monkeypatch.setattr(fomo, "score_before", interrupt)
     assert fomo.main(options) == 130
     assert {p.name for p in out.iterdir()} == {"notes.txt"}
 
