@@ -381,6 +381,7 @@ def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
             given[name] = tuple(map(os.path.expanduser, given[name]))
     config = continued(given) if given.get("continue_") else Config(**given)
     refuse_unused(config, given)
+    config.cache = os.path.expanduser(config.cache)  # the default's ~, too
     return config
 
 

@@ -4655,6 +4655,14 @@ def launch(*options):
     )
 
 
+def test_the_default_cache_is_below_home_and_not_in_a_folder_called_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fomo.parse([]).cache == str(tmp_path / ".cache" / "fomo")
+    given = fomo.parse(["--cache", "~/c", "--data", "~/d", "--heldout", "H", "--out", "~/o"])
+    paths = [given.cache, *given.data, given.out]
+    assert paths == [str(tmp_path / name) for name in "cdo"]
+
+
 def test_a_run_writes_all_that_the_readme_promises(flux, tmp_path, capsys):
     assert fomo.main(flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
