@@ -832,20 +832,19 @@ def write_tensors(tensors, path, metadata=None):
     """Mapping from name to tensor -> safetensors file, byte for byte as the safetensors package
     writes it: widest dtype first, then by name, the data aligned to 8 bytes."""
     header = {"__metadata__": metadata} if metadata else {}
-    kinds = {name: (t.dtype, list(t.shape), t.nbytes) for name, t in tensors.items()}
-    widest = list(DTYPE_NAMES)[::-1]
-    names = sorted(kinds, key=lambda name: (widest.index(kinds[name][0]), name))
+    widest = [*DTYPE_NAMES][::-1]
+    places = [(widest.index(t.dtype), n, [*t.shape], t.nbytes) for n, t in tensors.items()]
     offset = 0
-    for name in names:
-        dtype, shape, size = kinds[name]
-        place = [offset, offset + size]
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": place}
-        offset += size
+    for rank, name, shape, size in sorted(places):
+        end = offset + size
+        kind = DTYPE_NAMES[widest[rank]]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     with _aside(path) as f:
         f.write(len(head).to_bytes(8, "little") + head)
-        for name in names:
+        for _, name, *_ in sorted(places):
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             f.write(flat.view(torch.uint8).numpy().data)
 
