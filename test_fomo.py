@@ -340,9 +340,12 @@ def test_shards_with_an_index_are_one_mapping(tmp_path):
     os.unlink(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     assert clip_same(clip.load(tmp_path), model)
-    where["lost"] = "model-00001-of-00002.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(ValueError, match="shards lack 1 tensors, first lost"):
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(OSError, match="model-00002-of-00002"):
+        clip.load(tmp_path)
+    one = {name: file for name, file in where.items() if "00001" in file}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": one}))
+    with pytest.raises(ValueError, match="its tensors make no CLIP|not a CLIP"):
         clip.load(tmp_path)
 
 
@@ -458,13 +461,13 @@ def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
     }
     clip.write_tensors(other, tmp_path / "a.safetensors")
     with (
-        pytest.raises(ValueError, match=r"ln_final.bias missing \(1 in all\)"),
+        pytest.raises(ValueError, match=r"Missing key.*ln_final.bias"),
         pytest.warns(UserWarning, match=r"left out: the tensors of head \(1\)"),
     ):
         clip.load(tmp_path / "a.safetensors", config=SMALL)
     clip.write_tensors(state, tmp_path / "b.safetensors")
     with pytest.raises(
-        ValueError, match=r"visual.positional_embedding .*\[17, 128\], not \[65, 128\]"
+        ValueError, match=r"visual.positional_embedding: .*\[17, 128\].*\[65, 128\]"
     ):
         clip.load(tmp_path / "b.safetensors", config=dataclasses.replace(SMALL, image_size=64))
     clip.write_tensors(
@@ -760,7 +763,7 @@ def test_what_may_change_the_features_is_not_left_out(tmp_path):
         "text_projection.bias",
     ):
         torch.save({"model": state | {name: torch.ones(3)}}, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=f"{name} unexpected"):
+        with pytest.raises(ValueError, match=f"Unexpected key.*{name}"):
             clip.load(tmp_path / "a.pt", config=SMALL)
     torch.save(
         {"student": state, "tutor": state | {"logit_scale": torch.ones(())}}, tmp_path / "a.pt"
@@ -6450,6 +6453,7 @@ class TestMergeTechniques:
         assert torch.equal(merge_one("magmax", torch.zeros(2), [a, b]), b)
         assert torch.equal(merge_one("magmax", torch.zeros(2), [b, a]), a)
 
+    @pytest.mark.filterwarnings("ignore:The density 1 is greater:UserWarning")
     @pytest.mark.parametrize("density", [0.1, 0.5, 1])
     def test_ties_agrees_with_peft(self, density):
         """Per tensor, top-k of 400 entries. Unweighted: peft elects before it weights,
@@ -6804,9 +6808,9 @@ class TestMergeTensors:
         )
 
     def test_peak_memory_is_below_twice_the_model(self, tmp_path):
-        """Three experts of 74 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter,
+        """Three experts of 38 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter,
         each technique in a process of its own."""
-        config = clip._config(256, 224, 16, (512, 4, 8, 2048), (256, 4, 4), vocab=8000)
+        config = clip._config(192, 224, 16, (384, 4, 6, 1536), (192, 4, 3), vocab=8000)
         for i in range(4):
             torch.manual_seed(i)
             model = clip.CLIP(config).state_dict()
