@@ -582,7 +582,8 @@ def _reading(path, fault):
         named = isinstance(e, ValueError) and str(e).startswith((str(path), f"{folder}{os.sep}"))
         if named or getattr(e, "filename", None):
             raise  # it names the file, or the one beside it, already
-        raise ValueError(f"{path}: {fault} ({type(e).__name__}: {e})") from e
+        words = " ".join(str(e).split())[:800]
+        raise ValueError(f"{path}: {fault} ({type(e).__name__}: {words})") from e
 
 
 class Tensors(Mapping):
@@ -805,14 +806,11 @@ def _read(path):
         path = path / found[0]
     if not path.name.endswith(".index.json"):
         return _read_file(path)
+    readers = {}
     with _reading(path, "no list of shards by tensor"):
         where = _read_json(path)["weight_map"]
-        readers = {}
         for shard in sorted({os.path.basename(shard) for shard in where.values()}):
             readers |= _read_file(path.with_name(shard)).readers
-        missing = sorted(where.keys() - readers.keys())
-        if missing:
-            raise ValueError(f"its shards lack {len(missing)} tensors, first {missing[0]}")
     return Tensors(readers)
 
 
@@ -832,20 +830,19 @@ def write_tensors(tensors, path, metadata=None):
     """Mapping from name to tensor -> safetensors file, byte for byte as the safetensors package
     writes it: widest dtype first, then by name, the data aligned to 8 bytes."""
     header = {"__metadata__": metadata} if metadata else {}
-    kinds = {name: (t.dtype, list(t.shape), t.nbytes) for name, t in tensors.items()}
-    widest = list(DTYPE_NAMES)[::-1]
-    names = sorted(kinds, key=lambda name: (widest.index(kinds[name][0]), name))
+    widest = [*DTYPE_NAMES][::-1]
+    places = [(widest.index(t.dtype), n, [*t.shape], t.nbytes) for n, t in tensors.items()]
     offset = 0
-    for name in names:
-        dtype, shape, size = kinds[name]
-        place = [offset, offset + size]
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": place}
-        offset += size
+    for rank, name, shape, size in sorted(places):
+        end = offset + size
+        kind = DTYPE_NAMES[widest[rank]]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     with _aside(path) as f:
         f.write(len(head).to_bytes(8, "little") + head)
-        for name in names:
+        for _, name, *_ in sorted(places):
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             f.write(flat.view(torch.uint8).numpy().data)
 
@@ -1249,24 +1246,15 @@ def _load(path, config, quick_gelu, image_size):
         config = dataclasses.replace(config, image_size=image_size)
     with torch.device("meta"):  # takes no memory: the tensors of the file become the weights
         model = CLIP(config)
-    expected = model.state_dict()
-    wrong = [f"{k} missing" for k in expected if k not in tensors]
-    wrong += [f"{k} unexpected" for k in tensors if k not in expected]
     state = {}
-    # the largest first, while memory is empty
-    for name in sorted(expected, key=lambda k: -expected[k].numel()) if not wrong else ():
-        tensor = tensors[name]
-        if name == "visual.positional_embedding" and image_size is not None:
-            tensor = _resize(tensor.float(), image_size // config.patch_size)
-        shape = [*expected[name].shape]
-        if [*tensor.shape] != shape or not tensor.is_floating_point():
-            wrong.append(f"{name} {tensor.dtype} {[*tensor.shape]}, not {shape}")
-        else:
-            state[name] = tensor.to(torch.float32, copy=True)
-    if wrong:
-        some = f"{', '.join(wrong[:8])} ({len(wrong)} in all)"
-        raise ValueError(f"{path} does not fit the config: {some}")
-    model.load_state_dict(state, assign=True)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, which are no plain weights")
+        state[name] = tensor.to(torch.float32, copy=True)
+    if image_size is not None:
+        grid = "visual.positional_embedding"
+        state[grid] = _resize(state[grid], image_size // config.patch_size)
+    model.load_state_dict(state, assign=True)  # compares names and shapes
     pixels = said.get("preprocess", model.preprocess)
     model.preprocess = dataclasses.replace(pixels, size=config.image_size)
     model.tokenizer = said.get("tokenizer", {})

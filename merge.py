@@ -369,8 +369,6 @@ def layer_scales(names, alpha=0.5, beta=0.5, how="linear"):
     block l of L, alpha for all others. A block is the first number in a name; L is counted for each
     tower, i.e. what precedes the number, on its own. -> dict from name to factor. (TIME's takes the
     place of scale; ours is a factor beside it.)"""
-    if how not in CURVES:
-        raise ValueError(f"lines must end in one of {', '.join(CURVES)}, got {how!r}")
     places = {}  # name -> tower, block
     last = {}  # tower -> L - 1, or 1: a single block has the position 0
     for name in names:
@@ -379,12 +377,9 @@ def layer_scales(names, alpha=0.5, beta=0.5, how="linear"):
             tower, block = found.groups()
             places[name] = tower, int(block)
             last[tower] = max(last.get(tower, 1), int(block))
-    scales = {}
-    for name in names:
-        scales[name] = alpha
-        if name in places:
-            tower, block = places[name]
-            scales[name] += beta * CURVES[how](block / last[tower])
+    scales = dict.fromkeys(names, alpha)
+    for name, (tower, block) in places.items():
+        scales[name] += beta * CURVES[how](block / last[tower])
     return scales
 
 
@@ -689,8 +684,6 @@ def expert_weights(tasks, how="uniform", reverse=False, include_base=False):
     """Weights of the experts of `tasks` tasks, oldest first, that sum to one: they grow as
     GROWTHS[how](1, 2, ...), or with reverse shrink so. With include_base theta_0 comes before the
     first and has the first weight. (TIME.)"""
-    if how not in GROWTHS:
-        raise ValueError(f"expert weights must be one of {', '.join(GROWTHS)}, got {how!r}")
     raw = [GROWTHS[how](i) for i in range(1, tasks + include_base + 1)]
     return [w / sum(raw) for w in (reversed(raw) if reverse else raw)]
 

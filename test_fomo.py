@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -208,6 +209,35 @@ def test_every_config_has_open_clips_parameters_and_published_counts():
                 assert round(sum(map(math.prod, ours.values())) / 1e6, 2) == millions[name]
 
 
+def clip_examples():
+    """The indented code of clip.py's docstring, up to what needs a network, and of backward's."""
+    model = clip.__doc__.split("\n\n")[2]
+    step = clip.backward.__doc__.split("\n\n")[-1]
+    return textwrap.dedent(model), textwrap.dedent(step)
+
+
+def test_the_file_alone_runs_its_docstrings_examples(tmp_path):
+    """The step from pieces leaves the gradient of the whole batch's loss."""
+    shutil.copy(clip.__file__, tmp_path)
+    model, step = clip_examples()
+    assert "contrastive_loss" in model and "piece=" in step
+    code = f"""
+import torch.nn.functional as F
+{model}
+loss.backward()
+whole = {{name: p.grad for name, p in model.named_parameters()}}
+model.zero_grad()
+tokens = tokenizer(["a red square", "two dots"], context_length=64)
+optimizer = torch.optim.SGD(model.parameters())
+{step.replace("piece=64", "piece=1")}
+for name, p in model.named_parameters():
+    torch.testing.assert_close(p.grad, whole[name], atol=1e-5, rtol=1e-3)  # float32, other order
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path[0] = '.'\n{code}"],
+                         cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
 # ---------------------------------------------------------------------------------------- layouts
 
 
@@ -310,9 +340,12 @@ def test_shards_with_an_index_are_one_mapping(tmp_path):
     os.unlink(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     assert clip_same(clip.load(tmp_path), model)
-    where["lost"] = "model-00001-of-00002.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(ValueError, match="shards lack 1 tensors, first lost"):
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(OSError, match="model-00002-of-00002"):
+        clip.load(tmp_path)
+    one = {name: file for name, file in where.items() if "00001" in file}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": one}))
+    with pytest.raises(ValueError, match="its tensors make no CLIP|not a CLIP"):
         clip.load(tmp_path)
 
 
@@ -428,13 +461,13 @@ def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
     }
     clip.write_tensors(other, tmp_path / "a.safetensors")
     with (
-        pytest.raises(ValueError, match=r"ln_final.bias missing \(1 in all\)"),
+        pytest.raises(ValueError, match=r"Missing key.*ln_final.bias"),
         pytest.warns(UserWarning, match=r"left out: the tensors of head \(1\)"),
     ):
         clip.load(tmp_path / "a.safetensors", config=SMALL)
     clip.write_tensors(state, tmp_path / "b.safetensors")
     with pytest.raises(
-        ValueError, match=r"visual.positional_embedding .*\[17, 128\], not \[65, 128\]"
+        ValueError, match=r"visual.positional_embedding: .*\[17, 128\].*\[65, 128\]"
     ):
         clip.load(tmp_path / "b.safetensors", config=dataclasses.replace(SMALL, image_size=64))
     clip.write_tensors(
@@ -730,7 +763,7 @@ def test_what_may_change_the_features_is_not_left_out(tmp_path):
         "text_projection.bias",
     ):
         torch.save({"model": state | {name: torch.ones(3)}}, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=f"{name} unexpected"):
+        with pytest.raises(ValueError, match=f"Unexpected key.*{name}"):
             clip.load(tmp_path / "a.pt", config=SMALL)
     torch.save(
         {"student": state, "tutor": state | {"logit_scale": torch.ones(())}}, tmp_path / "a.pt"
@@ -1173,7 +1206,7 @@ def clip_hostile(path):
     elif kind == "deflated":
         clip_zip(
             path,
-            b"\x80\x04\x8d" + (2**30).to_bytes(8, "little") + b"a" * 2**30 + b".",
+            b"\x80\x04\x8d" + (2**29).to_bytes(8, "little") + b"a" * 2**29 + b".",
             zipfile.ZIP_DEFLATED,
         )
     elif kind == "expanded":
@@ -1185,38 +1218,42 @@ def clip_hostile(path):
         header = {"a": {"dtype": "F32", "shape": [1] * 10**6, "data_offsets": [0, 4]}}
         path.write_bytes(clip_bytes(header, b"\0" * 4))
     elif kind == "merges":
-        path.write_bytes(gzip.compress(b"a" * 2**31, 1))
+        path.write_bytes(gzip.compress(b"a" * 2**29, 1))
 
 
+CLIP_KINDS = (
+    "key", "shown", "dicts", "memo", "bytes", "deflated", "expanded", "layers", "axes", "merges",
+)  # fmt: skip
 CLIP_HOSTILE = """
-import pathlib, resource, sys, clip
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    path = pathlib.Path(sys.argv[1])
-    if path.stem == "merges":
-        clip.Tokenizer(path)
-    else:
-        clip.load(path, quick_gelu=True)
-except ValueError as e:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak - before, len(str(e)), str(path) in str(e))
+import os, pathlib, signal, sys, clip
+def resident(): return next(int(line.split()[1]) for line in open("/proc/self/status")
+                            if line.startswith("VmHWM"))
+for path in map(pathlib.Path, sys.argv[1:]):
+    if os.fork() == 0:  # spares the import's seconds; the peak starts at what is resident
+        signal.alarm(20)
+        before = resident()
+        try:
+            clip.Tokenizer(path) if path.stem == "merges" else clip.load(path, quick_gelu=True)
+        except ValueError as e:
+            print(path.stem, resident() - before, len(str(e)), str(path) in str(e), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize("kind", ["key", "shown", "dicts", "memo", "bytes", "deflated", "expanded",
-                                  "layers", "axes", "merges"])  # fmt: skip
-def test_hostile_files_end_in_a_sentence_soon_and_in_little_memory(tmp_path, kind):
-    clip_hostile(tmp_path / f"{kind}.pt")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+def test_hostile_files_end_in_a_sentence_soon_and_in_little_memory(tmp_path):
+    paths = [tmp_path / f"{kind}.pt" for kind in CLIP_KINDS]
+    for path in paths:
+        clip_hostile(path)
     out = subprocess.run(
-        [sys.executable, "-c", CLIP_HOSTILE, str(tmp_path / f"{kind}.pt")],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,  # it takes the import's 5 seconds
-        cwd=Path(clip.__file__).parent,
-    )
-    kib, length, named = out.stdout.split()
-    assert int(kib) < 400_000 and int(length) < 5000 and named == "True", out.stdout
+        [sys.executable, "-c", CLIP_HOSTILE, *map(str, paths)],
+        capture_output=True, text=True, check=True, timeout=120, cwd=Path(clip.__file__).parent,
+    )  # fmt: skip
+    rows = [line.split() for line in out.stdout.splitlines()]
+    assert [row[0] for row in rows] == [*CLIP_KINDS], out.stderr
+    for kind, kib, length, named in rows:
+        assert int(kib) < 400_000 and int(length) < 5000 and named == "True", kind
 
 
 # -------------------------------------------------------------------------------------- downloads
@@ -1729,6 +1766,20 @@ def test_tokenizer_json_gives_transformers_ids(clip_tokenizer, clip_bpe, tmp_pat
     want = theirs(texts)["input_ids"]
     assert [[ours.start, *ours.encode(text), ours.end] for text in texts] == want
     assert ours.merges == clip_tokenizer.merges
+
+
+def test_every_spelling_of_tokenizer_json_gives_the_same_ids(clip_tokenizer, clip_bpe, tmp_path):
+    """Pairs as lists or as texts, by version; "!" as padding, which is id 0, as SDXL's has it."""
+    clip_tokenizer_json(clip_tokenizer, clip_bpe, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    pairs = [m.split() if isinstance(m, str) else m for m in tree["model"]["merges"]]
+    tree["added_tokens"].append({"id": 0, "content": "!", "special": True})
+    for merges in (pairs, [" ".join(pair) for pair in pairs]):
+        tree["model"]["merges"] = merges
+        path.write_text(json.dumps(tree))
+        ours = clip.Tokenizer(path)
+        assert ours.merges == clip_tokenizer.merges and ours.end == clip_tokenizer.end
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -6865,7 +6916,7 @@ def test_budget_peak_memory_of_micro_batches_is_that_of_a_whole_step(method, pre
 
 @pytest.mark.parametrize("method", ["finetune", "lora"])
 def test_budget_peak_memory_of_a_batch_whose_logits_are_what_is_large(method):
-    config, size, micro_batch = clip.CONFIGS["tiny"], 4000, 100
+    config, size, micro_batch = clip.CONFIGS["tiny"], 4000, 400
     real = budget_peak(config, size, method, False, micro_batch)
     ours = budget.peak_memory(config, size, method, "fp32", micro_batch=micro_batch)
     assert ours > 12 * size**2 and ours == pytest.approx(real, rel=0.05)
@@ -7271,6 +7322,7 @@ class TestMergeTechniques:
         assert torch.equal(merge_one("magmax", torch.zeros(2), [a, b]), b)
         assert torch.equal(merge_one("magmax", torch.zeros(2), [b, a]), a)
 
+    @pytest.mark.filterwarnings("ignore:The density 1 is greater:UserWarning")
     @pytest.mark.parametrize("density", [0.1, 0.5, 1])
     def test_ties_agrees_with_peft(self, density):
         """Per tensor, top-k of 400 entries. Unweighted: peft elects before it weights,
@@ -7625,9 +7677,9 @@ class TestMergeTensors:
         )
 
     def test_peak_memory_is_below_twice_the_model(self, tmp_path):
-        """Three experts of 74 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter,
+        """Three experts of 38 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter,
         each technique in a process of its own."""
-        config = clip._config(256, 224, 16, (512, 4, 8, 2048), (256, 4, 4), vocab=8000)
+        config = clip._config(192, 224, 16, (384, 4, 6, 1536), (192, 4, 3), vocab=8000)
         for i in range(4):
             torch.manual_seed(i)
             model = clip.CLIP(config).state_dict()
