@@ -3621,8 +3621,8 @@ def test_a_part_of_features_scores_what_the_part_alone_scores():
     own = [j for j in range(90) if owner[j] in ids]
     place = {i: n for n, i in enumerate(ids)}
     expected = evaluate.retrieval(image[ids], text[own], [place[owner[j]] for j in own])
-    assert evaluate.retrieval(*evaluate.part(image, text, owner, ids)) == expected
-    assert torch.equal(evaluate.part(image, text, None, ids)[0], image[ids])
+    assert evaluate.retrieval(*evaluate.selected(image, text, owner, ids)) == expected
+    assert torch.equal(evaluate.selected(image, text, None, ids)[0], image[ids])
 
 
 def test_over_time_compares_rows_on_the_same_samples():
