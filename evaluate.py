@@ -133,7 +133,7 @@ def retrieval(image, text, owner, labels=None, classes=None):
     return numbers
 
 
-def part(image, text, owner, ids):
+def selected(image, text, owner, ids):
     """Features of some of N pictures, `ids` [n], ascending -> (image [n, D], text, owner), the
     texts being those of these. A classifier, whose owner is None, stays as it is."""
     ids = torch.as_tensor(ids)
@@ -1090,6 +1090,15 @@ def _deviation(track):
     return track.std(axis=0, ddof=1) if len(track) > 1 else np.zeros(track.shape[1:])
 
 
+def _band(track):
+    """The mean over the seeds, less and plus a standard deviation."""
+    return track.mean(axis=0) - _deviation(track), track.mean(axis=0) + _deviation(track)
+
+
+def _opacity(styles):
+    return 0.2 if len(styles) <= FEW else 0.08
+
+
 def draw_plane(tracks):
     """ZS to the right and KA upwards, a point of one as long as a point of the other."""
     styles = _styles(tracks)
@@ -1109,7 +1118,7 @@ def draw_plane(tracks):
         sheet.dashes(*stars.values(), GREY)
         _shade_track(sheet, axes, tracks["joint"][:, -1:], GOLD, 0.2)
     for name, (colour, _) in styles.items():
-        _shade_track(sheet, axes, tracks[name], colour, 0.2 if len(styles) <= FEW else 0.08)
+        _shade_track(sheet, axes, tracks[name], colour, _opacity(styles))
     for name, (colour, _) in styles.items():
         sheet.line([axes.at(*p) for p in tracks[name].mean(axis=0)], colour, 3)
     taken = [(*place, 15) for place in stars.values()]  # x, y, radius of what must stay readable
@@ -1131,10 +1140,9 @@ def _plane_axes(tracks):
     """Axes around all points and their deviations, of one scale: pixels a point of ZS or KA."""
     sides = []
     for axis in (0, 1):
-        means = [track.mean(axis=0)[:, axis] for track in tracks.values()]
-        spreads = [_deviation(track)[:, axis] for track in tracks.values()]
-        low = min((m - s).min() for m, s in zip(means, spreads))
-        high = max((m + s).max() for m, s in zip(means, spreads))
+        bands = [_band(track[..., axis]) for track in tracks.values()]
+        low = min(low.min() for low, _ in bands)
+        high = max(high.max() for _, high in bands)
         pad = max(0.06 * (high - low), 1.0)
         sides.append((low - pad, high + pad))
     across, up = (high - low for low, high in sides)
@@ -1198,27 +1206,22 @@ def draw_curves(tracks, within=None):
     last = max([1, *(tracks[name].shape[1] - 1 for name in styles)])
     for i, (metric, score) in enumerate(metrics.items()):
         values = {name: score(track) for name, track in tracks.items()}
-        thin = {
-            name: [[(x, score(np.array([zs, ka]))) for x, zs, ka in task] for task in tasks]
-            for name, tasks in within.items()
-        }
-        spans = [(v.mean(axis=0) - _deviation(v), v.mean(axis=0) + _deviation(v))
-                 for v in values.values()]  # fmt: skip
-        inside = [y for tasks in thin.values() for task in tasks for _, y in task]
-        low = min([*inside, *(low.min() for low, _ in spans)])
-        high = max([*inside, *(high.max() for _, high in spans)])
-        pad = max(0.06 * (high - low), 0.5)
+        thin = [(styles[name][0], [(x, score(np.array([zs, ka]))) for x, zs, ka in task])
+                for name, tasks in within.items() for task in tasks]  # fmt: skip
+        known = [y for _, points in thin for _, y in points]
+        known += [y for track in values.values() for edge in _band(track) for y in edge]
+        pad = max(0.06 * (max(known) - min(known)), 0.5)
         top = 46 + each * i
-        axes = Axes(60, top, 680, top + each - 76, (0, last), (low - pad, high + pad))
+        y = min(known) - pad, max(known) + pad
+        axes = Axes(60, top, 680, top + each - 76, (0, last), y)
         y_ticks = _ticks(*axes.y, _step(axes.y[1] - axes.y[0], 6))
         x_name = "finished tasks" if i == len(metrics) - 1 else ""
         axes.grid(sheet, _ticks(0, last, max(1, _step(last, 12))), y_ticks, x_name, metric)
-        for name, tasks in thin.items():
-            for task in tasks:
-                places = [axes.at(*point) for point in task]
-                sheet.line(places, styles[name][0], 1)
-                for place in places:
-                    sheet.mark("circle", place, 3, styles[name][0])
+        for colour, points in thin:
+            places = [axes.at(*point) for point in points]
+            sheet.line(places, colour, 1)
+            for place in places:
+                sheet.mark("circle", place, 3, colour)
         _draw_curve_lines(sheet, axes, values, styles)
     legend.draw(sheet, 704, 46)
     return sheet
@@ -1230,11 +1233,9 @@ def _draw_curve_lines(sheet, axes, values, styles):
         sheet.dashes(axes.at(0, level), axes.at(axes.x[1], level), GOLD)
     for name, (colour, _) in styles.items():
         if len(values[name]) > 1 and values[name].shape[1] > 1:
-            mean = values[name].mean(axis=0)
-            spread = _deviation(values[name])
-            low = [axes.at(t, v) for t, v in enumerate(mean - spread)]
-            high = [axes.at(t, v) for t, v in enumerate(mean + spread)]
-            sheet.shade([low + high[::-1]], colour, 0.2 if len(styles) <= FEW else 0.08)
+            below, above = _band(values[name])
+            around = [*enumerate(below), *reversed([*enumerate(above)])]
+            sheet.shade([[axes.at(t, v) for t, v in around]], colour, _opacity(styles))
     for name, (colour, mark) in styles.items():
         places = [axes.at(t, v) for t, v in enumerate(values[name].mean(axis=0))]
         sheet.line(places, colour, 3)

@@ -1246,7 +1246,7 @@ def score_all(stage, shown, folder, everything, name):
         everywhere[d.name] = measure(d, ids, *features)
         on_subset[d.name] = everywhere[d.name]
         if len(subset) < len(ids) and not shown.c.score_all:
-            on_subset[d.name] = measure(d, subset, *evaluate.part(*features, subset))
+            on_subset[d.name] = measure(d, subset, *evaluate.selected(*features, subset))
         folder.pause(stage)
     shown.model.cpu()
     row = row_of(stage, world, everywhere)
