@@ -235,7 +235,9 @@ class Concat(Split):
         for number, split in enumerate(self.splits):
             own = split.keys()
             mark = _key(f"part {number}")
-            keys = np.concatenate([keys, np.where(np.isin(own, keys), own ^ mark, own)])
+            while (twice := np.isin(own, keys)).any():  # again where a part is itself of parts
+                own = np.where(twice, own * 3 ^ mark, own)
+            keys = np.concatenate([keys, own])
         return keys
 
     def fingerprint(self):
@@ -1548,7 +1550,7 @@ def _table_classes(path, header, rows):
     return [_same_form(row["class"].strip()) for _, row in rows]
 
 
-def _table_sets(path, template=TEMPLATE):
+def _table_sets(path, template=TEMPLATE, held=None):
     path = Path(path).resolve()
     header, rows = _table_rows(path)
     notes = [f"{path}: a table of {_count(len(rows), 'row')}"]
@@ -1587,7 +1589,7 @@ def _table_sets(path, template=TEMPLATE):
     dataset = Dataset(path.stem, kind, classes, prompts, *found)
     if "split" not in header:
         notes.append(f"{path} has no column split: a fifth of each class is for testing")
-        dataset = _validated(dataset, 0.2)
+        dataset = _validated(dataset, 0.2, held)
     return {path.stem: dataset}, notes
 
 
@@ -1885,20 +1887,22 @@ def shards(pattern, cache=None):
 
 
 def _validated(dataset, share, held=None):
-    """The dataset scored on a share of each class's training pictures, not trained on these: at
-    least one of a class that has two, and last those that an earlier task held."""
+    """The dataset scored on a share of each class's training pictures, at least one of a class that
+    has two, not trained on these, nor on any that an earlier task held."""
     rng = np.random.default_rng((7, zlib.crc32(dataset.name.encode())))
     labels = dataset.train.labels
     shuffled = rng.permutation(len(labels))
     known = np.isin(shuffled, located(held, [dataset])[1])
-    shuffled = shuffled[np.lexsort((known, labels[shuffled]))]  # by class, each shuffled
+    by_class = np.lexsort((known, labels[shuffled]))  # each shuffled, what was held last
+    shuffled = shuffled[by_class]
     _, starts, counts = np.unique(labels[shuffled], return_index=True, return_counts=True)
     places = np.arange(len(labels)) - np.repeat(starts, counts)  # of each within its class
     wanted = np.maximum(np.floor(counts * share), counts > 1)
-    chosen = places < np.repeat(wanted, counts)
+    chosen = (places < np.repeat(wanted, counts)) & ~known[by_class]
     if not chosen.any():
-        raise ValueError(f"{dataset.name} has no class of two training pictures, so that none can "
-                         "be kept to score on")  # fmt: skip
+        unheld = " that no earlier task held" if known.any() else ""
+        raise ValueError(f"{dataset.name} has no class of two training pictures{unheld}, so that "
+                         "none can be kept to score on")  # fmt: skip
     train = Subset(dataset.train, np.sort(shuffled[~chosen]))
     test = Subset(dataset.train, np.sort(shuffled[chosen]))
     return Dataset(dataset.name, dataset.kind, dataset.classes, dataset.prompts, train, test)
@@ -1913,7 +1917,7 @@ def _sets_of(spec, options):
         return _torchvision_sets(root, re.split(r"\s*,\s*", wanted), options["download"])
     path = Path(spec).expanduser()
     if path.suffix.lower() in (".csv", ".tsv"):
-        return _table_sets(path, template)
+        return _table_sets(path, template, options["held"])
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder and no .csv or .tsv; --data takes those, or "
                                 "torchvision:NAME,NAME, and --pool shards")  # fmt: skip
@@ -1991,7 +1995,7 @@ def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=Fals
     if not 0 <= validation < 1:
         raise ValueError(f"the share for validation is 0 or more and below 1, got {validation:g}")
     options = {"captions": captions, "prompts_too": prompts_too, "template": template,
-               "download": download, "cache": cache}  # fmt: skip
+               "download": download, "cache": cache, "held": held}  # fmt: skip
     sources = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
     sets, notes = _all_sets(sources, options, held is not None)
     others = held is not None and not set(before) & set(map(str, sources))
@@ -2054,9 +2058,10 @@ def located(held, datasets):
     origin = np.full(len(held["keys"]), -1, np.int16)
     index = np.full(len(held["keys"]), -1, np.int64)
     for k, d in enumerate(datasets):
-        if d.name not in held["names"]:
+        name = _same_form(d.name)
+        if name not in held["names"]:
             continue
-        mine = held["origin"].numpy() == held["names"].index(d.name)
+        mine = held["origin"].numpy() == held["names"].index(name)
         origin[mine] = k
         keys = d.train.keys()
         by_key = np.argsort(keys)
@@ -2344,15 +2349,18 @@ class Mixture:
     def held(self):
         """What a Mixture of the next tasks has to know of these and all before: texts and tensors,
         a key of eight bytes a sample."""
-        names = list(dict.fromkeys([*self.before["names"], *self.names]))
+        names = list(self.before["names"])
         first = self.ends[len(self.before["ends"]) - 1]
         keys = np.zeros(len(self.index) - first, np.int64)
         origin = np.zeros(len(keys), np.int16)
         for k, d in enumerate(self.datasets):
             mine = self.origin[first:] == k
-            if mine.any():
-                keys[mine] = d.train.keys()[self.index[first:][mine]]
-                origin[mine] = names.index(d.name)
+            if not mine.any():
+                continue
+            name = _same_form(d.name)
+            names += [name] * (name not in names)
+            keys[mine] = d.train.keys()[self.index[first:][mine]]
+            origin[mine] = names.index(name)
         earlier = self.before["ends"]
         later = [earlier[-1] + end - first for end in self.ends[len(earlier) :]]
         return {"names": names, "ends": [*earlier, *later],

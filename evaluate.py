@@ -373,13 +373,29 @@ def stability_gap(before, within):
     return gap
 
 
+def rows_before(results):
+    """For each row of results["tasks"] the row before it: theta_0's, the one above, or in the first
+    task of an update "before", which are the same weights on the test data of the update."""
+    above = [results["theta_0"], *results["tasks"]]
+    rows = [row.get("before") or old for old, row in zip(above, results["tasks"])]
+    first = results["parent"]["task"] if results.get("before") else len(rows)
+    return [results["before"] if t == first else row for t, row in enumerate(rows)]
+
+
+def alike(row, other):
+    """Whether the means of two rows are over the same datasets, these scored on the same data."""
+    return all(row.get(key) == other.get(key) for key in ("samples", "scored_on")) and (
+        row.get("by_task", {}).keys() == other.get("by_task", {}).keys()
+    )
+
+
 def task_gap(before, row):
     """stability_gap() of a task from its row and the row before; None where they are on different
     samples. row["within"] are scores of the weights in training, on the samples of the row or of
     its "subset"; a step 0 among them stands for the row before, since the task began elsewhere."""
     start = before.get("subset", before)
     end = row.get("subset", row)
-    if start.get("samples") != end.get("samples"):
+    if not alike(start, end):
         return {"ka": None, "zs": None}
     within = row.get("within", [])
     if within and within[0]["step"] == 0:
@@ -388,12 +404,14 @@ def task_gap(before, row):
 
 
 def scores_on(row, other, what="datasets"):
-    """{dataset: row[what][dataset]} as far as the row, or its "subset", has it on as many samples
-    as `other`: R@5 falls with the number of candidates, so it compares on the same samples alone.
-    A row on all samples has in "subset" its scores on those of the rows between first and last."""
+    """{dataset: row[what][dataset]} as far as the row, or its "subset", has it on the same test
+    data and as many samples as `other`: R@5 falls with the number of candidates, accuracy with that
+    of classes. A row on all samples has in "subset" its scores on those of the rows between first
+    and last."""
 
     def samples(part, name):
-        return part.get("samples_of", {}).get(name, part.get("samples"))
+        data = part.get("scored_on", {}).get(name)  # runs of before do not say
+        return data, part.get("samples_of", {}).get(name, part.get("samples"))
 
     found = {}
     for part in (row, row.get("subset", {})):
@@ -408,16 +426,19 @@ def over_time(results):
     "datasets": {name: {"forgetting", "backward", "forward"}}}; means over datasets, the gap's over
     tasks; None where a run did not keep what is needed. Rows are compared on the same samples:
     where those between the first and the last are on a subset, all are."""
-    rows = [results["theta_0"], *results["tasks"]]
+    before = rows_before(results)
+    rows = [*before, *results["tasks"][-1:]] or [results["theta_0"]]
     last = rows[-1].get("subset", rows[-1])
     lost = dataset_forgetting([scores_on(row, last) for row in rows])
     kept = all("by_task" in row for row in rows)
-    moved = transfer([scores_on(row, last, "by_task") for row in rows]) if kept else {}
+    moved = {}
+    if kept:
+        moved = transfer([scores_on(row, last, "by_task") for row in rows])
     none = {"backward": None, "forward": None}
     each = {name: {"forgetting": lost[name], **moved.get(name, none)} for name in lost}
     means = {what: _mean([d[what] for d in each.values()])
              for what in ("forgetting", "backward", "forward")}  # fmt: skip
-    gaps = [task_gap(before, row) for before, row in itertools.pairwise(rows)]
+    gaps = [task_gap(old, row) for old, row in zip(before, results["tasks"])]
     mean_gap = {metric: _mean([gap[metric] for gap in gaps]) for metric in ("ka", "zs")}
     return {**means, "stability_gap": mean_gap, "datasets": each}
 
@@ -426,13 +447,15 @@ def conditions(gate):
     """What has to hold for an update to be shipped, as "zs >= -1, DIGITS >= -3" in points against
     the weights before it, or None -> [(name, "<" or ">" or "<=" or ">=", points)]."""
     found = []
-    for part in gate.split(",") if gate else ():
-        match = re.fullmatch(r"\s*(\S.*?)\s*([<>]=?)\s*([-+]?[\d.]+)\s*", part)
+    rest = gate or ""
+    while rest.strip():  # a name may hold a comma, so that they are read one after the other
+        match = re.match(r"\s*([^\s<>=][^<>=]*?)\s*([<>]=?)\s*([-+]?[\d.]+)\s*(?:,|$)", rest)
         try:
             found.append((match[1], match[2], float(match[3])))
         except (TypeError, ValueError):
             raise ValueError(f"--gate takes conditions as in \"zs >= -1, DIGITS >= -3\", got"
-                             f" {part!r}") from None
+                             f" {rest!r}") from None
+        rest = rest[match.end() :]
     return found
 
 
@@ -835,14 +858,15 @@ def run_row(task, steps, scores, before=None, whole=None):
     if before and before["samples"] != scores["samples"]:
         old = before.get("subset", before)
         new = scores.get("subset", scores)
-    alike = before and old["samples"] == new["samples"]
     cells = []
     for metric in METRICS:
-        change = _minus(new[metric], old[metric]) if alike else None
+        change = _minus(new[metric], old[metric]) if before and alike(old, new) else None
         cells.append(_number(scores[metric], SCORE))
         cells.append("" if change is None else f"({CHANGE.format(change)})")
     row = ROW.format(task, steps, *cells).rstrip()
-    if whole and scores["samples"] < whole["samples"]:
+    if whole and scores.get("scored_on") != whole.get("scored_on"):
+        row += "   on the test data of then"
+    elif whole and scores["samples"] < whole["samples"]:
         row += f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples"
     return row
 

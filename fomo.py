@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -250,6 +251,7 @@ class Stage:
     scaler: torch.amp.GradScaler = None
     when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
     chunks: list = None  # the concepts that each task teaches
+    scored_on: dict = None  # dataset -> what tells its test data from others
     saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
 
 
@@ -317,7 +319,8 @@ def run(config):
             return time_two_steps(learner, mixture, len(past["chunks"]))
         names = [d.name for d in world.adaptation + world.heldout]
         evaluate.check_gate(c.gate, names, world.heldout)
-        folder.begin(inputs(learner, stream, steps, past), past)
+        found = inputs(learner, stream, steps, past)
+        folder.begin(found, past)
         obtain_theta_0(learner, folder, past)
 
         method = make_method(c)
@@ -341,7 +344,8 @@ def run(config):
             stage.score_within = partial(score_within, stage, shown, folder)
         stage.when = first_tasks(world, chunks)
         stage.chunks = chunks
-        go_on(stage, folder, past)
+        stage.scored_on = scored_on(found, world)
+        go_on(stage, past)
         folder.restore(stage)
         learner.broken = shown.broken = folder.name_broken
         score_before(stage, shown, folder)
@@ -379,7 +383,7 @@ def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
             given[name] = os.path.expanduser(given[name])
         elif name in given:
             given[name] = tuple(map(os.path.expanduser, given[name]))
-    config = continued(given) if given.get("continue_") else Config(**given)
+    config = continued(given) if "continue_" in given else Config(**given)
     refuse_unused(config, given)
     config.cache = os.path.expanduser(config.cache)  # the default's ~, too
     return config
@@ -615,8 +619,8 @@ def check_device(device):
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); without the option a"
-                         " run takes what there is") from None
+        raise ValueError(f"--device {device} cannot be used here ({reason}); --device auto takes"
+                         " what there is") from None
     return device
 
 
@@ -758,10 +762,10 @@ def load_world(c, crew, held=None):
     world = data.open_world(c.data, c.heldout, c.pool, c.captions, c.prompts_too, c.template,
                             c.validation, c.download, c.cache, held, before)  # fmt: skip
     c.data = tuple(map(str, world.sources))
-    learnt = set(held["names"]) & {d.name for d in world.heldout} if held else ()
+    origin, _ = data.located(held, world.heldout)
+    learnt = [d.name for k, d in enumerate(world.heldout) if (origin == k).any()]
     if learnt:
-        raise ValueError(f"{', '.join(sorted(learnt))} cannot be held out: {c.continue_} trained on"
-                         " it")
+        raise ValueError(f"{', '.join(learnt)} cannot be held out: {c.continue_} trained on it")
     for note in world.notes:
         crew.say(note)
     if not world.heldout:
@@ -877,18 +881,23 @@ def announce(learner, mixture, tasks, steps, costs):
     method = "finetune" if c.method == "zero-shot" else c.method
     samples = mixture.ends[-1]
     passes = tasks * steps * c.batch_size / samples
+    those = "samples of the stream"
     if c.continue_:
-        before = mixture.ends[-1 - tasks]
+        first = len(mixture.ends) - 1 - tasks
+        before = mixture.ends[first]
         gone = ", ".join(f"{name} {n:,}" for name, n in mixture.gone.items())
-        crew.say(f"{c.continue_} goes on with {samples - before:,} new samples; its tasks held"
-                 f" {before:,} of those that are there{gone and f', and what has gone: {gone}'}")
+        samples -= before
+        passes = steps * sum(mixture.counts(first + t)[1] for t in range(tasks)) / samples
+        those = "new samples"  # their share of each batch
+        crew.say(f"{c.continue_} goes on with {samples:,} new samples; its tasks held {before:,} of"
+                 f" those that are there{gone and f', and what has gone: {gone}'}")
         if not before and ratios(c)[2]:
             crew.say("the buffer is empty: the update takes its share of each batch")
     peak = budget.peak_memory(learner.model.config, -(-c.batch_size // crew.count), method,
                               c.precision, c.rank or 0, c.micro_batch)  # fmt: skip
     processes = f" on {crew.count} processes" if crew.count > 1 else ""
     crew.say(f"{c.method}: {tasks} x {steps:,} steps of {c.batch_size} pairs{processes},"
-             f" {passes:,.1f} times the {samples:,} samples of the stream;"
+             f" {passes:,.1f} times the {samples:,} {those};"
              f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a"
              " step")
     if passes > 50:
@@ -928,7 +937,7 @@ def inputs(learner, stream, steps, past):
         says = [dataclasses.asdict(model.config), dataclasses.asdict(model.preprocess)]
         found["weights"] = digest([fingerprint(model.state_dict()), *says])
     if learner.merges:
-        found["tokenizer"] = hashlib.sha256(Path(learner.merges).read_bytes()).hexdigest()
+        found["tokenizer"] = file_hash(learner.merges)
     device = learner.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__),
@@ -945,8 +954,19 @@ def data_hashes(found):
             "training_sha256": digest({n: found[n] for n in found if n.endswith(trained)})}
 
 
+def scored_on(found, world):
+    """{dataset: 12 digits that tell apart what it is scored on}, of inputs()."""
+    sets = world.adaptation + world.heldout
+    return {d.name: digest([found[f"{d.name}: {what}"] for what in SCORED])[:12] for d in sets}
+
+
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def file_hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fingerprint(weights):
@@ -969,6 +989,9 @@ def obtain_theta_0(learner, folder, past):
     crew = learner.crew
     model = learner.model
     if c.continue_:
+        if fingerprint(model.state_dict()) != past["version"]["weights"]:
+            raise ValueError(f"{c.continue_}/model.safetensors is not what that run wrote: put it"
+                             " back")
         model.load_state_dict(past["theta_0"])
         return
     own = folder.path / "theta_0.safetensors"
@@ -1183,16 +1206,16 @@ class ExpertFiles:
 def score_before(stage, shown, folder):
     """theta_0, and in a run that continues another what that one shipped; if not known already."""
     results = stage.results
-    for name in ("theta_0", "before"):
+    for name in ("theta_0", "before") if "parent" in results else ("theta_0",):
         if results[name] is not None:
             continue
+        finished = 0
         if name == "before":
-            if "parent" not in results:
-                return
             shown.model.load_state_dict(stage.timeline.deploy())
-        row = score_all(stage, shown, folder, True, f"scoring {name}")
+            finished = stage.task
+        row = score_all(stage, shown, folder, True, f"scoring {name}", finished)
         results[name] = row
-        folder.log("evaluation", task=stage.task, **row)
+        folder.log("evaluation", task=finished, **row)
         folder.save(stage)
 
 
@@ -1200,18 +1223,15 @@ def score_task(stage, shown, folder, task):
     """After a task: what is deployed is on the device just as long as it is scored."""
     shown.model.load_state_dict(stage.timeline.deploy())
     everything = shown.c.score_all or task == stage.tasks - 1
-    scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}")
+    scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}", task + 1)
     row = {"task": task + 1, "steps": stage.steps, "concepts": len(stage.chunks[task]), **scores}
     results = stage.results
     if "within" in results:
         row["within"] = results.pop("within")
-    whole = results["theta_0"]
-    before = (results["tasks"] or [whole])[-1]
-    if results["before"] and task == results["parent"]["task"]:
-        before = results["before"]
     results["tasks"].append(row)
     folder.log("evaluation", **row, seconds=folder.seconds())
-    shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, whole))
+    before = evaluate.rows_before(results)[-1]
+    shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, results["theta_0"]))
 
 
 def score_within(stage, shown, folder):
@@ -1224,13 +1244,13 @@ def score_within(stage, shown, folder):
         return
     shown.model.load_state_dict(stage.method.plain(stage.learner.model))
     name = f"scoring {title(stage)}, step {stage.step}"
-    scores = score_all(stage, shown, folder, shown.c.score_all, name)
+    scores = score_all(stage, shown, folder, shown.c.score_all, name, stage.task + 1)
     row = {"step": stage.step, **{metric: scores[metric] for metric in ("ka", "zs", "gm")}}
     within.append(row)
     folder.log("evaluation within", task=stage.task + 1, **row)
 
 
-def score_all(stage, shown, folder, everything, name):
+def score_all(stage, shown, folder, everything, name, finished):
     """-> a row of results.json, of the weights in `shown`; see row_of. Between the first and the
     last row there may be subsets alone: then these two have theirs in "subset", to compare with."""
     world = shown.world
@@ -1249,21 +1269,21 @@ def score_all(stage, shown, folder, everything, name):
             on_subset[d.name] = measure(d, subset, *evaluate.selected(*features, subset))
         folder.pause(stage)
     shown.model.cpu()
-    row = row_of(stage, world, everywhere)
-    part = row_of(stage, world, on_subset)
+    row = row_of(stage, world, everywhere, finished)
+    part = row_of(stage, world, on_subset, finished)
     return row | ({"subset": part} if part["samples"] < row["samples"] else {})
 
 
-def row_of(stage, world, numbers):
+def row_of(stage, world, numbers, finished):
     """{"ka", "zs", "gm", "datasets": {name: percent}, "samples": in all, "samples_of": {name: how
-    many}} and what evaluate.by_concept says. numbers: what measure() gives, of every dataset."""
+    many}, "scored_on": {name: what tells its test data from others}} and what evaluate.by_concept
+    says. numbers: what measure() gives, of every dataset; finished: tasks so far, this one too."""
     per_class = {name: n.get("per_class") for name, n in numbers.items()}
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
-    tasks = stage.task + (stage.step > 0)  # finished so far, this one included
     samples = {name: n["samples"] for name, n in numbers.items()}
     return {**summary(world, {name: n["score"] for name, n in numbers.items()}),
-            "samples": sum(samples.values()), "samples_of": samples,
-            **evaluate.by_concept(per_class, when, len(stage.chunks), tasks)}  # fmt: skip
+            "samples": sum(samples.values()), "samples_of": samples, "scored_on": stage.scored_on,
+            **evaluate.by_concept(per_class, when, len(stage.chunks), finished)}  # fmt: skip
 
 
 def score(learner, dataset, ids, templates=None):
@@ -1321,11 +1341,13 @@ def summary(world, scores):
 
 def first_tasks(world, chunks):
     """Dataset -> for each of its classes the task that teaches it, from 1; None where none does."""
+    form = partial(unicodedata.normalize, "NFC")  # a stream may spell names as another system does
     task = {}
     for t, chunk in enumerate(chunks):
         for name, concept in chunk:
-            task.setdefault((name, concept), t + 1)
-    return {d.name: [task.get((d.name, name)) for name in d.classes] for d in world.adaptation}
+            task.setdefault((form(name), form(concept)), t + 1)
+    return {d.name: [task.get((form(d.name), form(name))) for name in d.classes]
+            for d in world.adaptation}  # fmt: skip
 
 
 def title(stage):
@@ -1350,13 +1372,17 @@ def finished(folder):
     if method in ("joint", "zero-shot"):
         raise ValueError(f"{folder} is a run of {method}, which has no next update")
     if results.get("deployed") == "before":
+        before = results["config"]["continue_"]
+        instead = f"continue {before}" if before else "start anew"
         raise ValueError(f"{folder} failed its gate ({results['config']['gate']}) and shipped the"
-                         " weights before it: continue the run that it continues, or start anew")
+                         f" weights before it: {instead}")
     return results
 
 
 def continued(given):
     """Config of the next update of the run given["continue_"]: its own, but for what is given."""
+    if not given["continue_"]:
+        raise ValueError("--continue takes the folder of a finished run, got ''")
     folder = Path(given["continue_"])
     results = finished(folder)
     before = {k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items()}
@@ -1365,7 +1391,7 @@ def continued(given):
         raise ValueError(f"{folder} is a run of another version of fomo.py: it cannot be continued")
     for name, value in given.items():
         fixed = name in SETTLED or known[name].metadata["group"] in ("theta_0", "method")
-        if fixed and value != before[name]:
+        if fixed and what_holds(name, value, before) != what_holds(name, before[name], before):
             raise ValueError(f"{flag(name)} is {before[name]} in {folder}, and its next update"
                              f" cannot have {value}: leave it out, or start a new run")
     if "data" in given and not before["data"]:
@@ -1373,11 +1399,26 @@ def continued(given):
     options = before | {name: known[name].default for name in NOT_AGAIN}
     by_budget = {"steps", "budget"} & set(given)
     options |= {"tasks": 1, "steps": None if by_budget else results["steps_per_task"]}
-    options |= {"budget": None} | given
+    options |= {"budget": None} | given | {"continue_": str(folder)}
     last = results["tasks"][-1]["task"] + options["tasks"]
-    name = re.sub(r"-t\d+$", "", folder.resolve().name)
-    options["out"] = options["out"] or str(folder.with_name(f"{name}-t{last}"))
+    there = folder.resolve()
+    name = re.sub(r"-t\d+$", "", there.name) + f"-t{last}"
+    beside = folder.with_name(name) if folder.name not in ("", "..") else there.with_name(name)
+    options["out"] = options["out"] or str(beside)
+    if there in Path(options["out"]).resolve().parents:
+        raise ValueError(f"--out {options['out']} lies within {folder}, which is never written:"
+                         " name another")
     return Config(**options)
+
+
+def what_holds(name, value, options):
+    """The value of an option of a run with these options: its default for None; of a path, where
+    it leads."""
+    if value is not None:
+        return os.path.realpath(value) if name in PATHS else value
+    place = TIMELINES.get(options["method"], TIMELINES["finetune"])
+    defaults = {"merge_init": place["init"], "merge_deploy": place["deploy"]}
+    return defaults.get(name, getattr(methods.METHODS.get(options["method"]), name, None))
 
 
 def read_past(c):
@@ -1389,43 +1430,34 @@ def read_past(c):
     if not path.exists():
         raise ValueError(f"{path} is not there, which the next update starts from: it was deleted,"
                          " so start a new run from model.safetensors")
-    try:
-        past = torch.load(path, map_location="cpu", weights_only=True)
-        if past["version"] != results["version"]:
-            raise ValueError("it is another run's")
-        if fingerprint(past["theta_0"]) != results["theta_0_sha256"]:
-            raise ValueError("it holds another theta_0")
-        return past | {"results": results}
-    except Exception as e:  # noqa: BLE001 -- whatever a torn file makes of torch
-        fault = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
-        raise ValueError(f"{path} is not what {c.continue_} wrote ({fault}): put it back, or start"
-                         " a new run from model.safetensors") from None
+    if file_hash(path) != results.get("continue_sha256"):
+        raise ValueError(f"{path} is not what {c.continue_} wrote: put it back, or start a new run"
+                         " from model.safetensors")
+    past = torch.load(path, map_location="cpu", weights_only=True)
+    return past | {"version": results["version"], "results": results}
 
 
-def go_on(stage, folder, past):
+def go_on(stage, past):
     """A stage that continues a finished run stands where that one ended."""
     if not past["chunks"]:
         return
     results = past["results"]
-    now = folder.run["inputs"]
-    new = [d.name for d in stage.learner.world.adaptation + stage.learner.world.heldout
-           if any(now[f"{d.name}: {what}"] != past["inputs"].get(f"{d.name}: {what}")
-                  for what in SCORED)]  # fmt: skip
+    then = results["tasks"][-1]["scored_on"]
+    new = [name for name, now in stage.scored_on.items() if then.get(name) != now]
     stage.task = len(past["chunks"])
     stage.results["tasks"] = results["tasks"]
+    if results["before"]:  # it is the row before the first of that run, which has it from now on
+        results["tasks"][results["parent"]["task"]]["before"] = results["before"]
     parent = Path(stage.learner.c.continue_).absolute()
     stage.results["parent"] = {"run": str(parent), **past["version"]}
     stage.results["lineage"] = [*results.get("lineage", []), past["version"]["weights"]]
     stage.results["seconds"] = results["seconds"]
     stage.results["gflops_spent"] += results["gflops_spent"]
     since = results.get("scored_since", {}) | dict.fromkeys(new, stage.task + 1)
-    stage.results["scored_since"] = since
+    stage.results["scored_since"] = {n: t for n, t in since.items() if n in stage.scored_on}
     if new:
-        folder.crew.say(f"new classes or test pictures, scored as they are now from task"
-                        f" {stage.task + 1} on: {', '.join(new)}")
-    if not new and set(results["final"]["datasets"]) == set(stage.results["chance"]["datasets"]):
-        stage.results["theta_0"] = results["theta_0"]
-        stage.results["before"] = results["tasks"][-1]
+        stage.learner.crew.say("new classes or test pictures, scored as they are now from task"
+                               f" {stage.task + 1} on: {', '.join(new)}")
     stage.timeline.store.adopt(parent / "experts", past["experts"])
     stage.timeline.load_state(past["timeline"])
     stage.method.load_state(past["method"])
@@ -1433,13 +1465,12 @@ def go_on(stage, folder, past):
         stage.learner.model.load_state_dict(past["model"])
 
 
-def kept_for_the_next(stage, inputs):
+def kept_for_the_next(stage):
     """What read_past() reads: all that the next update needs, and no tensor twice."""
     model = stage.learner.model.state_dict() if stage.timeline.init == "latest" else None
     return once({
-        "version": stage.results["version"], "inputs": inputs, "chunks": stage.chunks,
-        "held": stage.mixture.held(), "theta_0": stage.timeline.base, "model": model,
-        "method": stage.method.state(), "timeline": stage.timeline.state(),
+        "chunks": stage.chunks, "held": stage.mixture.held(), "theta_0": stage.timeline.base,
+        "model": model, "method": stage.method.state(), "timeline": stage.timeline.state(),
         "experts": stage.timeline.store.hashes,
     }, {})  # fmt: skip
 
@@ -1752,7 +1783,8 @@ class Folder:
             beside = evaluate.joint_beside(self.path, results)
         evaluate.page(results, self.path / "picture.png", beside)
         if self.c.method not in ("joint", "zero-shot") and not failed:
-            self._write(self.path / "continue.pt", kept_for_the_next(stage, self.run["inputs"]))
+            self._write(self.path / "continue.pt", kept_for_the_next(stage))
+            results["continue_sha256"] = file_hash(self.path / "continue.pt")
         write_json(self.path / "results.json", results)
         self.done = True
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
@@ -1850,16 +1882,14 @@ def write_json(path, value):
 
 
 def told_so_far(results):
-    """The head of what a run prints, and the rows that are there."""
+    """The first lines of a run's table: its head and the rows that are there."""
     whole = results["theta_0"]
-    earlier = results.get("parent", {"task": 0})["task"]  # whose test data may have been others
-    rows = [evaluate.run_row("theta_0", "", whole)]
-    for before, row in zip([whole, *results["tasks"]], results["tasks"]):
-        there = whole if row["task"] > earlier else None
-        rows.append(evaluate.run_row(row["task"], row["steps"], row, before, there))
-    if results["before"] and results["before"] not in results["tasks"]:
-        rows.insert(1 + earlier, evaluate.run_row("before", "", results["before"]))
-    return "\n".join([evaluate.run_head(results), *rows])
+    lines = [evaluate.run_head(results), evaluate.run_row("theta_0", "", whole)]
+    for before, row in zip(evaluate.rows_before(results), results["tasks"]):
+        lines.append(evaluate.run_row(row["task"], row["steps"], row, before, whole))
+        if results["before"] and row["task"] == results["parent"]["task"]:
+            lines.append(evaluate.run_row("before", "", results["before"]))
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------- sub-commands

@@ -5782,6 +5782,8 @@ def test_tasks_at_once_and_in_two_runs_end_the_same(method, flux, tmp_path):
     command = ["--continue", str(earlier), "--stream", rest, "--out", str(later)]
     assert fomo.main(command) == 0
     assert scores(once)["final"] == scores(later)["final"] and equal_weights(once, later)
+    assert results_of(once)["over_time"] == results_of(later)["over_time"]
+    assert scores(once)["theta_0"] == scores(later)["theta_0"]
     assert not equal_weights(earlier, later)
     assert scores(later)["tasks"][:2] == scores(earlier)["tasks"]
     assert [row["task"] for row in scores(later)["tasks"]] == [1, 2, 3]
@@ -5806,11 +5808,14 @@ def months(tmp_path):
     month(tmp_path / "d", "B", ["car", "bus"], range(8))
     month(tmp_path / "d", "H", ["one", "two"], range(8))
     clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
-    options = ["--weights", str(tmp_path / "w.safetensors"), "--data", str(tmp_path / "d")]
-    options += ["--heldout", "H", "--mixture", "0/.5/.5", "--steps", "2", "--batch-size", "8"]
-    options += ["--workers", "0", "--cache", str(tmp_path / "cache"), "--tasks", "2"]
-    assert fomo.main([*options, "--out", str(tmp_path / "1")]) == 0
+    assert fomo.main([*months_options(tmp_path), "--out", str(tmp_path / "1")]) == 0
     return tmp_path
+
+
+def months_options(folder):
+    options = ["--weights", str(folder / "w.safetensors"), "--data", str(folder / "d")]
+    options += ["--heldout", "H", "--mixture", "0/.5/.5", "--steps", "2", "--batch-size", "8"]
+    return [*options, "--workers", "0", "--cache", str(folder / "cache"), "--tasks", "2"]
 
 
 def test_months_of_class_folders(months, capsys):
@@ -5923,11 +5928,23 @@ def new_class(months):
     month(months / "d", "A", ["emu"], range(4))
 
 
+def flip_a_byte(path):
+    whole = bytearray(path.read_bytes())
+    whole[-len(whole) // 3] ^= 1
+    path.write_bytes(whole)
+
+
+def other_model(months):
+    new_class(months)
+    flip_a_byte(months / "1" / "model.safetensors")
+
+
 @pytest.mark.parametrize("change, options, says", [
     (unfinish, [], "is not finished: start its own command again"),
     (lambda m: shutil.rmtree(m / "1"), [], "is no finished run"),
     (lambda m: (m / "1" / "continue.pt").unlink(), [], "continue.pt is not there"),
-    (lambda m: (m / "1" / "continue.pt").write_bytes(b"x" * 99), [], "continue.pt is not what"),
+    (lambda m: flip_a_byte(m / "1" / "continue.pt"), [], "continue.pt is not what"),
+    (other_model, [], "model.safetensors is not what"),
     (lambda m: None, [], "there is nothing new for"),
     (new_class, ["--weights", "{m}/other.safetensors"], "--weights is .*w.safetensors in"),
     (new_class, ["--method", "lora"], "--method is merge in .*cannot have lora"),
@@ -5937,6 +5954,9 @@ def new_class(months):
     (new_class, ["--gate", "kb > 1"], "--gate asks for kb, which is not scored here"),
     (new_class, ["--gate", "ka up"], "--gate takes conditions as in"),
     (new_class, ["--out", "{m}/1"], "holds a finished run"),
+    (new_class, ["--out", "{m}/1/next"], "lies within .*1, which is never written"),
+    (new_class, ["--continue", ""], "takes the folder of a finished run, got ''"),
+    (new_class, ["--validation", ".2"], "A has at most 4 training .* no earlier task held"),
 ])  # fmt: skip
 def test_what_cannot_be_continued_is_said_in_a_sentence(change, options, says, months, capsys):
     change(months)
@@ -5974,11 +5994,13 @@ def test_a_gate_that_fails_ships_the_weights_before(months, capsys):
 @pytest.mark.parametrize("gate, failed", [
     ("zs >= -1, DIGITS >= -3", ["zs -2.0, not >= -1"]),
     ("DIGITS > 0,ka<.5", ["DIGITS +0.0, not > 0", "ka +1.0, not < 0.5"]),
-    ("KA <= 1", []), (None, []),
+    ("KA <= 1", []), (None, []), ("", []),
+    ("cats, dogs >= 1, ka > 1,", ["cats, dogs +0.0, not >= 1", "ka +1.0, not > 1"]),
 ])  # fmt: skip
 def test_gates_compare_in_points_with_the_weights_before(gate, failed):
-    before = {"ka": 40.0, "zs": 70.0, "gm": 52.9, "datasets": {"DIGITS": 70.0}}
-    after = {"ka": 41.0, "zs": 68.0, "gm": 52.8, "datasets": {"DIGITS": 70.0}}
+    same = {"DIGITS": 70.0, "cats, dogs": 50.0}
+    before = {"ka": 40.0, "zs": 70.0, "gm": 52.9, "datasets": same}
+    after = {"ka": 41.0, "zs": 68.0, "gm": 52.8, "datasets": same}
     assert evaluate.failures(gate, before, after) == failed
 
 
@@ -6007,6 +6029,112 @@ def test_runs_that_continue_each_other_are_one_trajectory(months, capsys):
     assert fomo.main(["report", *runs, "--json", "-o", str(months / "r.png")]) == 0
     lines = json.loads(capsys.readouterr().out)
     assert [(line["name"], line["tasks"]) for line in lines["lines"]] == [("1-t3", 3)]
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_scores_on_other_test_data_than_now_are_not_compared(months, capsys):
+    """A class without a test picture: as many of these as before, and one wrong answer more."""
+    month(months / "d", "A", ["emu"], range(4), ["train"])
+    earlier = results_of(months / "1")
+    assert fomo.main(["--continue", str(months / "1"), "--out", str(months / "2")]) == 0
+    results = results_of(months / "2")
+    assert results["scored_since"] == {"A": 3}
+    now = [row["datasets"] for row in (results["theta_0"], results["before"], results["final"])]
+    then = [row["datasets"] for row in (earlier["theta_0"], *earlier["tasks"])]
+    lost = results["over_time"]["datasets"]
+    assert lost["A"]["forgetting"] == max(row["A"] for row in now) - now[-1]["A"]
+    assert lost["B"]["forgetting"] == max(row["B"] for row in now + then) - now[-1]["B"]
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if re.match(r" *[123] +2 ", line)]
+    assert ["of then" in row for row in rows[-3:]] == [True, True, False]
+
+
+def test_in_an_update_theta_0_has_learnt_no_task_yet(months):
+    new_class(months)
+    assert fomo.main(["--continue", str(months / "1"), "--out", str(months / "2")]) == 0
+    results = results_of(months / "2")
+    assert results["theta_0"]["seen"] is None and results["before"]["seen"] is not None
+    assert {len(tasks) for tasks in results["theta_0"]["by_task"].values()} == {3}
+    assert [row["task"] for row in rows_of(months / "2", "evaluation")] == [0, 2, 3]
+
+
+def test_what_no_task_has_learnt_may_become_held_out(months):
+    data.write_stream([("A", "cat"), ("A", "dog")], months / "s.json")
+    command = [*months_options(months), "--stream", str(months / "s.json")]
+    assert fomo.main([*command, "--out", str(months / "a")]) == 0
+    new_class(months)
+    held = ["--heldout", "H", "B", "--out", str(months / "b")]
+    assert fomo.main(["--continue", str(months / "a"), *held]) == 0
+    results = results_of(months / "b")
+    assert results["heldout"] == ["B", "H"] and results["scored_since"] == {"A": 3}
+    mean = (results["before"]["datasets"]["B"] + results["before"]["datasets"]["H"]) / 2
+    assert results["before"]["zs"] == pytest.approx(mean)
+
+
+def test_options_that_say_what_the_run_had_may_be_given_again(months):
+    new_class(months)
+    command = ["--continue", f"{months}/1/", "--method", "merge", "--merge-init", "ema"]
+    weights = str(months / "d" / ".." / "w.safetensors")
+    assert fomo.main([*command, "--weights", weights, "--model", "tiny"]) == 0
+    assert results_of(months / "1-t3")["config"]["continue_"] == str(months / "1")
+
+
+def test_from_within_a_run_its_update_is_written_beside_it(months, monkeypatch):
+    new_class(months)
+    monkeypatch.chdir(months / "1")
+    assert fomo.main(["--continue", "."]) == 0
+    assert (months / "1-t3" / "results.json").exists()
+
+
+def test_passes_of_an_update_are_over_its_new_samples(months, capsys):
+    """4 of 8 pairs a step are new: 100 steps see 10 samples 40 times."""
+    month(months / "d", "A", ["cat"], range(20, 30), ["train"])
+    command = ["--continue", str(months / "1"), "--steps", "100", "--plan"]
+    assert fomo.main([*command, "--out", str(months / "2")]) == 0
+    assert "40.0 times the 10 new samples" in capsys.readouterr().out
+
+
+def test_a_table_without_a_split_is_never_scored_on_what_was_learnt(tmp_path):
+    """Later rows change which fifth is for testing, but never to what an earlier task held."""
+
+    def world(numbers, held=None):
+        for n in numbers:
+            Image.new("RGB", (8, 8 + n)).save(tmp_path / f"{n}.png")
+        rows = [f"{n}.png,a thing,{'ab'[n % 2]}" for n in numbers]
+        (tmp_path / "t.csv").write_text("\n".join(["filepath,title,class", *rows]))
+        return data.open_world(tmp_path / "t.csv", held=held)
+
+    first = world(range(60))
+    mixture = data.Mixture(first, [data.concepts(first.adaptation)], 8, (0, 1, 0))
+    learnt = set(first.adaptation[0].train.keys().tolist())
+    held = mixture.held()
+    assert len(learnt) == len(held["keys"]) == 48
+    second = world(range(100), held)
+    test = second.adaptation[0].test
+    assert len(test) == 20 and not learnt & set(test.keys().tolist())
+
+
+def test_samples_of_many_parts_have_keys_of_their_own():
+    """Four roots whose files are called alike, joined one after the other."""
+    picture = data.Pictures(np.zeros((3, 8, 8, 3), np.uint8), np.zeros(3, int), ["x"] * 3)
+    joined = picture
+    for parts in range(2, 5):
+        joined = data.Concat([joined, picture])
+        assert len(set(joined.keys().tolist())) == 3 * parts
+
+
+def test_a_dataset_whose_name_is_spelt_with_other_code_points_is_the_same(tmp_path):
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "Café")
+        month(tmp_path / form, name, ["thé", "eau"], range(3))
+    one, other = (data.open_world(tmp_path / form) for form in ("NFC", "NFD"))
+    held = data.Mixture(one, [data.concepts(one.adaptation)], 4, (0, 1, 0)).held()
+    assert data.concepts(other.adaptation, held) == []
+    chunk = [(unicodedata.normalize("NFC", n), c) for n, c in data.concepts(one.adaptation)]
+    assert [*fomo.first_tasks(other, [chunk]).values()] == [[1, 1]]
 
 
 # ------------------------------------------------------------------------- pieces and processes
