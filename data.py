@@ -1129,7 +1129,7 @@ class Items:
             if value is None:
                 continue
             caption = _said(self.file, key, value)
-            if caption is None or isinstance(value, list) and len(caption) < len(value):
+            if caption is None or (isinstance(value, list) and len(caption) < len(value)):
                 passed = True
             if caption is not None:
                 self.blank += passed
