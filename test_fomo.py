@@ -2477,6 +2477,16 @@ def test_links_in_a_tar_are_followed_in_it_and_nowhere_else(tmp_path):
     assert not any(map(read, ("out", "above", "round", "and", "nowhere", "b", "etc/passwd")))
 
 
+def test_of_members_of_one_name_the_last_counts_whatever_its_kind(tmp_path):
+    path = tar_bytes(tmp_path / "a.tar", {"a": b"old", "b": b"bb"}, [("a", tarfile.SYMTYPE, "b"),
+                                                                      ("c", tarfile.SYMTYPE, "b")])
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("c")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"cccc"))
+    assert {n: place[1] for n, place in data.Tar(path).files.items()} == {"a": 2, "b": 2, "c": 4}
+
+
 @pytest.mark.parametrize("form", ["gnu", "posix"])
 def test_members_with_holes_are_read_whole(tmp_path, form):
     if shutil.which("tar") is None:
