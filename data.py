@@ -789,6 +789,8 @@ class Folder:
 
 BLOCK = 512
 NOTHING = bytes(BLOCK)
+HARD = b"1"  # kinds of links
+SYMBOLIC = b"2"
 
 
 class Sparse(Exception):
@@ -804,20 +806,32 @@ class Tar:
 
     def __init__(self, path):
         self.path = str(path)
-        self.files = {}
-        self.links = {}  # symbolic: name -> what it points to
         with open(path, "rb", buffering=0) as f:
             self.stamp = _stamped(os.fstat(f.fileno()))
             try:
-                self._scan(f.fileno(), self.stamp[1])
+                self._take(self._members(f.fileno(), self.stamp[1]))
             except Sparse:
-                self._scan_slowly()
+                self._take(self._members_slowly())
         for name in self.links:
             place = self.follow(name)
             if place:
-                self.files.setdefault(name, place)
+                self.files[name] = place
 
-    def _scan(self, file, length):
+    def _take(self, members):
+        """members: kind, name, what a link points to, place of what is no link."""
+        self.files = {}
+        self.links = {}  # symbolic: name -> what it points to
+        for kind, name, target, place in members:
+            self.files.pop(name, None)  # a later one of the same name counts
+            self.links.pop(name, None)
+            if kind == SYMBOLIC:
+                self.links[name] = target
+            elif kind == HARD:
+                place = self.files.get(_cleaned(target))
+            if place:
+                self.files[name] = place
+
+    def _members(self, file, length):
         at = 0
         said = {}  # what the headers before a member say of it
         header = None
@@ -835,16 +849,16 @@ class Tar:
             elif kind in b"0\x007":
                 size = int(said.get("size", size))
             if not 0 <= size <= length - at:
-                raise ValueError(f"{self.path} ends within {self._name(header, said)!r}: it is "
-                                 "truncated; copy or download it again")  # fmt: skip
+                raise self._truncated(self._name(header, said))
             if kind in b"LKxg":
                 self._heed(kind, os.pread(file, size, at), said)
             elif kind == b"S":
                 raise Sparse
             elif kind in b"12":
-                self._link(kind, header, said)
+                target = said.get("linkpath", _decoded(header[157:257].split(b"\0", 1)[0]))
+                yield kind, self._name(header, said), target, None
             elif kind in b"0\x007":
-                self.files[self._name(header, said)] = at, size, None
+                yield kind, self._name(header, said), None, (at, size, None)
             at += -(-size // BLOCK) * BLOCK
             if kind not in b"LKxg":
                 said = {}
@@ -889,35 +903,24 @@ class Tar:
                 name = f"{_decoded(header[345:500].split(bytes(1), 1)[0])}/{name}"
         return _cleaned(name)
 
-    def _link(self, kind, header, said):
-        target = said.get("linkpath", _decoded(header[157:257].split(b"\0", 1)[0]))
-        name = self._name(header, said)
-        if kind == b"2":
-            self.links[name] = target
-        elif _cleaned(target) in self.files:
-            self.files[name] = self.files[_cleaned(target)]
-
-    def _scan_slowly(self):
-        self.files = {}
-        self.links = {}
+    def _members_slowly(self):
         try:
             with tarfile.open(self.path, "r:", ignore_zeros=True) as tar:
                 for member in tar:
-                    name = _cleaned(member.name)
-                    if member.issym():
-                        self.links[name] = member.linkname
-                    elif member.islnk() and _cleaned(member.linkname) in self.files:
-                        self.files[name] = self.files[_cleaned(member.linkname)]
-                    elif member.isreg():
+                    place = None
+                    if member.isreg():
                         pieces = _pieces(member) if member.issparse() else None
-                        self.files[name] = member.offset_data, member.size, pieces
+                        place = member.offset_data, member.size, pieces
+                        stored = sum(n for _, _, n in pieces) if pieces else member.size
+                        if member.offset_data + stored > self.stamp[1]:
+                            raise self._truncated(member.name)
+                    yield member.type, _cleaned(member.name), member.linkname, place
         except tarfile.TarError as e:
             raise ValueError(f"{self.path} cannot be read as a tar ({e}); unpack it") from None
-        for name, (offset, size, pieces) in self.files.items():
-            end = max((at + n for _, at, n in pieces), default=0) if pieces else offset + size
-            if end > self.stamp[1]:
-                raise ValueError(f"{self.path} ends within {name!r}: it is truncated; "
-                                 "copy or download it again")  # fmt: skip
+
+    def _truncated(self, name):
+        return ValueError(f"{self.path} ends within {name!r}: it is truncated; copy or download it "
+                          "again")  # fmt: skip
 
     def follow(self, name):
         """What the name stands for when links are followed: a place, or None."""
@@ -1164,7 +1167,7 @@ class Items:
             if value is None:
                 continue
             caption = _said(self.file, key, value)
-            if caption is None or isinstance(value, list) and len(caption) < len(value):
+            if caption is None or (isinstance(value, list) and len(caption) < len(value)):
                 passed = True
             if caption is not None:
                 self.blank += passed

@@ -2063,6 +2063,8 @@ def inspect_command(argv):
     description = ("Reads every picture of --data once, names those that are broken, and draws"
                    " sheets of pictures with captions into the folder --out (default inspect).")
     c = parse(argv, "fomo.py inspect", description, WORLD)
+    if c.workers < 0:
+        c.workers = os.cpu_count() or 1  # nothing else wants the cores
     out = Path(c.out or "inspect")
     check_folder(out, "--out")
     c, crew = resolve(c, trains=False)
