@@ -6204,7 +6204,7 @@ def test_budget_knows_every_run_of_fomo_and_the_defaults_of_every_method():
         (lambda: budget.step_flops(BUDGET_B16, 1, "lora", 513), "rank 513 is above .* 512"),
         (lambda: budget.step_flops(BUDGET_B16, 1, "lora", -4), "rank"),
         (lambda: budget.step_flops(BUDGET_B16, 1, "galore", gap=0), "gap"),
-        (lambda: budget.step_flops(object(), 1), "no field embed_dim"),
+        (lambda: budget.step_flops(object(), 1), "embed_dim must be a positive integer, not None"),
         (
             lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, text_layers=0), 1),
             "text_layers",
