@@ -7338,7 +7338,7 @@ def bench_merge_case(folder, case):
     base, *experts = [
         clip.read_tensors(path, mapped=True) for path in sorted(Path(folder).glob("*.safetensors"))
     ]
-    theta = {name: experts[0][name] for name in base} if case.startswith("ema") else {}
+    theta = {name: experts[0][name].clone() for name in base} if case.startswith("ema") else {}
     if case in MERGE_BENCH:
         technique, options = MERGE_BENCH[case]
         work = functools.partial(merge.merge, technique, base, experts, **options)
