@@ -172,7 +172,7 @@ def towers(config):
     """-> (image tower, text tower). ValueError if the config does not describe a transformer."""
     c = config
     for name in FIELDS[:-1]:
-        _check_count(f"the config's {name}", getattr(c, name))
+        _check_count(f"the config's {name}", getattr(c, name, None))
     if c.image_size < c.patch_size:
         raise ValueError(f"a patch of {c.patch_size} pixels and an image of {c.image_size}")
     tokens = (c.image_size // c.patch_size) ** 2 + 1

@@ -80,7 +80,7 @@ class CLIPConfig:
         if self.vision_width % self.vision_heads or self.text_width % self.text_heads:
             raise ValueError(f"heads do not divide widths: {self}")
         if self.image_size < self.patch_size:
-            raise ValueError(f"image_size holds no patch: {self}")
+            raise ValueError(f"a patch of {self.patch_size}, an image of {self.image_size} pixels")
 
 
 def _config(embed, image, patch, vision, text, context=77, vocab=49408):

@@ -7214,7 +7214,7 @@ def test_budget_knows_every_run_of_fomo_and_the_defaults_of_every_method():
         (lambda: budget.step_flops(BUDGET_B16, 1, "lora", 513), "rank 513 is above .* 512"),
         (lambda: budget.step_flops(BUDGET_B16, 1, "lora", -4), "rank"),
         (lambda: budget.step_flops(BUDGET_B16, 1, "galore", gap=0), "gap"),
-        (lambda: budget.step_flops(object(), 1), "no field embed_dim"),
+        (lambda: budget.step_flops(object(), 1), "embed_dim must be a positive integer, not None"),
         (
             lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, text_layers=0), 1),
             "text_layers",
@@ -8348,7 +8348,7 @@ def bench_merge_case(folder, case):
     base, *experts = [
         clip.read_tensors(path, mapped=True) for path in sorted(Path(folder).glob("*.safetensors"))
     ]
-    theta = {name: experts[0][name] for name in base} if case.startswith("ema") else {}
+    theta = {name: experts[0][name].clone() for name in base} if case.startswith("ema") else {}
     if case in MERGE_BENCH:
         technique, options = MERGE_BENCH[case]
         work = functools.partial(merge.merge, technique, base, experts, **options)
