@@ -655,7 +655,7 @@ class Files(Split):
         if self.members is None:
             sizes = _sizes_and_times(self.folder, self.paths)[:, 0]
         else:
-            sizes = self.members.size
+            sizes = self.members.places[:, 2]
         keys = (_key(f"{_same_form(p)} {size}") for p, size in zip(self.paths, sizes.tolist()))
         return np.fromiter(keys, np.int64, len(self.paths))
 

@@ -5345,7 +5345,7 @@ def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, ca
         patch.setattr(evaluate, "page", lambda *a: (_ for _ in ()).throw(full))
         assert fomo.main(options) == 2 and "No space left" in capsys.readouterr().err
     assert fomo.main([*options, "--lr", "1e-4"]) == 2
-    assert "--lr was 0.0005, is 0.0001" in capsys.readouterr().err
+    assert "--lr was 0.0003, is 0.0001" in capsys.readouterr().err
     # nothing was lost: the rest is done without training again
     monkeypatch.setattr(fomo.Learner, "backward", None)
     assert fomo.main(options) == 0 and same_run(tmp_path / "run", tmp_path / "whole")
