@@ -384,7 +384,7 @@ def rows_before(results):
 
 def alike(row, other):
     """Whether the means of two rows are over the same datasets, these scored on the same data."""
-    return all(row.get(key) == other.get(key) for key in ("samples", "scored_on")) and (
+    return all(row.get(key) == other.get(key) for key in ("samples", "replaced")) and (
         row.get("by_task", {}).keys() == other.get("by_task", {}).keys()
     )
 
@@ -410,7 +410,7 @@ def scores_on(row, other, what="datasets"):
     and last."""
 
     def samples(part, name):
-        data = part.get("scored_on", {}).get(name)  # runs of before do not say
+        data = part.get("replaced", {}).get(name)
         return data, part.get("samples_of", {}).get(name, part.get("samples"))
 
     found = {}
@@ -864,7 +864,7 @@ def run_row(task, steps, scores, before=None, whole=None):
         cells.append(_number(scores[metric], SCORE))
         cells.append("" if change is None else f"({CHANGE.format(change)})")
     row = ROW.format(task, steps, *cells).rstrip()
-    if whole and scores.get("scored_on") != whole.get("scored_on"):
+    if whole and scores.get("replaced") != whole.get("replaced"):
         row += "   on the test data of then"
     elif whole and scores["samples"] < whole["samples"]:
         row += f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples"

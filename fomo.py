@@ -251,7 +251,6 @@ class Stage:
     scaler: torch.amp.GradScaler = None
     when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
     chunks: list = None  # the concepts that each task teaches
-    scored_on: dict = None  # dataset -> what tells its test data from others
     saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
 
 
@@ -332,7 +331,7 @@ def run(config):
         results = costs | {
             "theta_0": None, "before": None, "tasks": [], "steps_per_task": steps,
             "chance": evaluate.chance(world.adaptation, world.heldout),
-            "heldout": [d.name for d in world.heldout],
+            "heldout": [d.name for d in world.heldout], "scored_on": scored_on(found, world),
             "theta_0_sha256": fingerprint(theta_0), "trained_parameters": 0,
         }  # fmt: skip
         if tasks:
@@ -344,7 +343,6 @@ def run(config):
             stage.score_within = partial(score_within, stage, shown, folder)
         stage.when = first_tasks(world, chunks)
         stage.chunks = chunks
-        stage.scored_on = scored_on(found, world)
         go_on(stage, past)
         folder.restore(stage)
         learner.broken = shown.broken = folder.name_broken
@@ -1276,13 +1274,13 @@ def score_all(stage, shown, folder, everything, name, finished):
 
 def row_of(stage, world, numbers, finished):
     """{"ka", "zs", "gm", "datasets": {name: percent}, "samples": in all, "samples_of": {name: how
-    many}, "scored_on": {name: what tells its test data from others}} and what evaluate.by_concept
-    says. numbers: what measure() gives, of every dataset; finished: tasks so far, this one too."""
+    many}} and what evaluate.by_concept says. numbers: what measure() gives, of every dataset;
+    finished: tasks so far, this one too."""
     per_class = {name: n.get("per_class") for name, n in numbers.items()}
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
     samples = {name: n["samples"] for name, n in numbers.items()}
     return {**summary(world, {name: n["score"] for name, n in numbers.items()}),
-            "samples": sum(samples.values()), "samples_of": samples, "scored_on": stage.scored_on,
+            "samples": sum(samples.values()), "samples_of": samples,
             **evaluate.by_concept(per_class, when, len(stage.chunks), finished)}  # fmt: skip
 
 
@@ -1442,19 +1440,21 @@ def go_on(stage, past):
     if not past["chunks"]:
         return
     results = past["results"]
-    then = results["tasks"][-1]["scored_on"]
-    new = [name for name, now in stage.scored_on.items() if then.get(name) != now]
+    now = stage.results["scored_on"]
+    new = [name for name in now if results["scored_on"].get(name) != now[name]]
     stage.task = len(past["chunks"])
-    stage.results["tasks"] = results["tasks"]
     if results["before"]:  # it is the row before the first of that run, which has it from now on
         results["tasks"][results["parent"]["task"]]["before"] = results["before"]
+    for row in results["tasks"] if new else ():
+        mark_replaced(row, dict.fromkeys(new, stage.task + 1))
+    stage.results["tasks"] = results["tasks"]
     parent = Path(stage.learner.c.continue_).absolute()
     stage.results["parent"] = {"run": str(parent), **past["version"]}
     stage.results["lineage"] = [*results.get("lineage", []), past["version"]["weights"]]
     stage.results["seconds"] = results["seconds"]
     stage.results["gflops_spent"] += results["gflops_spent"]
     since = results.get("scored_since", {}) | dict.fromkeys(new, stage.task + 1)
-    stage.results["scored_since"] = {n: t for n, t in since.items() if n in stage.scored_on}
+    stage.results["scored_since"] = {n: t for n, t in since.items() if n in now}
     if new:
         stage.learner.crew.say("new classes or test pictures, scored as they are now from task"
                                f" {stage.task + 1} on: {', '.join(new)}")
@@ -1463,6 +1463,15 @@ def go_on(stage, past):
     stage.method.load_state(past["method"])
     if past["model"]:
         stage.learner.model.load_state_dict(past["model"])
+
+
+def mark_replaced(row, new):
+    """Writes into a row, and those in it, whose test data are others from which task on: scores of
+    these datasets compare with none that has another mark."""
+    row["replaced"] = new | row.get("replaced", {})
+    for part in ("subset", "before"):
+        if part in row:
+            mark_replaced(row[part], new)
 
 
 def kept_for_the_next(stage):

@@ -5963,14 +5963,14 @@ def other_model(months):
     (new_class, ["--weights", "{m}/other.safetensors"], "--weights is .*w.safetensors in"),
     (new_class, ["--method", "lora"], "--method is merge in .*cannot have lora"),
     (new_class, ["--merge-deploy", "all"], "--merge-deploy is None in"),
-    (new_class, ["--tasks", "9"], "1 concepts cannot make 9 tasks"),
+    (new_class, ["--tasks", "9"], "1 concepts? cannot make 9 tasks"),
     (new_class, ["--heldout", "A"], "A cannot be held out"),
     (new_class, ["--gate", "kb > 1"], "--gate asks for kb, which is not scored here"),
     (new_class, ["--gate", "ka up"], "--gate takes conditions as in"),
     (new_class, ["--out", "{m}/1"], "holds a finished run"),
     (new_class, ["--out", "{m}/1/next"], "lies within .*1, which is never written"),
     (new_class, ["--continue", ""], "takes the folder of a finished run, got ''"),
-    (new_class, ["--validation", ".2"], "A has at most 4 training .* no earlier task held"),
+    (new_class, ["--validation", ".2"], "B has no class of two .* that no earlier task held"),
 ])  # fmt: skip
 def test_what_cannot_be_continued_is_said_in_a_sentence(change, options, says, months, capsys):
     change(months)
