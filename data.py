@@ -1976,6 +1976,19 @@ def _grown(one, other):
     return Dataset(one.name, one.kind, classes, prompts, *splits)
 
 
+def _are_copies(sets, old, held):
+    """Whether some of the held pictures of `old` are in `sets` too, their bytes the same: those are
+    the old data in another place, and not only files called alike."""
+    for name in sets.keys() & old.keys():
+        _, now = located(held, [sets[name]])
+        _, then = located(held, [old[name]])
+        both = np.flatnonzero((now >= 0) & (then >= 0)).tolist()
+        for k in both[:: max(1, len(both) // 100)]:
+            if sets[name].train.raw(int(now[k])) == old[name].train.raw(int(then[k])):
+                return True
+    return False
+
+
 def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=False,
                template=TEMPLATE, validation=0.0, download=False, cache=None, held=None,
                before=()):  # fmt: skip
@@ -1992,8 +2005,9 @@ def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=Fals
     of the World say what was found and what was left out.
 
     held: what Mixture.held() gave of an earlier run, whose sources were `before`. Then datasets of
-    one name are one, and a source adds to those named before it what they lack. Where spec holds
-    none of that run's samples, its sources are opened too; World.sources are those that are open.
+    one name are one, and a source adds to those named before it what they lack. Where spec names
+    none of these sources and holds none of their samples, those that are still there are opened
+    too; World.sources are the open ones.
     """
     if not 0 <= validation < 1:
         raise ValueError(f"the share for validation is 0 or more and below 1, got {validation:g}")
@@ -2001,12 +2015,14 @@ def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=Fals
                "download": download, "cache": cache, "held": held}  # fmt: skip
     sources = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
     sets, notes = _all_sets(sources, options, held is not None)
-    others = held is not None and not set(before) & set(map(str, sources))
-    if others and (located(held, list(sets.values()))[1] < 0).all():
-        sources = [*before, *sources]
-        sets, notes = _all_sets(sources, options, True)
-        notes.append("nothing there was held by an earlier task, so these tasks' own data are "
-                     f"opened too: {', '.join(before)}")  # fmt: skip
+    if held is not None and not set(before) & set(map(str, sources)):
+        there = [s for s in before if s.startswith("torchvision:") or Path(s).expanduser().exists()]
+        old, _ = _all_sets(there, options, True)
+        if there and not _are_copies(sets, old, held):
+            sources = [*there, *sources]
+            sets, notes = _all_sets(sources, options, True)
+            notes.append("nothing there was held by an earlier task, so these tasks' own data are "
+                         f"opened too: {', '.join(there)}")  # fmt: skip
     if validation:
         bare = [name for name, d in sets.items() if not len(d.train)]
         sets |= {n: _validated(d, validation, held) for n, d in sets.items() if len(d.train)}

@@ -574,9 +574,13 @@ class Line:
     runs: list
 
     def track(self):
-        """[seeds, 1 + T, 2] (ZS, KA) over time, theta_0 first; NaN where there is no ZS."""
+        """[seeds, 1 + T, 2] (ZS, KA) over time, theta_0 first. No ZS, but NaN, unless every row has
+        one: an update may hold out what the tasks before did not, or no longer."""
         over_time = [[run["theta_0"], *run["tasks"]] for run in self.runs]
-        return np.array([[(r["zs"], r["ka"]) for r in rows] for rows in over_time], dtype=float)
+        track = np.array([[(r["zs"], r["ka"]) for r in rows] for rows in over_time], dtype=float)
+        if np.isnan(track[..., 0]).any():
+            track[..., 0] = np.nan
+        return track
 
     def within(self):
         """[T lists] of (finished tasks, ZS, KA), means over the seeds: the weights in training, as
@@ -717,10 +721,18 @@ def summarise(lines):
 
 
 def _since(lines):
-    """Sentences on datasets whose test data are not those of a run's first tasks."""
-    return [f"{line.name}: {name} is scored as it is now from task {task} on"
-            for line in lines
-            for name, task in line.runs[0].get("scored_since", {}).items()]  # fmt: skip
+    """Sentences on datasets whose test data are not those of a run's first tasks, and on runs that
+    do not ship what they scored last."""
+    said = []
+    for line in lines:
+        for name, task in line.runs[0].get("scored_since", {}).items():
+            said.append(f"{line.name}: {name} is scored as it is now from task {task} on")
+        for run in line.runs:
+            if run.get("deployed") == "before":
+                failed = "; ".join(run["gate_failed"])
+                said.append(f"{line.name}: its gate failed ({failed}), so it shipped the weights"
+                            " before its last update, not those scored here")  # fmt: skip
+    return said
 
 
 def _run_numbers(run, joint):

@@ -1177,6 +1177,7 @@ class ExpertFiles:
 
     def adopt(self, folder, hashes):
         """The experts of the run that is continued: linked where the disk can, else copied."""
+        ExpertFiles(folder, self.crew).restore(hashes)
         if self.crew.leads and hashes:
             self.folder.mkdir(exist_ok=True)
             for own in (self.path(i) for i in range(len(hashes))):
@@ -1187,7 +1188,7 @@ class ExpertFiles:
                     shutil.copyfile(folder / own.name, part)
                 os.replace(part, own)
         self.crew.told(None)
-        self.restore(hashes)
+        self.hashes = list(hashes)
 
     def restore(self, hashes):
         """ValueError unless the files are those that the state knows."""
@@ -1385,7 +1386,7 @@ def continued(given):
     results = finished(folder)
     before = {k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items()}
     known = {f.name: f for f in fields(Config)}
-    if set(before) != set(known):
+    if set(before) != set(known) or "version" not in results:
         raise ValueError(f"{folder} is a run of another version of fomo.py: it cannot be continued")
     for name, value in given.items():
         fixed = name in SETTLED or known[name].metadata["group"] in ("theta_0", "method")
@@ -1477,9 +1478,10 @@ def mark_replaced(row, new):
 def kept_for_the_next(stage):
     """What read_past() reads: all that the next update needs, and no tensor twice."""
     model = stage.learner.model.state_dict() if stage.timeline.init == "latest" else None
+    method = stage.method.state() | {name: {} for name in stage.method.anew}
     return once({
         "chunks": stage.chunks, "held": stage.mixture.held(), "theta_0": stage.timeline.base,
-        "model": model, "method": stage.method.state(), "timeline": stage.timeline.state(),
+        "model": model, "method": method, "timeline": stage.timeline.state(),
         "experts": stage.timeline.store.hashes,
     }, {})  # fmt: skip
 

@@ -62,6 +62,7 @@ class Method:
     adapter = None  # module that re-parametrises a weight
     adapt = None  # name pattern of such weights -> how many matrices are stacked in them
     kept = ()  # attributes, dicts from parameter name to tensor, that outlive a step: see state()
+    anew = ()  # those of them that before_task makes anew: after a task nobody needs them
 
     def __init__(self, **options):
         """Takes every option of OPTIONS, used or not. None stands for the default."""
@@ -534,6 +535,7 @@ class SI(Method):
     si_c = 0.5
     si_xi = 1.0
     kept = ("omega", "path", "anchor")  # Omega, omega, and the weights at the task's start
+    anew = ("path", "anchor")
 
     def before_task(self, model, task):
         self.anchor = {name: p.detach().clone() for name, p in self.trained.items()}

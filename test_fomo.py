@@ -5898,6 +5898,39 @@ def test_data_that_hold_nothing_of_earlier_tasks_are_added_to_theirs(months, cap
     assert results["scored_since"] == {"A": 3} and results["final"]["datasets"].keys() == set("ABH")
 
 
+def test_a_copy_of_the_data_in_another_place_stands_for_them(months, capsys):
+    """Even where the old place is still there, and has what the copy lacks."""
+    shutil.copytree(months / "d" / "A", months / "copy" / "A")
+    shutil.copytree(months / "d" / "H", months / "copy" / "H")
+    month(months / "copy", "A", ["emu"], range(4))
+    command = ["--continue", str(months / "1"), "--data", str(months / "copy")]
+    assert fomo.main([*command, "--out", str(months / "2")]) == 0
+    said = capsys.readouterr().out
+    assert "goes on with 4 new samples; its tasks held 16" in said
+    assert "what has gone: B 16" in said
+
+
+def test_other_pictures_that_are_called_and_sized_like_the_old_are_new(months, capsys):
+    for n in range(3):
+        old = months / "d" / "A" / "train" / "cat" / f"{n}.png"
+        new = months / "new" / "A" / "train" / "cat" / f"{n}.png"
+        new.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(new)
+        new.write_bytes(new.read_bytes().ljust(old.stat().st_size, b"x"))
+    command = ["--continue", str(months / "1"), "--data", str(months / "new")]
+    assert fomo.main([*command, "--out", str(months / "2")]) == 0
+    assert "goes on with 3 new samples; its tasks held 32" in capsys.readouterr().out
+
+
+def test_an_update_goes_on_where_the_old_data_have_gone_altogether(months, capsys):
+    (months / "d").rename(months / "gone")
+    month(months / "new", "Q", ["one", "two"], range(4))
+    command = ["--continue", str(months / "1"), "--data", str(months / "new"), "--heldout"]
+    assert fomo.main([*command, "--out", str(months / "2")]) == 0
+    said = capsys.readouterr().out
+    assert "its tasks held 0 of those that are there, and what has gone: A 16, B 16" in said
+
+
 def test_both_roots_named_are_one_and_nothing_counts_twice(months, capsys):
     shutil.copytree(months / "d", months / "copy")
     month(months / "copy", "B", ["van"], range(40, 43))
@@ -6086,6 +6119,51 @@ def test_what_no_task_has_learnt_may_become_held_out(months):
     assert results["heldout"] == ["B", "H"] and results["scored_since"] == {"A": 3}
     mean = (results["before"]["datasets"]["B"] + results["before"]["datasets"]["H"]) / 2
     assert results["before"]["zs"] == pytest.approx(mean)
+
+
+def test_what_is_kept_of_si_for_the_next_update_is_three_models_large(months):
+    """theta_0, the model, and Omega: path and anchor begin anew with each task."""
+    command = [*months_options(months), "--method", "si", "--out", str(months / "si")]
+    assert fomo.main(command) == 0
+    kept = (months / "si" / "continue.pt").stat().st_size
+    model = (months / "si" / "model.safetensors").stat().st_size
+    assert 2.95 < kept / model < 3.1  # names, keys and the archive's own bytes
+
+
+def test_experts_of_the_run_that_is_continued_are_checked_where_they_are(months, capsys):
+    new_class(months)
+    command = [*months_options(months), "--merge-deploy", "all", "--out", str(months / "all")]
+    assert fomo.main(command) == 0
+    expert = months / "all" / "experts" / "expert-001.safetensors"
+    month(months / "d", "B", ["van"], range(4))
+    flip_a_byte(expert)
+    assert fomo.main(["--continue", str(months / "all"), "--out", str(months / "2")]) == 2
+    assert f"{expert} has changed" in capsys.readouterr().err
+    assert not (months / "2").exists()
+
+
+def test_an_update_may_hold_out_what_none_before_did(months):
+    """There is no ZS before it: the picture has curves of KA alone."""
+    (months / "d" / "H").rename(months / "H")
+    options = months_options(months)
+    options.remove("H")
+    assert fomo.main([*options, "--out", str(months / "none")]) == 0
+    (months / "H").rename(months / "d" / "H")
+    new_class(months)
+    command = ["--continue", str(months / "none"), "--heldout", "H", "--out", str(months / "2")]
+    assert fomo.main(command) == 0
+    results = results_of(months / "2")
+    assert [row["zs"] is None for row in results["tasks"]] == [True, True, False]
+    assert (months / "2" / "picture.png").exists()
+
+
+def test_a_report_says_whose_gate_failed(months, capsys):
+    new_class(months)
+    command = ["--continue", str(months / "1"), "--gate", "ka >= 200", "--out", str(months / "2")]
+    assert fomo.main(command) == 3
+    capsys.readouterr()
+    assert fomo.main(["report", str(months / "2"), "-o", str(months / "r.png")]) == 0
+    assert re.search(r"2: its gate failed \(ka .*, not >= 200\)", capsys.readouterr().out)
 
 
 def test_options_that_say_what_the_run_had_may_be_given_again(months):
