@@ -36,6 +36,8 @@ graph, the loss and its gradient at the features, then the trained towers again,
 and peak_memory. Neither MAFs nor steps know it: what a method may spend is a property of the
 method, and must not depend on the GPU that somebody has for it."""
 
+import argparse
+import json
 import math
 from dataclasses import dataclass
 
@@ -167,30 +169,22 @@ class Tower:
 
 
 def towers(config):
-    """-> (image tower, text tower). ValueError if the config lacks a field or does not describe a
-    transformer."""
-    missing = [f for f in FIELDS if not hasattr(config, f)]
-    if missing:
-        raise ValueError(
-            f"the config has no field {', '.join(missing)}; it needs {', '.join(FIELDS)}"
-        )
+    """-> (image tower, text tower). ValueError if the config does not describe a transformer."""
     c = config
     for name in FIELDS[:-1]:
-        if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
-            raise ValueError(
-                f"the config's {name} must be a positive integer, not {getattr(c, name)!r}"
-            )
+        _check_count(f"the config's {name}", getattr(c, name, None))
     if c.image_size < c.patch_size:
-        raise ValueError(
-            f"a patch of {c.patch_size} pixels does not fit into an image of {c.image_size}"
-        )
+        raise ValueError(f"a patch of {c.patch_size} pixels and an image of {c.image_size}")
     tokens = (c.image_size // c.patch_size) ** 2 + 1
     vision = (c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp)
     text = (c.text_width, c.text_layers, c.text_heads, c.text_mlp)
-    return (
-        Tower("vision", tokens, *vision, stem=3 * c.patch_size**2, table=0),
-        Tower("text", c.context_length, *text, stem=0, table=c.vocab_size),
-    )
+    images = Tower("vision", tokens, *vision, stem=3 * c.patch_size**2, table=0)
+    return images, Tower("text", c.context_length, *text, stem=0, table=c.vocab_size)
+
+
+def _check_count(what, n):
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"{what} must be a positive integer, not {n!r}")
 
 
 def check(config, batch_size, method, rank=0):
@@ -199,18 +193,12 @@ def check(config, batch_size, method, rank=0):
     vision, text = towers(config)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"the batch size must be a positive integer, not {batch_size!r}")
-    if not isinstance(rank, int) or rank < 0:
-        raise ValueError(
-            f"the rank must be a positive integer, or 0 for the method's own, not {rank!r}"
-        )
+    _check_count("the batch size", batch_size)
+    if rank != 0:
+        _check_count("the rank", rank)
     recipe = METHODS[method]
     width = min(vision.width, text.width)
-    if not recipe.rank:  # a rank means nothing to a method that has none
-        rank = 0
-    elif rank == 0:
-        rank = recipe.rank
+    rank = (rank or recipe.rank) if recipe.rank else 0  # a rank means nothing to some methods
     if rank > width:
         limit = f"the model's smallest width, {width}"
         raise ValueError(f"rank {rank} is above {limit}: {method} would not be low-rank")
@@ -221,8 +209,7 @@ def pieces(batch_size, micro_batch):
     """-> (samples in the largest piece, number of pieces)."""
     if micro_batch is None:
         return batch_size, 1
-    if not isinstance(micro_batch, int) or micro_batch < 1:
-        raise ValueError(f"a micro-batch must be a positive integer, or None, not {micro_batch!r}")
+    _check_count("a micro-batch", micro_batch)
     return min(micro_batch, batch_size), math.ceil(batch_size / micro_batch)
 
 
@@ -237,10 +224,7 @@ def flops(config, batch_size, method="finetune", rank=0, gap=GAP, micro_batch=No
     stands apart: with adapters nothing trains before its in_proj, whose input then needs no
     gradient."""
     recipe, rank, vision, text = check(config, batch_size, method, rank)
-    if not isinstance(gap, int) or gap < 1:
-        raise ValueError(
-            f"the gap between two SVDs must be a positive number of steps, not {gap!r}"
-        )
+    _check_count("the gap between two SVDs", gap)
     _, count = pieces(batch_size, micro_batch)
     rows = []
     for tower, trains in ((vision, recipe.vision), (text, recipe.text)):
@@ -584,6 +568,33 @@ def steps(
     return steps_per_task(total, tasks, maf, once)
 
 
+def plan(config, options, tasks, samples):
+    """What a run with these options does: steps of each of its `tasks` tasks, and {"gflops": of the
+    budget or None, "gflops_spent", "maf_gflops_per_step"}. options: any object with the fields
+    method, batch_size, rank, gap, fisher_samples, steps, tasks, budget; what is None is the
+    paper's. samples: of all these tasks, of which EWC looks back on each task's own."""
+    o = options
+    method = "finetune" if o.method == "zero-shot" else o.method
+    rank = o.rank or 0
+    gap = o.gap or GAP
+    step = step_flops(config, o.batch_size, method, rank, gap)
+    step_mafs = mafs(config, o.batch_size, method, rank, gap=gap)
+    at_most = max(1, (o.fisher_samples or FISHER_SAMPLES) // o.batch_size)
+    looked_at = min(max(1, samples // max(1, tasks) // o.batch_size), at_most)  # batches
+    once = task_flops(config, o.batch_size, method, looked_at * o.batch_size)
+    task_mafs = step_mafs * once / step
+    total = None if o.steps else o.budget or default_budget(config)
+    if o.steps:
+        each = o.steps * (o.tasks if method == "joint" else 1)
+    else:
+        each = steps_per_task(total, max(1, tasks), step_mafs, task_mafs)
+    if each > 2**31:
+        raise ValueError(f"{each:g} steps a task are more than anybody takes: lower --budget or"
+                         " --steps")  # fmt: skip
+    spent = tasks * (each * step_mafs + task_mafs)
+    return each, {"gflops": total, "gflops_spent": spent, "maf_gflops_per_step": step_mafs}
+
+
 def table(config, batch_size, rank=0, precision="bf16", total_gflops=None, tasks=TASKS):
     """A row a method, as dicts of method, with its rank where the paper has a second one; rank;
     gflops of a step; memory_gib; multiplier; mafs; steps a task and samples in all, by number of
@@ -683,3 +694,39 @@ def explain_text(rows, parts, once):
         if count:
             lines.append(f"{part:31}{count / 2**20:12.1f}{count / peak:8.2%}")
     return "\n".join([*lines, f"{'in all':31}{peak / 2**20:12.1f}"])
+
+
+def main(argv, models, paper, tiny):
+    """The command. models: {name: config}; paper, tiny: defaults of "batch_size" and "budget"."""
+    p = argparse.ArgumentParser("fomo.py budget", description="What a step of each method costs and"
+                                " how many steps a budget buys, beside the paper's Table 4.")
+    p.add_argument("--model", default="ViT-B-16", choices=sorted(models),
+                   help="(default ViT-B-16)")
+    p.add_argument("--batch-size", type=int, help="pairs a step (default 512; tiny 64)")
+    p.add_argument("--precision", default="bf16", choices=list(PRECISIONS), help="(default bf16)")
+    p.add_argument("--rank", type=int, default=0,
+                   help="of lora, dora, vera and galore; 0: the paper's")
+    p.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory (default"
+                   " the paper's, in proportion to a pair's; tiny 3000)")
+    p.add_argument("--tasks", type=int, nargs="+",
+                   help="lengths of stream (default 20 50 100 200; tiny 8)")
+    p.add_argument("--explain", choices=METHODS, help="where one step's FLOPs and bytes go")
+    p.add_argument("--json", action="store_true", help="the same numbers for programs")
+    args = p.parse_args(argv)
+    config = models[args.model]
+    defaults = tiny if args.model == "tiny" else paper
+    size = defaults["batch_size"] if args.batch_size is None else args.batch_size
+    if args.explain:
+        rows = flops(config, size, args.explain, args.rank)
+        parts = memory(config, size, args.explain, args.precision, args.rank)
+        once = task_flops(config, size, args.explain)
+        report = {"flops": rows, "bytes": parts, "once_a_task": once}
+        print(json.dumps(report) if args.json else explain_text(rows, parts, once))
+        return
+    total = args.budget
+    if total is None:
+        total = defaults["budget"] or default_budget(config)
+    lengths = args.tasks or ([tiny["tasks"]] if args.model == "tiny" else TASKS)
+    rows = table(config, size, args.rank, args.precision, total, lengths)
+    head = f"{args.model}, batch {size}, {args.precision}, {total:g} GFLOPs in all, memory-adjusted"
+    print(json.dumps(rows) if args.json else f"{head}\n{table_text(rows)}")

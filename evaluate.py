@@ -15,6 +15,7 @@ words; the three pictures. Each can be read, and used, without those after it.
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import textwrap
@@ -25,13 +26,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 # -------------------------------------------------------------------------- scores from features
 
 # Similarities nearer than this are equal. Rounding differs with the batch's size and the number of
 # threads, so that without it equal captions, or classes of one name, would be ranked by chance.
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
-TILE = 4096  # similarities are formed in squares of this side, 64 MiB in float32
+TILE = 2048  # similarities are formed in squares of this side, 16 MiB in float32
 
 
 def classifier(encode_text, prompts, templates=None):
@@ -74,19 +76,19 @@ def accuracy(image, classifier, labels, k=1):
 def classification(image, classifier, labels):
     """All numbers of a classification set, in percent; arguments as of accuracy().
 
-    -> {"metric", "score", "top1", "top5", "mean_per_class", "per_class": [C], "chance"}; a class
-    without pictures is None in per_class and not in the mean. score is top1."""
+    -> {"metric", "samples": N, "score", "top1", "top5", "mean_per_class", "per_class": [C],
+    "chance"}; a class without pictures is None in per_class and not in the mean. score is top1."""
     better, equal = _class_ranks(image, classifier, labels)
     hits = _hit(1, better, equal)
     per_class = _per_class(hits, labels, len(classifier))
-    there = [score for score in per_class if score is not None]
     top1 = _percent(hits)
     return {
         "metric": "top-1",
+        "samples": len(hits),
         "score": top1,
         "top1": top1,
         "top5": _percent(_hit(5, better, equal)),
-        "mean_per_class": math.fsum(there) / len(there),
+        "mean_per_class": _mean(per_class),
         "per_class": per_class,
         "chance": 100 / len(classifier),
     }
@@ -105,9 +107,9 @@ def recall_at_k(image, text, owner, k=5):
 def retrieval(image, text, owner, labels=None, classes=None):
     """All numbers of a retrieval set, in percent; image, text and owner as of recall_at_k().
 
-    -> {"metric", "score", "t2i": {"R@1", "R@5", "R@10"}, "i2t": the same, "per_class", "chance"}.
-    score is the mean of both R@5. per_class is there with labels [N] below classes: the same mean
-    over a class's pictures, each weighing the same."""
+    -> {"metric", "samples": N, "score", "t2i": {"R@1", "R@5", "R@10"}, "i2t": the same,
+    "per_class", "chance"}. score is the mean of both R@5. per_class is there with labels [N] below
+    classes: the same mean over a class's pictures, each weighing the same."""
     texts, images = _retrieval_ranks(image, text, owner)
     count = torch.bincount(torch.as_tensor(owner), minlength=len(image)).double()  # texts an image
     found = {k: (_hit(k, *texts).cpu(), _hit(k, *images).cpu()) for k in (1, 5, 10)}
@@ -116,6 +118,7 @@ def retrieval(image, text, owner, labels=None, classes=None):
     guess = _hit(5, torch.zeros_like(count), len(text) - count, count)
     numbers = {
         "metric": "R@5",
+        "samples": len(image),
         "score": (t2i["R@5"] + i2t["R@5"]) / 2,
         "t2i": t2i,
         "i2t": i2t,
@@ -128,6 +131,17 @@ def retrieval(image, text, owner, labels=None, classes=None):
         credit = (image_hits + own / count.clamp(min=1)) / 2
         numbers["per_class"] = _per_class(credit, labels, classes)
     return numbers
+
+
+def selected(image, text, owner, ids):
+    """Features of some of N pictures, `ids` [n], ascending -> (image [n, D], text, owner), the
+    texts being those of these. A classifier, whose owner is None, stays as it is."""
+    ids = torch.as_tensor(ids)
+    if owner is None:
+        return image[ids], text, None
+    owner = torch.as_tensor(owner)
+    kept = torch.isin(owner, ids)
+    return image[ids], text[kept], torch.searchsorted(ids, owner[kept])
 
 
 def _unit(features):
@@ -251,18 +265,28 @@ def balanced_subset(labels, seed):
 def knowledge_accumulation(per_dataset):
     """KA: the mean over all adaptation datasets, seen or not, each weighing the same; None of none.
     per_dataset: name -> percent."""
-    return math.fsum(per_dataset.values()) / len(per_dataset) if per_dataset else None
+    return _mean(per_dataset.values())
 
 
 def zero_shot_retention(per_dataset):
     """ZS: the mean over all held-out datasets, each weighing the same; None of none.
     per_dataset: name -> percent."""
-    return math.fsum(per_dataset.values()) / len(per_dataset) if per_dataset else None
+    return _mean(per_dataset.values())
 
 
 def geometric_mean(ka, zs):
     """GM = sqrt(KA ZS); None without one of them."""
     return None if ka is None or zs is None else math.sqrt(ka * zs)
+
+
+def _mean(values):
+    """The mean of those that are not None; None where all are. fsum rounds once, in any order."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _minus(a, b):
+    return None if a is None or b is None else a - b
 
 
 def summary(scores, adaptation, heldout):
@@ -272,6 +296,16 @@ def summary(scores, adaptation, heldout):
     return {"ka": ka, "zs": zs, "gm": geometric_mean(ka, zs), "datasets": dict(scores)}
 
 
+def chance(adaptation, heldout):
+    """The summary of guessing: 1 / C, and about 5 / N for R@5. Datasets with name, kind, classes
+    and test."""
+    guess = {}
+    for d in [*adaptation, *heldout]:
+        share = 1 / len(d.classes) if d.kind == "classification" else min(1, 5 / len(d.test))
+        guess[d.name] = 100 * share
+    return summary(guess, [d.name for d in adaptation], [d.name for d in heldout])
+
+
 # ------------------------------------------------------------------------------------- over time
 
 
@@ -279,8 +313,7 @@ def forgetting(history):
     """Mean over datasets of (best score so far - last score), >= 0. history: list over time of
     {name: percent}. Chaudhry et al. 2018 (arXiv 1801.10112), eq. 3, on every dataset instead of
     every task."""
-    lost = dataset_forgetting(history)
-    return math.fsum(lost.values()) / len(lost)
+    return _mean(dataset_forgetting(history).values())
 
 
 def dataset_forgetting(history):
@@ -301,18 +334,14 @@ def by_concept(per_class, when, tasks, now):
     table = {}
     means = {"seen": [], "unseen": []}
     for name, numbers in when.items():
-        groups = {"seen": [], "unseen": []}
-        row = [[] for _ in range(tasks)]
+        taught = [[] for _ in range(tasks)]
         for score, task in zip(per_class[name], numbers, strict=True):
-            if score is not None and task:
-                row[task - 1].append(score)
-                groups["seen" if task <= now else "unseen"].append(score)
-        table[name] = [math.fsum(s) / len(s) if s else None for s in row]
-        for group, scores in groups.items():
-            if scores:
-                means[group].append(math.fsum(scores) / len(scores))
-    mean = {group: math.fsum(m) / len(m) if m else None for group, m in means.items()}
-    return {"seen": mean["seen"], "unseen": mean["unseen"], "by_task": table}
+            if task:
+                taught[task - 1].append(score)
+        table[name] = [_mean(scores) for scores in taught]
+        means["seen"].append(_mean(itertools.chain(*taught[:now])))
+        means["unseen"].append(_mean(itertools.chain(*taught[now:])))
+    return {group: _mean(of_sets) for group, of_sets in means.items()} | {"by_task": table}
 
 
 def transfer(history):
@@ -325,18 +354,10 @@ def transfer(history):
     last = len(history) - 1
     moves = {}
     for name in history[-1]:
-        scores = [row.get(name, []) for row in history]
-
-        def change(after, before, task, scores=scores):
-            old, new = ((scores[t] + [None] * task)[task - 1] for t in (before, after))
-            return [] if old is None or new is None else [new - old]
-
-        backward = [d for i in range(1, last) for d in change(last, i, i)]
-        forward = [d for i in range(2, last + 1) for d in change(i - 1, 0, i)]
-        moves[name] = {
-            "backward": math.fsum(backward) / len(backward) if backward else None,
-            "forward": math.fsum(forward) / len(forward) if forward else None,
-        }
+        R = [[*row.get(name, ()), *[None] * last] for row in history]  # a row may know fewer tasks
+        backward = [_minus(R[last][i - 1], R[i][i - 1]) for i in range(1, last)]
+        forward = [_minus(R[i - 1][i - 1], R[0][i - 1]) for i in range(2, last + 1)]
+        moves[name] = {"backward": _mean(backward), "forward": _mean(forward)}
     return moves
 
 
@@ -352,29 +373,112 @@ def stability_gap(before, within):
     return gap
 
 
+def rows_before(results):
+    """For each row of results["tasks"] the row before it: theta_0's, the one above, or in the first
+    task of an update "before", which are the same weights on the test data of the update."""
+    above = [results["theta_0"], *results["tasks"]]
+    rows = [row.get("before") or old for old, row in zip(above, results["tasks"])]
+    first = results["parent"]["task"] if results.get("before") else len(rows)
+    return [results["before"] if t == first else row for t, row in enumerate(rows)]
+
+
+def alike(row, other):
+    """Whether the means of two rows are over the same datasets, these scored on the same data."""
+    return all(row.get(key) == other.get(key) for key in ("samples", "scored_on")) and (
+        row.get("by_task", {}).keys() == other.get("by_task", {}).keys()
+    )
+
+
+def task_gap(before, row):
+    """stability_gap() of a task from its row and the row before; None where they are on different
+    samples. row["within"] are scores of the weights in training, on the samples of the row or of
+    its "subset"; a step 0 among them stands for the row before, since the task began elsewhere."""
+    start = before.get("subset", before)
+    end = row.get("subset", row)
+    if not alike(start, end):
+        return {"ka": None, "zs": None}
+    within = row.get("within", [])
+    if within and within[0]["step"] == 0:
+        start = within[0]
+    return stability_gap(start, [*within, end])
+
+
+def scores_on(row, other, what="datasets"):
+    """{dataset: row[what][dataset]} as far as the row, or its "subset", has it on the same test
+    data and as many samples as `other`: R@5 falls with the number of candidates, accuracy with that
+    of classes. A row on all samples has in "subset" its scores on those of the rows between first
+    and last."""
+
+    def samples(part, name):
+        data = part.get("scored_on", {}).get(name)  # runs of before do not say
+        return data, part.get("samples_of", {}).get(name, part.get("samples"))
+
+    found = {}
+    for part in (row, row.get("subset", {})):
+        for name, value in part.get(what, {}).items():
+            if samples(part, name) == samples(other, name):
+                found[name] = value
+    return found
+
+
 def over_time(results):
     """Of a run's results: {"forgetting", "backward", "forward", "stability_gap": {"ka", "zs"},
     "datasets": {name: {"forgetting", "backward", "forward"}}}; means over datasets, the gap's over
-    tasks; None where a run did not keep what is needed."""
-    rows = [results["theta_0"], *results["tasks"]]
-    lost = dataset_forgetting([row["datasets"] for row in rows])
+    tasks; None where a run did not keep what is needed. Rows are compared on the same samples:
+    where those between the first and the last are on a subset, all are."""
+    before = rows_before(results)
+    rows = [*before, *results["tasks"][-1:]] or [results["theta_0"]]
+    last = rows[-1].get("subset", rows[-1])
+    lost = dataset_forgetting([scores_on(row, last) for row in rows])
     kept = all("by_task" in row for row in rows)
-    moved = transfer([row["by_task"] for row in rows]) if kept else {}
+    moved = {}
+    if kept:
+        moved = transfer([scores_on(row, last, "by_task") for row in rows])
     none = {"backward": None, "forward": None}
     each = {name: {"forgetting": lost[name], **moved.get(name, none)} for name in lost}
-    means = {}
-    for what in ("forgetting", "backward", "forward"):
-        there = [scores[what] for scores in each.values() if scores[what] is not None]
-        means[what] = math.fsum(there) / len(there) if there else None
-    gaps = [
-        stability_gap(before, [*row.get("within", []), row])
-        for before, row in itertools.pairwise(rows)
-    ]
-    mean_gap = {}
-    for metric in ("ka", "zs"):
-        there = [gap[metric] for gap in gaps if gap[metric] is not None]
-        mean_gap[metric] = math.fsum(there) / len(there) if there else None
+    means = {what: _mean([d[what] for d in each.values()])
+             for what in ("forgetting", "backward", "forward")}  # fmt: skip
+    gaps = [task_gap(old, row) for old, row in zip(before, results["tasks"])]
+    mean_gap = {metric: _mean([gap[metric] for gap in gaps]) for metric in ("ka", "zs")}
     return {**means, "stability_gap": mean_gap, "datasets": each}
+
+
+def conditions(gate):
+    """What has to hold for an update to be shipped, as "zs >= -1, DIGITS >= -3" in points against
+    the weights before it, or None -> [(name, "<" or ">" or "<=" or ">=", points)]."""
+    found = []
+    rest = gate or ""
+    while rest.strip():  # a name may hold a comma, so that they are read one after the other
+        match = re.match(r"\s*([^\s<>=][^<>=]*?)\s*([<>]=?)\s*([-+]?[\d.]+)\s*(?:,|$)", rest)
+        try:
+            found.append((match[1], match[2], float(match[3])))
+        except (TypeError, ValueError):
+            raise ValueError(f"--gate takes conditions as in \"zs >= -1, DIGITS >= -3\", got"
+                             f" {rest!r}") from None
+        rest = rest[match.end() :]
+    return found
+
+
+def check_gate(gate, datasets, heldout):
+    """ValueError where it asks for what is not scored. datasets, heldout: names."""
+    means = ["ka", *(["zs", "gm"] if heldout else [])]
+    for name, _, _ in conditions(gate):
+        if name not in datasets and name.lower() not in means:
+            raise ValueError(f"--gate asks for {name}, which is not scored here: there are"
+                             f" {', '.join([*means, *datasets])}")  # fmt: skip
+
+
+def failures(gate, before, after):
+    """What of a gate does not hold, in words. before, after: scores {"ka", "zs", "gm", "datasets"}
+    on the same test data."""
+    holds = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
+    failed = []
+    for name, sign, points in conditions(gate):
+        old, new = (row["datasets"].get(name, row.get(name.lower())) for row in (before, after))
+        change = round(new - old, 9)  # 8.2 - 7.2 is a little less than 1
+        if not holds[sign](change, points):
+            failed.append(f"{name} {change:+.1f}, not {sign} {points:g}")
+    return failed
 
 
 # ------------------------------------------------------------------- runs and their results.json
@@ -389,80 +493,74 @@ def read_results(folder):
     """The results.json of a finished run; ValueError where it is none, or only half of one."""
     path = Path(folder) / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        for row in (results["theta_0"], *results["tasks"], results["final"]):
+            row.setdefault("datasets", {})
+            for part in (row, row.get("subset", row), *row.get("within", ())):
+                percent = [part["ka"], *part.get("datasets", {}).values()]
+                percent += [part[metric] for metric in ("zs", "gm") if part[metric] is not None]
+                if not all(0 <= v <= 100 for v in percent):
+                    raise ValueError("a score is no percentage")
         numbers = [results["seconds"], results["trained_parameters"]]
         numbers += [row[key] for row in results["tasks"] for key in ("task", "steps")]
-        percent = []
-        for row in (results["theta_0"], *results["tasks"], results["final"]):
-            percent += [row["ka"], *row.setdefault("datasets", {}).values()]
-            percent += [row[metric] for metric in ("zs", "gm") if row[metric] is not None]
-        if not all(0 <= v <= 100 for v in percent) or not all(0 <= v < 1e15 for v in numbers):
-            raise ValueError("numbers out of range")
+        if not all(0 <= v < 1e15 for v in numbers):
+            raise ValueError("a count is out of range")
         for text in (results["config"]["method"], results["theta_0_sha256"]):
             if not isinstance(text, str):
                 raise TypeError("its method or theta_0 is no name")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as e:
+        for line in compare([(folder, results)]):  # what a report will make of it
+            table(summarise([line]))
+            line.within()
+        run_title(results)
+        set(results.get("heldout", ()))
+        Path((results.get("parent") or {"run": ""})["run"])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+            OSError) as e:  # fmt: skip
         raise ValueError(f"{path} is no run's results ({type(e).__name__}: {e})") from None
     return results
 
 
+def _no_number(name):
+    raise ValueError(f"{name} is in it")  # NaN and infinities are not JSON
+
+
+def read_numbers(path):
+    """What `evaluate` wrote of another checkpoint."""
+    try:
+        numbers = json.loads(Path(path).read_text(encoding="utf-8"))["numbers"]
+        return {name: {**n, "score": float(n["score"])} for name, n in numbers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        fault = type(e).__name__
+        raise ValueError(f"{path} is no scores.json of fomo.py evaluate ({fault})") from e
+
+
 def read_runs(folders):
     """-> (folder, results) pairs of the finished runs, each once, and the folders that hold none.
-    A run that is continued by another of them is part of that one's lineage."""
+    A run that another of them continues is left out, for its tasks are among that one's."""
     runs = {}
     unfinished = []
-    earlier = set()
     for folder in map(Path, folders):
         if not (folder / "results.json").exists():
             unfinished.append(folder)
             continue
-        results, before = lineage(folder)
-        runs.setdefault(folder.resolve(), (folder, results))
-        earlier.update(before)
-    return [run for place, run in runs.items() if place not in earlier], unfinished
+        runs.setdefault(folder.resolve(), (folder, read_results(folder)))
+    earlier = {weights for _, run in runs.values() for weights in run.get("lineage", ())}
+    last = [run for run in runs.values()
+            if run[1].get("version", {}).get("weights") not in earlier]  # fmt: skip
+    return last, unfinished
 
 
-def lineage(folder):
-    """-> the results of a run, with the tasks of those that it continues in front, and the resolved
-    folders of these. A results.json names what it continues by "parent": {"run": folder}."""
-    folder = Path(folder)
-    results = read_results(folder)
-    before = []
-    parent = results.get("parent")
-    while parent:
-        told = Path(parent["run"])
-        places = [p for p in (told, folder.parent / told.name) if (p / "results.json").exists()]
-        if not places or places[0].resolve() in before:
-            raise ValueError(f"{folder} continues {told}, which is not there: put it beside it")
-        folder = places[0]
-        before.append(folder.resolve())
-        older = read_results(folder)
-        results = joined(older, results)
-        parent = older.get("parent")
-    return results, before
-
-
-def joined(older, newer):
-    """Results of `newer`, which continues `older`, as those of one run."""
-    if older["theta_0_sha256"] != newer["theta_0_sha256"]:
-        raise ValueError("a run says that it continues one of another theta_0: one was replaced")
-    first = min((row["task"] for row in newer["tasks"]), default=math.inf)
-    tasks = [row for row in older["tasks"] if row["task"] < first]
-    both = {**newer, "theta_0": older["theta_0"], "tasks": tasks + newer["tasks"]}
-    for key in ("seconds", "gflops_spent"):
-        if tasks and older.get(key) is not None and newer.get(key) is not None:
-            both[key] = older[key] + newer[key]
-    return both
-
-
-def joint_beside(folder, identity):
-    """At most one (folder, results): a finished joint run of this theta_0, beside `folder`."""
+def joint_beside(folder, own):
+    """At most one (folder, results): a finished joint run beside `folder`, of the theta_0 and the
+    data of the results `own`."""
     for path in sorted(Path(folder).parent.glob("*/results.json")):
         try:
             results = read_results(path.parent)
         except ValueError:  # somebody else's file must not stop a run
             continue
-        if results["config"]["method"] == "joint" and results["theta_0_sha256"] == identity:
+        if results["config"]["method"] != "joint":
+            continue
+        if all(results.get(key) == own.get(key) for key in ("theta_0_sha256", "data_sha256")):
             return [(path.parent, results)]
     return []
 
@@ -480,25 +578,42 @@ class Line:
         over_time = [[run["theta_0"], *run["tasks"]] for run in self.runs]
         return np.array([[(r["zs"], r["ka"]) for r in rows] for rows in over_time], dtype=float)
 
+    def within(self):
+        """[T lists] of (finished tasks, ZS, KA), means over the seeds: the weights in training, as
+        far as they were scored within a task. Empty lists where they were not."""
+        tasks = []
+        for t, rows in enumerate(zip(*(run["tasks"] for run in self.runs))):
+            seeds = [[(t + w["step"] / row["steps"], w["zs"], w["ka"]) for w in row["within"]]
+                     for row in rows if row.get("within")]  # fmt: skip
+            alike = len(seeds) == len(rows) and len({len(path) for path in seeds}) == 1
+            tasks.append(np.mean(np.array(seeds, dtype=float), axis=0) if alike else [])
+        return tasks
+
     def changes(self):
-        """-> names, and [datasets, T] the mean change against theta_0, NaN where there is none."""
+        """-> names, and [datasets, T] the mean change against theta_0 on the same samples, NaN
+        where there is none."""
         names = list(dict.fromkeys(name for run in self.runs for name in run["final"]["datasets"]))
-        change = [
-            [[row["datasets"].get(n, math.nan) - run["theta_0"]["datasets"].get(n, math.nan)
-              for row in run["tasks"]] for n in names]
-            for run in self.runs
-        ]  # fmt: skip
-        return names, np.array(change, dtype=float).mean(axis=0)
+        changes = []
+        for run in self.runs:
+            changes.append([])
+            for row in run["tasks"]:
+                start = scores_on(run["theta_0"], row)
+                after = row["datasets"]
+                change = [after.get(n, math.nan) - start.get(n, math.nan) for n in names]
+                changes[-1].append(change)
+        return names, np.mean(changes, axis=0).reshape(-1, len(names)).T
 
 
 def compare(runs, free=FREE):
     """(folder, results) pairs -> list of Line, in the order of the runs. ValueError where runs do
     not compare. free: options in which the runs of one line may differ."""
     _check_comparable(runs)
+    known = next((r["training_sha256"] for _, r in runs if "training_sha256" in r), None)
     groups = {}
     for folder, results in runs:
         options = {key: v for key, v in results["config"].items() if key not in free}
-        kind = json.dumps([options, len(results["tasks"])], sort_keys=True)
+        trained_on = results.get("training_sha256", known)  # files change under the same options
+        kind = json.dumps([options, len(results["tasks"]), trained_on], sort_keys=True)
         seed = results["config"].get("seed")
         repeat = 0
         while seed in groups.get((kind, repeat), {}):  # twice the same seed: a line of its own
@@ -516,11 +631,13 @@ def _check_comparable(runs):
     for what, key in (
         ("from different theta_0", lambda results: results["theta_0_sha256"]),
         ("over different datasets", lambda results: sorted(results["theta_0"]["datasets"])),
-        ("on different data", lambda results: results.get("data_sha256")),
-    ):
+        ("on different test data (copies must keep their files' times: cp -a)",
+         lambda results: results.get("data_sha256")),
+    ):  # fmt: skip
         kinds = {}
         for folder, results in runs:
-            kinds.setdefault(json.dumps(key(results)), []).append(str(folder))
+            if key(results) is not None:  # older runs do not say
+                kinds.setdefault(json.dumps(key(results)), []).append(str(folder))
         if len(kinds) > 1:
             each = "; or ".join(" ".join(group) for group in kinds.values())
             raise ValueError(f"runs {what} do not compare, give those of one: {each}")
@@ -596,7 +713,14 @@ def summarise(lines):
             "trained_parameters": line.runs[0]["trained_parameters"],
             **{key: _spread([value[key] for value in values]) for key in values[0]},
         })
-    return {"theta_0": theta_0, "lines": rows, "words": _ranking(lines)}
+    return {"theta_0": theta_0, "lines": rows, "words": _ranking(lines) + _since(lines)}
+
+
+def _since(lines):
+    """Sentences on datasets whose test data are not those of a run's first tasks."""
+    return [f"{line.name}: {name} is scored as it is now from task {task} on"
+            for line in lines
+            for name, task in line.runs[0].get("scored_since", {}).items()]  # fmt: skip
 
 
 def _run_numbers(run, joint):
@@ -622,12 +746,8 @@ def above_line(point, theta_0, joint):
     (left, left_ka), (right, right_ka) = sorted([tuple(theta_0), tuple(joint)])
     if point[0] >= right:
         return point[1] - right_ka
-    share = max(0.0, (point[0] - left) / (right - left))
+    share = (point[0] - left) / (right - left) if point[0] > left else 0.0
     return point[1] - (left_ka + share * (right_ka - left_ka))
-
-
-def _minus(a, b):
-    return None if a is None or b is None else a - b
 
 
 def _spread(values):
@@ -731,16 +851,22 @@ def run_head(results):
 
 
 def run_row(task, steps, scores, before=None, whole=None):
-    """One of these rows. before: the row before it, to show what changed, if on as many samples;
+    """One of these rows. before: the row before it, to show what changed on the same samples;
     whole: the scores on all samples, of which this row may have a subset."""
-    alike = before and before.get("samples") == scores.get("samples")
+    old = before
+    new = scores
+    if before and before["samples"] != scores["samples"]:
+        old = before.get("subset", before)
+        new = scores.get("subset", scores)
     cells = []
     for metric in METRICS:
-        change = _minus(scores[metric], before[metric]) if alike else None
+        change = _minus(new[metric], old[metric]) if before and alike(old, new) else None
         cells.append(_number(scores[metric], SCORE))
         cells.append("" if change is None else f"({CHANGE.format(change)})")
     row = ROW.format(task, steps, *cells).rstrip()
-    if whole and scores["samples"] < whole["samples"]:
+    if whole and scores.get("scored_on") != whole.get("scored_on"):
+        row += "   on the test data of then"
+    elif whole and scores["samples"] < whole["samples"]:
         row += f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples"
     return row
 
@@ -787,11 +913,13 @@ def score_table(scores, roles, baseline=None):
 
 def class_table(numbers, classes, baseline=None):
     """Scores per class, the worst first. classes: their names; the rest as in score_table()."""
-    rows = [["class", "score"] + (["before", "change"] if baseline else [])]
+    before = (baseline or {}).get("per_class") or ()
+    with_before = len(before) == len(classes)
+    rows = [["class", "score"] + (["before", "change"] if with_before else [])]
     scores = [(score, c) for c, score in enumerate(numbers["per_class"]) if score is not None]
     for score, c in sorted(scores):
         row = [classes[c], f"{score:.1f}"]
-        rows.append(row + (_beside(score, baseline["per_class"][c]) if baseline else []))
+        rows.append(row + (_beside(score, before[c]) if with_before else []))
     return aligned(rows)
 
 
@@ -916,15 +1044,19 @@ def _ticks(low, high, step):
 class Legend:
     """Names beside their marks, long ones on several lines: nothing is cut, nothing overlaps."""
 
-    def __init__(self, tracks, styles):
+    def __init__(self, tracks, styles, over_tasks=False, within=()):
         self.entries = [("theta_0", INK, "star")]
-        if "joint" in tracks:
+        if "joint" in tracks and over_tasks:
+            self.entries += [("joint", GOLD, None)]
+        elif "joint" in tracks:
             self.entries += [("joint", GOLD, "star"), ("linear trade-off", GREY, None)]
         for name, style in styles.items():
             seeds = f", {len(tracks[name])} seeds" if len(tracks[name]) > 1 else ""
             self.entries.append((_printable(name) + seeds, *style))
         if any(len(track) > 1 for track in tracks.values()):
             self.entries.append(("shaded: a standard deviation over the seeds", None, None))
+        if within:
+            self.entries.append(("thin: within a task, the weights in training", None, None))
         self.entries = [(textwrap.wrap(n, 34) or ["?"], *style) for n, *style in self.entries]
         texts = [text for wrapped, *_ in self.entries for text in wrapped]
         self.width = 44 + max(_text_width(text, 16) for text in texts)
@@ -982,6 +1114,15 @@ def _deviation(track):
     return track.std(axis=0, ddof=1) if len(track) > 1 else np.zeros(track.shape[1:])
 
 
+def _band(track):
+    """The mean over the seeds, less and plus a standard deviation."""
+    return track.mean(axis=0) - _deviation(track), track.mean(axis=0) + _deviation(track)
+
+
+def _opacity(styles):
+    return 0.2 if len(styles) <= FEW else 0.08
+
+
 def draw_plane(tracks):
     """ZS to the right and KA upwards, a point of one as long as a point of the other."""
     styles = _styles(tracks)
@@ -1001,7 +1142,7 @@ def draw_plane(tracks):
         sheet.dashes(*stars.values(), GREY)
         _shade_track(sheet, axes, tracks["joint"][:, -1:], GOLD, 0.2)
     for name, (colour, _) in styles.items():
-        _shade_track(sheet, axes, tracks[name], colour, 0.2 if len(styles) <= FEW else 0.08)
+        _shade_track(sheet, axes, tracks[name], colour, _opacity(styles))
     for name, (colour, _) in styles.items():
         sheet.line([axes.at(*p) for p in tracks[name].mean(axis=0)], colour, 3)
     taken = [(*place, 15) for place in stars.values()]  # x, y, radius of what must stay readable
@@ -1023,10 +1164,9 @@ def _plane_axes(tracks):
     """Axes around all points and their deviations, of one scale: pixels a point of ZS or KA."""
     sides = []
     for axis in (0, 1):
-        means = [track.mean(axis=0)[:, axis] for track in tracks.values()]
-        spreads = [_deviation(track)[:, axis] for track in tracks.values()]
-        low = min((m - s).min() for m, s in zip(means, spreads))
-        high = max((m + s).max() for m, s in zip(means, spreads))
+        bands = [_band(track[..., axis]) for track in tracks.values()]
+        low = min(low.min() for low, _ in bands)
+        high = max(high.max() for _, high in bands)
         pad = max(0.06 * (high - low), 1.0)
         sides.append((low - pad, high + pad))
     across, up = (high - low for low, high in sides)
@@ -1075,26 +1215,37 @@ def _number_track(sheet, places, colour, taken):
             sheet.text(*place, str(task), 13, "mm", PAPER)
 
 
-def draw_curves(tracks):
-    """KA, ZS and GM over tasks, one below the other; without ZS, KA alone."""
+def draw_curves(tracks, within=None):
+    """KA, ZS and GM over tasks, one below the other; without ZS, KA alone. within: name -> for each
+    task [(finished tasks, ZS, KA), ...], of the weights in training: thin lines."""
     styles = _styles(tracks)
-    legend = Legend(tracks, styles)
-    scores = {"KA (%)": {name: track[..., 1] for name, track in tracks.items()}}
+    within = {name: tasks for name, tasks in (within or {}).items() if any(map(len, tasks))}
+    legend = Legend(tracks, styles, True, within)
+    metrics = {"KA (%)": lambda points: points[..., -1]}
     if _has_zs(tracks):
-        scores["ZS (%)"] = {name: track[..., 0] for name, track in tracks.items()}
-        scores["GM (%)"] = {name: np.sqrt(track.prod(axis=-1)) for name, track in tracks.items()}
-    each = 290 if len(scores) > 1 else 500
-    sheet = Sheet(704 + legend.width + 10, max(each * len(scores) + 60, legend.height + 46))
+        metrics["ZS (%)"] = lambda points: points[..., -2]
+        metrics["GM (%)"] = lambda points: np.sqrt(points[..., -2:].prod(axis=-1))
+    each = 290 if len(metrics) > 1 else 500
+    sheet = Sheet(704 + legend.width + 10, max(each * len(metrics) + 60, legend.height + 46))
     last = max([1, *(tracks[name].shape[1] - 1 for name in styles)])
-    for i, (metric, values) in enumerate(scores.items()):
-        low = min((v.mean(axis=0) - _deviation(v)).min() for v in values.values())
-        high = max((v.mean(axis=0) + _deviation(v)).max() for v in values.values())
-        pad = max(0.06 * (high - low), 0.5)
+    for i, (metric, score) in enumerate(metrics.items()):
+        values = {name: score(track) for name, track in tracks.items()}
+        thin = [(styles[name][0], [(x, score(np.array([zs, ka]))) for x, zs, ka in task])
+                for name, tasks in within.items() for task in tasks]  # fmt: skip
+        known = [y for _, points in thin for _, y in points]
+        known += [y for track in values.values() for edge in _band(track) for y in edge]
+        pad = max(0.06 * (max(known) - min(known)), 0.5)
         top = 46 + each * i
-        axes = Axes(60, top, 680, top + each - 76, (0, last), (low - pad, high + pad))
+        y = min(known) - pad, max(known) + pad
+        axes = Axes(60, top, 680, top + each - 76, (0, last), y)
         y_ticks = _ticks(*axes.y, _step(axes.y[1] - axes.y[0], 6))
-        x_name = "finished tasks" if i == len(scores) - 1 else ""
+        x_name = "finished tasks" if i == len(metrics) - 1 else ""
         axes.grid(sheet, _ticks(0, last, max(1, _step(last, 12))), y_ticks, x_name, metric)
+        for colour, points in thin:
+            places = [axes.at(*point) for point in points]
+            sheet.line(places, colour, 1)
+            for place in places:
+                sheet.mark("circle", place, 3, colour)
         _draw_curve_lines(sheet, axes, values, styles)
     legend.draw(sheet, 704, 46)
     return sheet
@@ -1106,11 +1257,9 @@ def _draw_curve_lines(sheet, axes, values, styles):
         sheet.dashes(axes.at(0, level), axes.at(axes.x[1], level), GOLD)
     for name, (colour, _) in styles.items():
         if len(values[name]) > 1 and values[name].shape[1] > 1:
-            mean = values[name].mean(axis=0)
-            spread = _deviation(values[name])
-            low = [axes.at(t, v) for t, v in enumerate(mean - spread)]
-            high = [axes.at(t, v) for t, v in enumerate(mean + spread)]
-            sheet.shade([low + high[::-1]], colour, 0.2 if len(styles) <= FEW else 0.08)
+            below, above = _band(values[name])
+            around = [*enumerate(below), *reversed([*enumerate(above)])]
+            sheet.shade([[axes.at(t, v) for t, v in around]], colour, _opacity(styles))
     for name, (colour, mark) in styles.items():
         places = [axes.at(t, v) for t, v in enumerate(values[name].mean(axis=0))]
         sheet.line(places, colour, 3)
@@ -1131,7 +1280,7 @@ def draw_heat(maps, heldout=()):
     most = np.nanmax(np.abs(np.concatenate([change.ravel() for *_, change in maps])))
     limit = min(40, 5 * math.ceil(max(most, 1) / 5))
     columns = max(len(tasks) for _, _, tasks, _ in maps)
-    cell = max(3, min(40, 640 // columns))
+    cell = max(3, min(40, (640 if len(maps) <= FEW else 220) // columns))
     panel = max(cell * columns, 130) + 26
     titles = [textwrap.wrap(_printable(name), panel // 9) for name, *_ in maps]
     head = 21 * max(map(len, titles)) + 30
@@ -1194,17 +1343,25 @@ def _draw_scale(sheet, left, y, limit):
 # --------------------------------------------------------------------------- pictures of whole runs
 
 
+PARTS = ("plane", "curves", "heat")
+
+
+def report_files(path):
+    """-> {part: file}: where draw_report() writes the picture, "", and each of its parts alone."""
+    path = Path(path)
+    parts = {part: path.with_name(f"{path.stem}-{part}{path.suffix}") for part in PARTS}
+    return {"": path} | parts
+
+
 def draw_report(lines, path):
     """Writes the picture of lines at path, and beside it each of its parts alone: -> the files."""
-    path = Path(path)
     seeds = [len(line.runs) for line in lines]
     parts = _parts(lines, lines)
-    files = {path: _together(parts, f"{len(lines)} experiments, {sum(seeds)} runs")}
-    for name, part in parts.items():
-        files[path.with_name(f"{path.stem}-{name}{path.suffix}")] = part
-    for file, picture in files.items():
-        _save(picture, file)
-    return [*files]
+    whole = _together(parts, f"{len(lines)} experiments, {sum(seeds)} runs")
+    files = report_files(path)
+    for part, picture in {"": whole, **parts}.items():
+        _save(picture, files[part])
+    return [files[part] for part in ("", *parts)]
 
 
 def page(results, path, beside=()):
@@ -1230,7 +1387,8 @@ def _parts(lines, mapped):
     """{"plane", "curves", "heat": picture}, those that there is something for."""
     tracks = {line.name: line.track() for line in lines}
     parts = {"plane": draw_plane(tracks).reduced()} if _has_zs(tracks) else {}
-    parts["curves"] = draw_curves(tracks).reduced()
+    within = {line.name: line.within() for line in lines if line.name != "joint"}
+    parts["curves"] = draw_curves(tracks, within).reduced()
     maps = [(line, *line.changes()) for line in mapped]
     maps = [
         (line.name, datasets, [row["task"] for row in line.runs[0]["tasks"]], change)
@@ -1262,10 +1420,12 @@ def _together(parts, title):
 
 
 def _save(image, path):
-    """Whole or not at all."""
+    """Whole or not at all. It says what drew it, so that it may be drawn anew but no other file."""
     aside = Path(f"{path}.part")
+    maker = PngInfo()
+    maker.add_text("Software", "fomo")
     try:
-        image.save(aside, "PNG")
+        image.save(aside, "PNG", pnginfo=maker)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -6,6 +6,7 @@
     python fomo.py report runs/*                  their table, and one picture of them all
     python fomo.py --method merge --weights W --data D --stream S.json --heldout NAME --pool NAME
     torchrun --nproc-per-node 2 fomo.py --method merge     the same on two GPUs or CPU processes
+    python fomo.py --continue runs/merge-0 --data D NEW    the next update of a finished run
     python fomo.py evaluate --weights W --data D  scores of one checkpoint
     python fomo.py inspect --data D               what the data are, and what is broken in them
     python fomo.py stream --data D --order time   an order of concepts, as a file
@@ -25,16 +26,21 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"fomo: interrupted\n") and 130))
 
 # Threads that wait for each other spin for a moment, then sleep. Spinning alone is 20 times slower
 # than one thread beside other work, sleeping at once a third slower when idle. Torch reads it.
@@ -112,7 +118,17 @@ class Config:
                        " stay the same", least=0)
     score_all: bool = option("run", False, "score all test data after every task; the paper,"
                              " between the first and the last, a class-balanced subset")
-    out: str = option("run", None, "folder of the run; default runs/<method>-<seed>")
+    eval_every: int = option("run", None, "steps from one scoring within a task to the next, of the"
+                             " weights in training as they stand, on the same subsets: what is"
+                             " deployed is known only after the task", least=1)
+    out: str = option("run", None, "folder of the run; default runs/<method>-<seed>, or RUN-t<task>"
+                      " where it continues RUN")
+    continue_: str = option("run", None, "folder of a finished run, whose next update this is: all"
+                            " is as it was there unless given, and what its tasks have not held of"
+                            " the data makes the next --tasks (default 1)")
+    gate: str = option("run", None, "what has to hold for the new weights to be shipped, in points"
+                       " against those before, as in \"zs >= -1, DIGITS >= -3\"; if it does not,"
+                       " model.safetensors has the old ones and the exit status is 3")
     plan: bool = option("run", False, "say what the run would do, time two steps, and stop")
     accept_changes: bool = option("run", False, "go on with an unfinished run although its input"
                                   " has changed; results.json records what")
@@ -137,8 +153,9 @@ class Config:
     stream: str = option("data", None, "JSON list of DATASET+++class, in place of --order")
     order: str = option("data", "random", "of the concepts (sec. 3.3)", ORDERS)
     reverse: bool = option("data", False, "that order backwards")
-    captions: str = option("data", "fomo", "which kind to train on first, where FoMo-in-Flux has"
-                           " several", CAPTIONS)
+    captions: str = option("data", "default", "which kind to train on where FoMo-in-Flux has"
+                           " several; default is its rule: default captions, else merged ones",
+                           CAPTIONS)
     prompts_too: bool = option("data", False, "a training picture's class prompt is one of its"
                                " captions, where these name none")
     template: str = option("data", TEMPLATE, "of the prompts of classes that have none")
@@ -209,11 +226,6 @@ class Config:
                                " or 50 times what a saving takes", above=0)
 
 
-PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights")  # ~ is home in them
-FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes")  # change no result
-MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
-
-
 # ---------------------------------------------------------------------------------------- the loop
 
 
@@ -232,12 +244,14 @@ class Stage:
     betas: tuple[float, float]  # AdamW's
     score: "callable"  # (task) -> None: after each task, of what is deployed
     results: dict
+    score_within: "callable" = None  # () -> None: before each step, of what is trained
     task: int = 0
     step: int = 0  # steps that the task has done; steps + 1: it is merged too, and not yet scored
     optimizer: torch.optim.Optimizer = None
     scaler: torch.amp.GradScaler = None
     when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
-    concepts: list = None  # how many each task teaches
+    chunks: list = None  # the concepts that each task teaches
+    scored_on: dict = None  # dataset -> what tells its test data from others
     saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
 
 
@@ -259,6 +273,8 @@ def train(stage, folder):
         scaler = stage.scaler
         batches = learner.batches(stage.mixture, task, stage.steps, stage.step)
         for batch in Lines(batches, title(stage), stage.steps, stage.step, learner):
+            if stage.score_within:
+                stage.score_within()
             rate = set_rate(optimizer, stage.rate(step=stage.step, steps=stage.steps, task=task))
             loss = learner.backward(batch, scaler)
             add_penalty(method, model, scaler)
@@ -288,17 +304,24 @@ def run(config):
     """The main job. Returns the results, as in results.json; None with --plan."""
     c, crew = resolve(config)
     with Signals() as signals, Folder(c, crew, signals) as folder:
-        world = load_world(c, crew)
+        past = read_past(c)
+        world = load_world(c, crew, past["held"])
         learner = load_learner(c, crew, world)
-        stream = load_stream(learner)
-        chunks = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
-        mixture = data.Mixture(world, chunks, c.batch_size, ratios(c), c.replay, c.seed)
-        tasks, steps, costs = plan(c, learner.model.config, mixture.ends[-1])
+        stream = load_stream(learner, past["held"])
+        new = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
+        mixture = data.Mixture(world, new, c.batch_size, ratios(c), c.replay, c.seed, past["held"])
+        chunks = past["chunks"] + new
+        tasks = 0 if c.method == "zero-shot" else len(new)
+        samples = mixture.ends[-1] - mixture.ends[len(past["chunks"])]
+        steps, costs = budget.plan(learner.model.config, c, tasks, samples)
         announce(learner, mixture, tasks, steps, costs)
         if c.plan:
-            return time_two_steps(learner, mixture)
-        folder.begin(inputs(learner, stream, steps))
-        obtain_theta_0(learner, folder)
+            return time_two_steps(learner, mixture, len(past["chunks"]))
+        names = [d.name for d in world.adaptation + world.heldout]
+        evaluate.check_gate(c.gate, names, world.heldout)
+        found = inputs(learner, stream, steps, past)
+        folder.begin(found, past)
+        obtain_theta_0(learner, folder, past)
 
         method = make_method(c)
         theta_0 = on_cpu(learner.model.state_dict())
@@ -307,27 +330,35 @@ def run(config):
         shown = Learner(copy.deepcopy(learner.model).cpu(), learner.tokenizer, c, crew, world)
         method.prepare(learner.model.to(learner.device))
         results = costs | {
-            "theta_0": None, "tasks": [], "chance": chance(world), "steps_per_task": steps,
+            "theta_0": None, "before": None, "tasks": [], "steps_per_task": steps,
+            "chance": evaluate.chance(world.adaptation, world.heldout),
             "heldout": [d.name for d in world.heldout],
             "theta_0_sha256": fingerprint(theta_0), "trained_parameters": 0,
         }  # fmt: skip
         if tasks:
             results["trained_parameters"] = sum(p.numel() for p in method.trained.values())
-        stage = Stage("stream", learner, method, timeline, mixture, tasks, steps, rates(c),
-                      (0.9, 0.999), None, results)  # fmt: skip
+        stage = Stage("stream", learner, method, timeline, mixture, len(past["chunks"]) + tasks,
+                      steps, rates(c), (0.9, 0.999), None, results)  # fmt: skip
         stage.score = partial(score_task, stage, shown, folder)
+        if c.eval_every:
+            stage.score_within = partial(score_within, stage, shown, folder)
         stage.when = first_tasks(world, chunks)
-        stage.concepts = [len(chunk) for chunk in chunks]
+        stage.chunks = chunks
+        stage.scored_on = scored_on(found, world)
+        go_on(stage, past)
         folder.restore(stage)
         learner.broken = shown.broken = folder.name_broken
+        score_before(stage, shown, folder)
         crew.say(told_so_far(stage.results))
-        if stage.results["theta_0"] is None:
-            score_theta_0(stage, shown, folder)
         train(stage, folder)
         return folder.finish(stage, shown)
 
 
 # --------------------------------------------------------- what a run reads before it does anything
+
+PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
+FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
+MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
 
 def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
@@ -352,13 +383,14 @@ def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
             given[name] = os.path.expanduser(given[name])
         elif name in given:
             given[name] = tuple(map(os.path.expanduser, given[name]))
-    config = Config(**given)
+    config = continued(given) if "continue_" in given else Config(**given)
     refuse_unused(config, given)
+    config.cache = os.path.expanduser(config.cache)  # the default's ~, too
     return config
 
 
 def flag(name):
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def add_option(group, f):
@@ -373,9 +405,11 @@ def add_option(group, f):
         text += f" (default {f.default})"
     choices = f.metadata["choices"]
     many = f.type == tuple[str, ...]
+    flags = [flag(f.name)] + (["-o"] if f.name == "out" else [])
     group.add_argument(
-        flag(f.name), type=str if many else f.type, nargs="*" if many else None, choices=choices,
-        help=text.replace("%", "%%"), metavar=None if choices else f.name.upper())  # fmt: skip
+        *flags, type=str if many else f.type, nargs="*" if many else None, choices=choices,
+        help=text.replace("%", "%%"), dest=f.name,
+        metavar=None if choices else f.name.upper().rstrip("_"))  # fmt: skip
 
 
 def refuse_unused(c, given):
@@ -402,9 +436,10 @@ def refuse_unused(c, given):
         if name != "seed" and name not in methods.used(trains):
             reasons[name] = f"--method {c.method} has no such option"
     if c.method == "zero-shot":
-        for f in fields(Config):
-            if f.metadata["group"] in ("schedule", "method", "merging"):
-                reasons[f.name] = "--method zero-shot trains nothing"
+        idle = [f.name for f in fields(Config)
+                if f.metadata["group"] in ("schedule", "method", "merging")]  # fmt: skip
+        idle += ["eval_every", "gate"]
+        reasons |= dict.fromkeys(idle, "--method zero-shot trains nothing")
     for name in given:
         if reasons.get(name):
             raise ValueError(f"{flag(name)} does nothing here: {reasons[name]}")
@@ -423,7 +458,7 @@ def resolve(config, trains=True):
     if c.weights is None and c.model != "tiny":
         raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or"
                          " --model tiny")
-    if trains and c.weights is None and c.data and not c.pool:
+    if trains and c.weights is None and c.data and not c.pool and not c.continue_:
         raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
                          " that are it")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
@@ -437,6 +472,7 @@ def resolve(config, trains=True):
     rates(c)(step=0, steps=1, task=0)  # says what is wrong with --warmup, --cooldown and --floor
     merge.Timeline({}, **merge_options(c))  # and of merging and the method
     make_method(c)
+    evaluate.conditions(c.gate)
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     crew = Crew(c)
     if c.batch_size < crew.count:
@@ -583,8 +619,8 @@ def check_device(device):
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); without the option a"
-                         " run takes what there is") from None
+        raise ValueError(f"--device {device} cannot be used here ({reason}); --device auto takes"
+                         " what there is") from None
     return device
 
 
@@ -639,6 +675,8 @@ class Learner:
         self.geometry = {"resize": pixels.resize, "interpolation": pixels.interpolation}
         self.size = model.config.image_size
         self.others = None  # features of pool pictures, for --order performance
+        self.texts = {}  # features of texts, as long as
+        self.text_tower = None  # the hash of what made them is this
         self.broken = None  # takes sentences about pictures that cannot be read; None: an error
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
         self.autocast = partial(torch.autocast, self.device.type, dtype=low,
@@ -716,11 +754,18 @@ class Learner:
         return clip.gather_rows(torch.cat([nothing, *mine]), first, total)
 
 
-def load_world(c, crew):
+def load_world(c, crew, held=None):
+    """held: what earlier tasks held, where this run continues another."""
     if not c.data:
         return data.toy()
+    before = finished(c.continue_)["config"]["data"] if c.continue_ else ()
     world = data.open_world(c.data, c.heldout, c.pool, c.captions, c.prompts_too, c.template,
-                            c.validation, c.download, c.cache)  # fmt: skip
+                            c.validation, c.download, c.cache, held, before)  # fmt: skip
+    c.data = tuple(map(str, world.sources))
+    origin, _ = data.located(held, world.heldout)
+    learnt = [d.name for k, d in enumerate(world.heldout) if (origin == k).any()]
+    if learnt:
+        raise ValueError(f"{', '.join(learnt)} cannot be held out: {c.continue_} trained on it")
     for note in world.notes:
         crew.say(note)
     if not world.heldout:
@@ -729,8 +774,9 @@ def load_world(c, crew):
     return world
 
 
-def load_stream(learner):
-    """-> the concepts in order: --stream's, less those that nobody trains on, or all in --order."""
+def load_stream(learner, held=None):
+    """-> the concepts in order: --stream's, less those that nobody trains on, or all in --order.
+    held: only of those that have samples which no earlier task held."""
     c = learner.c
     world = learner.world
     crew = learner.crew
@@ -739,7 +785,10 @@ def load_stream(learner):
         for note in notes:
             crew.say(note)
         return kept
-    found = data.concepts(world.adaptation)
+    found = data.concepts(world.adaptation, held)
+    if held is not None and not found:
+        raise ValueError(f"there is nothing new for {c.continue_}: its tasks held every sample that"
+                         " is there; add some, with --data")
     return data.order(found, c.order, c.seed, order_key(learner, found), c.reverse)
 
 
@@ -755,7 +804,7 @@ def order_key(learner, found):
         return data.occurrences(found, world.pool.captions)
     if c.order == "time":
         return data.times(found)
-    if c.order in ("performance", "similarity") and c.weights is None:
+    if c.order in ("performance", "similarity") and c.weights is None and not c.continue_:
         raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream"
                          " writes the order to a file)")
     if c.order in ("performance", "similarity"):
@@ -786,24 +835,27 @@ def concept_loss(learner, concept, prompt, most=32):
 
 
 def load_learner(c, crew, world):
-    """The checkpoint --weights, or a model as it is before any training. On the CPU."""
-    if c.weights is None:
+    """The checkpoint --weights, what the run that is continued has shipped, or a model as it is
+    before any training. On the CPU."""
+    weights = os.path.join(c.continue_, "model.safetensors") if c.continue_ else c.weights
+    if weights is None:
         torch.manual_seed(0)
         return Learner(clip.CLIP(clip.CONFIGS[c.model]), clip.Tokenizer(), c, crew, world)
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[c.activation]
-    model = load_clip(c.weights, quick_gelu, c.cache)
+    model = load_clip(weights, None if c.continue_ else quick_gelu, c.cache)
     plain = dataclasses.replace(model.config, quick_gelu=False)
     if c.model and clip.CONFIGS[c.model] != plain:
-        raise ValueError(f"{c.weights} is no {c.model}: without --model it is what the weights are")
+        raise ValueError(f"{weights} is no {c.model}: without --model it is what the weights are")
     c.model = next((name for name, known in clip.CONFIGS.items() if known == plain), None)
     bytewise = model.config.vocab_size == clip.CONFIGS["tiny"].vocab_size
     merges = None
     if not bytewise:
-        merges = clip.fetch(c.bpe, c.cache) if c.bpe else clip.find_bpe(c.weights, c.cache)
+        named = c.bpe and not c.continue_
+        merges = clip.fetch(c.bpe, c.cache) if named else clip.find_bpe(weights, c.cache)
     tokenizer = clip.Tokenizer(merges)
-    clip.check_tokenizer(model, tokenizer, c.weights)
+    clip.check_tokenizer(model, tokenizer, weights)
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise ValueError(f"{c.weights} holds numbers that are not finite: take other weights")
+        raise ValueError(f"{weights} holds numbers that are not finite: take other weights")
     return Learner(model, tokenizer, c, crew, world, merges)
 
 
@@ -818,43 +870,34 @@ def load_clip(path, quick_gelu, cache):
 # ------------------------------------------------------------------- what is going to happen, first
 
 
-def plan(c, model_config, samples):
-    """-> number of tasks, steps of each, and what they cost. samples: of the whole stream."""
-    tasks = {"joint": 1, "zero-shot": 0}.get(c.method, c.tasks)
-    method = "finetune" if c.method == "zero-shot" else c.method
-    rank = c.rank or 0  # 0 is the paper's
-    gap = c.gap or budget.GAP
-    maf = budget.mafs(model_config, c.batch_size, method, rank, gap=gap)
-    at_most = max(1, (c.fisher_samples or budget.FISHER_SAMPLES) // c.batch_size)
-    looked_at = min(max(1, samples // max(1, tasks) // c.batch_size), at_most)  # batches, by EWC
-    once = maf * (budget.task_flops(model_config, c.batch_size, method, looked_at * c.batch_size)
-                  / budget.step_flops(model_config, c.batch_size, method, rank, gap))  # fmt: skip
-    total = None if c.steps else c.budget or budget.default_budget(model_config)
-    if c.steps:
-        steps = c.steps * (c.tasks if c.method == "joint" else 1)
-    else:
-        steps = budget.steps_per_task(total, max(1, tasks), maf, once)
-    if steps > 2**31:
-        raise ValueError(f"{steps:g} steps a task are more than anybody takes: lower --budget or"
-                         " --steps")
-    spent = tasks * (steps * maf + once)
-    return tasks, steps, {"gflops": total, "gflops_spent": spent, "maf_gflops_per_step": maf}
-
-
 def announce(learner, mixture, tasks, steps, costs):
     """The first lines of a run: what it will do, how often it sees a sample, what that costs."""
     c = learner.c
     crew = learner.crew
     if not tasks:
         return
+    if c.eval_every and c.eval_every >= steps:
+        raise ValueError(f"--eval-every {c.eval_every} does nothing here: a task has {steps} steps")
     method = "finetune" if c.method == "zero-shot" else c.method
     samples = mixture.ends[-1]
     passes = tasks * steps * c.batch_size / samples
+    those = "samples of the stream"
+    if c.continue_:
+        first = len(mixture.ends) - 1 - tasks
+        before = mixture.ends[first]
+        gone = ", ".join(f"{name} {n:,}" for name, n in mixture.gone.items())
+        samples -= before
+        passes = steps * sum(mixture.counts(first + t)[1] for t in range(tasks)) / samples
+        those = "new samples"  # their share of each batch
+        crew.say(f"{c.continue_} goes on with {samples:,} new samples; its tasks held {before:,} of"
+                 f" those that are there{gone and f', and what has gone: {gone}'}")
+        if not before and ratios(c)[2]:
+            crew.say("the buffer is empty: the update takes its share of each batch")
     peak = budget.peak_memory(learner.model.config, -(-c.batch_size // crew.count), method,
                               c.precision, c.rank or 0, c.micro_batch)  # fmt: skip
     processes = f" on {crew.count} processes" if crew.count > 1 else ""
     crew.say(f"{c.method}: {tasks} x {steps:,} steps of {c.batch_size} pairs{processes},"
-             f" {passes:,.1f} times the {samples:,} samples of the stream;"
+             f" {passes:,.1f} times the {samples:,} {those};"
              f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a"
              " step")
     if passes > 50:
@@ -862,45 +905,68 @@ def announce(learner, mixture, tasks, steps, costs):
                  " --steps may do")
 
 
-def time_two_steps(learner, mixture):
-    """--plan: steps of the first task, on weights that nobody keeps."""
+def time_two_steps(learner, mixture, task):
+    """--plan: steps of a task, on weights that nobody keeps."""
     method = make_method(learner.c)
     method.prepare(learner.model.to(learner.device))
-    for batch in learner.batches(mixture, 0, 2):
+    for batch in learner.batches(mixture, task, 2):
         began = time.perf_counter()
         loss = float(learner.backward(batch, torch.amp.GradScaler(enabled=False)))
         seconds = time.perf_counter() - began
         learner.crew.say(f"a step takes {seconds:.2f} s without the data's (loss {loss:.3f})")
 
 
-def inputs(learner, stream, steps):
+SCORED = ("class names and prompts", "test pictures and captions")  # what a dataset's scores are of
+
+
+def inputs(learner, stream, steps, past):
     """What decides what is trained and scored, as hashes or in words, by name."""
     c = learner.c
     world = learner.world
     found = {"stream": digest(stream), "steps a task": str(steps)}
     for d in world.adaptation + world.heldout:
-        found[f"{d.name}: class names and prompts"] = digest([d.kind, d.classes, d.prompts])
+        found[f"{d.name}: {SCORED[0]}"] = digest([d.kind, d.classes, d.prompts])
+        found[f"{d.name}: {SCORED[1]}"] = d.test.fingerprint()
         found[f"{d.name}: training pictures and captions"] = d.train.fingerprint()
-        found[f"{d.name}: test pictures and captions"] = d.test.fingerprint()
     if world.pool is not None:
         found["pool"] = world.pool.fingerprint()
-    if c.weights is not None:
+    if c.continue_:
+        found["the run that is continued"] = digest(past["version"])
+    elif c.weights is not None:
         model = learner.model
         says = [dataclasses.asdict(model.config), dataclasses.asdict(model.preprocess)]
         found["weights"] = digest([fingerprint(model.state_dict()), *says])
     if learner.merges:
-        found["tokenizer"] = hashlib.sha256(Path(learner.merges).read_bytes()).hexdigest()
+        found["tokenizer"] = file_hash(learner.merges)
     device = learner.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__),
                 "torchvision": torchvision.__version__, "pillow": PIL.__version__,
                 "numpy": numpy.__version__}  # fmt: skip
     machine = {flag(name): str(getattr(c, name)) for name in MACHINE}
     return found | versions | machine | {"processes": str(learner.crew.count), "device": kind}
 
 
+def data_hashes(found):
+    """Of inputs(): what a report needs to tell runs on different data apart."""
+    trained = ("training pictures and captions", "pool")
+    return {"data_sha256": digest({name: found[name] for name in found if name.endswith(SCORED)}),
+            "training_sha256": digest({n: found[n] for n in found if n.endswith(trained)})}
+
+
+def scored_on(found, world):
+    """{dataset: 12 digits that tell apart what it is scored on}, of inputs()."""
+    sets = world.adaptation + world.heldout
+    return {d.name: digest([found[f"{d.name}: {what}"] for what in SCORED])[:12] for d in sets}
+
+
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def file_hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fingerprint(weights):
@@ -916,12 +982,18 @@ def fingerprint(weights):
 # ------------------------------------------------------------------------------------- theta_0
 
 
-def obtain_theta_0(learner, folder):
+def obtain_theta_0(learner, folder, past):
     """learner.model becomes theta_0: as the run's folder or --weights or the cache has it, or
     trained on the pool now. The run's folder keeps it, so that a cleared cache costs nothing."""
     c = learner.c
     crew = learner.crew
     model = learner.model
+    if c.continue_:
+        if fingerprint(model.state_dict()) != past["version"]["weights"]:
+            raise ValueError(f"{c.continue_}/model.safetensors is not what that run wrote: put it"
+                             " back")
+        model.load_state_dict(past["theta_0"])
+        return
     own = folder.path / "theta_0.safetensors"
     if crew.told(own.exists()):
         load_theta_0(model, own)
@@ -965,13 +1037,8 @@ def pretrain(learner, folder):
 
 
 def save_theta_0(model, path):
-    """As clip.save does, with a hash that tells when it is altered; whole or not at all."""
-    weights = model.state_dict()
-    plain = path.with_suffix(".part.safetensors")
-    clip.save(model, plain)
-    metadata = clip.read_tensors(plain).metadata | {"sha256": fingerprint(weights)}
-    plain.unlink()
-    clip.write_tensors(weights, path, metadata)
+    """With a hash that tells when it is altered."""
+    clip.save(model, path, sha256=fingerprint(model.state_dict()))
 
 
 def load_theta_0(model, path):
@@ -1096,7 +1163,7 @@ class ExpertFiles:
         return len(self.hashes)
 
     def __getitem__(self, i):
-        tensors = clip.read_tensors(self.path(i))
+        tensors = clip.read_tensors(self.path(i), mapped=True)
         tensors.path = str(self.path(i))  # merge names it where a tensor is not what it should be
         return tensors
 
@@ -1110,6 +1177,20 @@ class ExpertFiles:
     def pop(self):
         self.hashes.pop()
 
+    def adopt(self, folder, hashes):
+        """The experts of the run that is continued: linked where the disk can, else copied."""
+        if self.crew.leads and hashes:
+            self.folder.mkdir(exist_ok=True)
+            for own in (self.path(i) for i in range(len(hashes))):
+                part = own.with_suffix(".part")
+                try:
+                    os.link(folder / own.name, part)
+                except OSError:
+                    shutil.copyfile(folder / own.name, part)
+                os.replace(part, own)
+        self.crew.told(None)
+        self.restore(hashes)
+
     def restore(self, hashes):
         """ValueError unless the files are those that the state knows."""
         self.hashes = list(hashes)
@@ -1122,86 +1203,287 @@ class ExpertFiles:
                                  " delete the run's folder")
 
 
-def score_theta_0(stage, shown, folder):
-    row = score_all(stage, shown, folder, True, "scoring theta_0")
-    stage.results["theta_0"] = row
-    folder.log("evaluation", task=0, **row)
-    shown.crew.say(evaluate.run_row("theta_0", "", row))
-    folder.save(stage)
+def score_before(stage, shown, folder):
+    """theta_0, and in a run that continues another what that one shipped; if not known already."""
+    results = stage.results
+    for name in ("theta_0", "before") if "parent" in results else ("theta_0",):
+        if results[name] is not None:
+            continue
+        finished = 0
+        if name == "before":
+            shown.model.load_state_dict(stage.timeline.deploy())
+            finished = stage.task
+        row = score_all(stage, shown, folder, True, f"scoring {name}", finished)
+        results[name] = row
+        folder.log("evaluation", task=finished, **row)
+        folder.save(stage)
 
 
 def score_task(stage, shown, folder, task):
     """After a task: what is deployed is on the device just as long as it is scored."""
     shown.model.load_state_dict(stage.timeline.deploy())
     everything = shown.c.score_all or task == stage.tasks - 1
-    scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}")
-    row = {"task": task + 1, "steps": stage.steps, "concepts": stage.concepts[task], **scores}
-    whole = stage.results["theta_0"]
-    before = (stage.results["tasks"] or [whole])[-1]
-    stage.results["tasks"].append(row)
+    scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}", task + 1)
+    row = {"task": task + 1, "steps": stage.steps, "concepts": len(stage.chunks[task]), **scores}
+    results = stage.results
+    if "within" in results:
+        row["within"] = results.pop("within")
+    results["tasks"].append(row)
     folder.log("evaluation", **row, seconds=folder.seconds())
-    shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, whole))
+    before = evaluate.rows_before(results)[-1]
+    shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, results["theta_0"]))
 
 
-def score_all(stage, shown, folder, everything, name):
-    """-> a row of results.json, of the weights in `shown`: {"ka", "zs", "gm", "datasets": {name:
-    percent}, "samples"} and what evaluate.by_concept says."""
+def score_within(stage, shown, folder):
+    """--eval-every: what is trained, as it stands, into results["within"], which the task's row
+    takes over. Where a task does not start from what was deployed, and hence scored, its step 0 is
+    scored too. A state is saved before a step is scored or after the next, never in between."""
+    within = stage.results.setdefault("within", [])
+    elsewhere = stage.timeline.init != stage.timeline.deployed
+    if stage.step % shown.c.eval_every or not (stage.step or elsewhere):
+        return
+    shown.model.load_state_dict(stage.method.plain(stage.learner.model))
+    name = f"scoring {title(stage)}, step {stage.step}"
+    scores = score_all(stage, shown, folder, shown.c.score_all, name, stage.task + 1)
+    row = {"step": stage.step, **{metric: scores[metric] for metric in ("ka", "zs", "gm")}}
+    within.append(row)
+    folder.log("evaluation within", task=stage.task + 1, **row)
+
+
+def score_all(stage, shown, folder, everything, name, finished):
+    """-> a row of results.json, of the weights in `shown`; see row_of. Between the first and the
+    last row there may be subsets alone: then these two have theirs in "subset", to compare with."""
     world = shown.world
-    numbers = {}
-    samples = 0
+    everywhere = {}
+    on_subset = {}
+    known = known_texts(shown)
     shown.model.to(shown.device).eval()
     datasets = world.adaptation + world.heldout
     for d in Lines(datasets, name, len(datasets), 0, shown):
-        labels = d.test.labels
-        ids = range(len(labels)) if everything else evaluate.balanced_subset(labels, shown.c.seed)
-        numbers[d.name] = score(shown, d, ids)
-        samples += len(ids)
+        subset = evaluate.balanced_subset(d.test.labels, shown.c.seed)
+        ids = numpy.arange(len(d.test.labels)) if everything else subset
+        features = encode(shown, d, ids, known=known)
+        everywhere[d.name] = measure(d, ids, *features)
+        on_subset[d.name] = everywhere[d.name]
+        if len(subset) < len(ids) and not shown.c.score_all:
+            on_subset[d.name] = measure(d, subset, *evaluate.selected(*features, subset))
         folder.pause(stage)
     shown.model.cpu()
+    row = row_of(stage, world, everywhere, finished)
+    part = row_of(stage, world, on_subset, finished)
+    return row | ({"subset": part} if part["samples"] < row["samples"] else {})
+
+
+def row_of(stage, world, numbers, finished):
+    """{"ka", "zs", "gm", "datasets": {name: percent}, "samples": in all, "samples_of": {name: how
+    many}, "scored_on": {name: what tells its test data from others}} and what evaluate.by_concept
+    says. numbers: what measure() gives, of every dataset; finished: tasks so far, this one too."""
     per_class = {name: n.get("per_class") for name, n in numbers.items()}
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
-    tasks = stage.task + (stage.step > 0)  # finished so far, this one included
-    return {**summary(world, {name: n["score"] for name, n in numbers.items()}), "samples": samples,
-            **evaluate.by_concept(per_class, when, len(stage.concepts), tasks)}  # fmt: skip
+    samples = {name: n["samples"] for name, n in numbers.items()}
+    return {**summary(world, {name: n["score"] for name, n in numbers.items()}),
+            "samples": sum(samples.values()), "samples_of": samples, "scored_on": stage.scored_on,
+            **evaluate.by_concept(per_class, when, len(stage.chunks), finished)}  # fmt: skip
 
 
 def score(learner, dataset, ids, templates=None):
     """The numbers of the test samples `ids`, as evaluate.py has them."""
+    return measure(dataset, ids, *encode(learner, dataset, ids, templates))
+
+
+def measure(dataset, ids, image, text, owner):
+    """What encode() gave -> the numbers, as evaluate.py has them."""
+    labels = dataset.test.labels[ids]
+    if owner is None:
+        return evaluate.classification(image, text, labels)
+    classes = len(dataset.classes)
+    return evaluate.retrieval(image, text, owner, labels if classes else None, classes or None)
+
+
+def encode(learner, dataset, ids, templates=None, known=None):
+    """Features of the test samples `ids` -> (image [N, D], zero-shot classifier [C, D], None), or
+    of a retrieval set (image, text [M, D], owner [M]). known: texts that need no encoding, to which
+    those of now are added."""
+
+    known = {} if known is None else known
+
+    def text_features(texts):
+        key = digest(texts)
+        if key not in known:
+            known[key] = learner.text_features(texts)
+        return known[key]
+
     test = dataset.test
     image = learner.image_features(test, ids)
     if dataset.kind == "classification":
         texts = dataset.classes if templates else dataset.prompts
-        weights = evaluate.classifier(learner.text_features, texts, templates)
-        return evaluate.classification(image, weights, test.labels[ids])
+        return image, evaluate.classifier(text_features, texts, templates), None
     captions = [[c] if isinstance(c, str) else c for c in (test.captions[i] for i in ids)]
     owner = [i for i, several in enumerate(captions) for _ in several]
-    text = learner.text_features([c for several in captions for c in several])
-    labels = test.labels[ids] if dataset.classes else None
-    return evaluate.retrieval(image, text, owner, labels, len(dataset.classes) or None)
+    return image, text_features([c for several in captions for c in several]), owner
+
+
+def known_texts(learner):
+    """Features of texts by their digest, empty whenever the text tower is not the one of before, to
+    the bit: a locked tower, or theta_0's, encodes each prompt once."""
+    weights = learner.model.state_dict()
+    tower = fingerprint({n: t for n, t in weights.items() if not n.startswith("visual.")})
+    if learner.text_tower != tower:
+        learner.text_tower = tower
+        learner.texts = {}
+    return learner.texts
 
 
 def summary(world, scores):
-    adaptation, heldout = ([d.name for d in sets] for sets in (world.adaptation, world.heldout))
-    return evaluate.summary(scores, adaptation, heldout)
-
-
-def chance(world):
-    """Scores of guessing: 1 / C, and about 5 / N for R@5."""
-    guess = {}
-    for d in world.adaptation + world.heldout:
-        share = 1 / len(d.classes) if d.kind == "classification" else min(1, 5 / len(d.test))
-        guess[d.name] = 100 * share
-    return summary(world, guess)
+    roles = [[d.name for d in sets] for sets in (world.adaptation, world.heldout)]
+    return evaluate.summary(scores, *roles)
 
 
 def first_tasks(world, chunks):
     """Dataset -> for each of its classes the task that teaches it, from 1; None where none does."""
-    task = {concept: t + 1 for t, chunk in enumerate(chunks) for concept in chunk}
-    return {d.name: [task.get((d.name, name)) for name in d.classes] for d in world.adaptation}
+    form = partial(unicodedata.normalize, "NFC")  # a stream may spell names as another system does
+    task = {}
+    for t, chunk in enumerate(chunks):
+        for name, concept in chunk:
+            task.setdefault((form(name), form(concept)), t + 1)
+    return {d.name: [task.get((form(d.name), form(name))) for name in d.classes]
+            for d in world.adaptation}  # fmt: skip
 
 
 def title(stage):
     return "theta_0" if stage.name == "theta_0" else f"task {stage.task + 1}/{stage.tasks}"
+
+
+# ---------------------------------------------------------------- the next update of a finished run
+
+NOT_AGAIN = ("out", "stream", "plan", "accept_changes", "save_every", "workers")  # not as in RUN
+SETTLED = ("method", "merge_init", "merge_deploy")  # and the options of theta_0 and of the method
+
+
+def finished(folder):
+    """The results of a finished run, which can be continued."""
+    if not os.path.exists(os.path.join(folder, "results.json")):
+        unfinished = os.path.exists(os.path.join(folder, "config.json"))
+        raise ValueError(f"{folder} is not finished: start its own command again, then continue it"
+                         if unfinished else f"{folder} is no finished run: --continue takes the"
+                         " folder of one")  # fmt: skip
+    results = evaluate.read_results(folder)
+    method = results["config"]["method"]
+    if method in ("joint", "zero-shot"):
+        raise ValueError(f"{folder} is a run of {method}, which has no next update")
+    if results.get("deployed") == "before":
+        before = results["config"]["continue_"]
+        instead = f"continue {before}" if before else "start anew"
+        raise ValueError(f"{folder} failed its gate ({results['config']['gate']}) and shipped the"
+                         f" weights before it: {instead}")
+    return results
+
+
+def continued(given):
+    """Config of the next update of the run given["continue_"]: its own, but for what is given."""
+    if not given["continue_"]:
+        raise ValueError("--continue takes the folder of a finished run, got ''")
+    folder = Path(given["continue_"])
+    results = finished(folder)
+    before = {k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items()}
+    known = {f.name: f for f in fields(Config)}
+    if set(before) != set(known):
+        raise ValueError(f"{folder} is a run of another version of fomo.py: it cannot be continued")
+    for name, value in given.items():
+        fixed = name in SETTLED or known[name].metadata["group"] in ("theta_0", "method")
+        if fixed and what_holds(name, value, before) != what_holds(name, before[name], before):
+            raise ValueError(f"{flag(name)} is {before[name]} in {folder}, and its next update"
+                             f" cannot have {value}: leave it out, or start a new run")
+    if "data" in given and not before["data"]:
+        raise ValueError(f"{folder} is a run on the drawn world: its next update takes no --data")
+    options = before | {name: known[name].default for name in NOT_AGAIN}
+    by_budget = {"steps", "budget"} & set(given)
+    options |= {"tasks": 1, "steps": None if by_budget else results["steps_per_task"]}
+    options |= {"budget": None} | given | {"continue_": str(folder)}
+    last = results["tasks"][-1]["task"] + options["tasks"]
+    there = folder.resolve()
+    name = re.sub(r"-t\d+$", "", there.name) + f"-t{last}"
+    beside = folder.with_name(name) if folder.name not in ("", "..") else there.with_name(name)
+    options["out"] = options["out"] or str(beside)
+    if there in Path(options["out"]).resolve().parents:
+        raise ValueError(f"--out {options['out']} lies within {folder}, which is never written:"
+                         " name another")
+    return Config(**options)
+
+
+def what_holds(name, value, options):
+    """The value of an option of a run with these options: its default for None; of a path, where
+    it leads."""
+    if value is not None:
+        return os.path.realpath(value) if name in PATHS else value
+    place = TIMELINES.get(options["method"], TIMELINES["finetune"])
+    defaults = {"merge_init": place["init"], "merge_deploy": place["deploy"]}
+    return defaults.get(name, getattr(methods.METHODS.get(options["method"]), name, None))
+
+
+def read_past(c):
+    """What the finished run that --continue names has kept for this one, as finish() wrote it."""
+    if not c.continue_:
+        return {"version": None, "held": None, "chunks": []}
+    path = Path(c.continue_) / "continue.pt"
+    results = finished(c.continue_)
+    if not path.exists():
+        raise ValueError(f"{path} is not there, which the next update starts from: it was deleted,"
+                         " so start a new run from model.safetensors")
+    if file_hash(path) != results.get("continue_sha256"):
+        raise ValueError(f"{path} is not what {c.continue_} wrote: put it back, or start a new run"
+                         " from model.safetensors")
+    past = torch.load(path, map_location="cpu", weights_only=True)
+    return past | {"version": results["version"], "results": results}
+
+
+def go_on(stage, past):
+    """A stage that continues a finished run stands where that one ended."""
+    if not past["chunks"]:
+        return
+    results = past["results"]
+    then = results["tasks"][-1]["scored_on"]
+    new = [name for name, now in stage.scored_on.items() if then.get(name) != now]
+    stage.task = len(past["chunks"])
+    stage.results["tasks"] = results["tasks"]
+    if results["before"]:  # it is the row before the first of that run, which has it from now on
+        results["tasks"][results["parent"]["task"]]["before"] = results["before"]
+    parent = Path(stage.learner.c.continue_).absolute()
+    stage.results["parent"] = {"run": str(parent), **past["version"]}
+    stage.results["lineage"] = [*results.get("lineage", []), past["version"]["weights"]]
+    stage.results["seconds"] = results["seconds"]
+    stage.results["gflops_spent"] += results["gflops_spent"]
+    since = results.get("scored_since", {}) | dict.fromkeys(new, stage.task + 1)
+    stage.results["scored_since"] = {n: t for n, t in since.items() if n in stage.scored_on}
+    if new:
+        stage.learner.crew.say("new classes or test pictures, scored as they are now from task"
+                               f" {stage.task + 1} on: {', '.join(new)}")
+    stage.timeline.store.adopt(parent / "experts", past["experts"])
+    stage.timeline.load_state(past["timeline"])
+    stage.method.load_state(past["method"])
+    if past["model"]:
+        stage.learner.model.load_state_dict(past["model"])
+
+
+def kept_for_the_next(stage):
+    """What read_past() reads: all that the next update needs, and no tensor twice."""
+    model = stage.learner.model.state_dict() if stage.timeline.init == "latest" else None
+    return once({
+        "chunks": stage.chunks, "held": stage.mixture.held(), "theta_0": stage.timeline.base,
+        "model": model, "method": stage.method.state(), "timeline": stage.timeline.state(),
+        "experts": stage.timeline.store.hashes,
+    }, {})  # fmt: skip
+
+
+def once(value, known):
+    """A nested value with equal tensors as one, which torch.save writes once."""
+    if isinstance(value, dict):
+        return {k: once(v, known) for k, v in value.items()}
+    if torch.is_tensor(value):
+        value = value.detach().cpu()
+        key = str(value.dtype), tuple(value.shape), fingerprint({"": value})
+        return known.setdefault(key, value)
+    return value
 
 
 # -------------------------------------------------------------------------------- a run's folder
@@ -1216,7 +1498,7 @@ class Folder:
         self.c = c
         self.crew = crew
         self.signals = signals
-        self.options = json.loads(json.dumps(dataclasses.asdict(c)))
+        self.asked = json.loads(json.dumps(dataclasses.asdict(c)))  # c: what becomes of it, too
         self.log_file = None  # locked as long as the run lives
         self.state = None
         self.run = None  # {"id", "inputs", "accepted_changes"}, beside the options in config.json
@@ -1278,21 +1560,21 @@ class Folder:
             return
         try:
             before = dict(json.loads(config.read_text(encoding="utf-8")))
-            self.run = before.pop("run", None)
+            self.run = before.get("run")
         except (ValueError, TypeError, RecursionError) as e:
             raise ValueError(f"{config} is no run's configuration ({e}): name another"
                              " --out") from None
-        self._compare_options(before)
-        if self.run is None:
+        if not isinstance(self.run, dict) or "asked" not in self.run:
             raise ValueError(f"{config} is of an older fomo.py: name another --out, or delete the"
                              " run")
+        self._compare_options(self.run["asked"])
         self.state = self._read_state()
 
     def _compare_options(self, before):
-        other = [k for k, value in self.options.items()
+        other = [k for k, value in self.asked.items()
                  if k not in FREE + MACHINE and before.get(k) != value]  # fmt: skip
         if other:
-            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.options[k]}"
+            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.asked[k]}"
                                 for k in other)  # fmt: skip
             raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}):"
                              " name another --out")
@@ -1329,11 +1611,11 @@ class Folder:
 
     # -------- then: is the input the same, and where was the run
 
-    def begin(self, found):
+    def begin(self, found, past):
         """Called when all input has proved good, with its hashes; before, nothing was written."""
         if self.run is None:
-            self.run = {"id": self.crew.told(secrets.token_hex(8)), "inputs": found,
-                        "accepted_changes": []}  # fmt: skip
+            self.run = {"id": self.crew.told(secrets.token_hex(8)), "continues": past["version"],
+                        "inputs": found, "accepted_changes": [], "asked": self.asked}  # fmt: skip
         before = self.run["inputs"]
         changed = sorted(k for k in before.keys() | found.keys() if before.get(k) != found.get(k))
         if changed and not self.c.accept_changes:
@@ -1343,7 +1625,7 @@ class Folder:
         self.run["accepted_changes"] += [self._change(k, before, found) for k in changed]
         self.run["inputs"] = found
         if self.crew.leads:
-            write_json(self.path / "config.json", {**self.options, "run": self.run})
+            write_json(self.path / "config.json", {**dataclasses.asdict(self.c), "run": self.run})
 
     @staticmethod
     def _change(name, before, found):
@@ -1444,7 +1726,7 @@ class Folder:
         elif stage.saved:
             inside = stage.saved
         if self.crew.leads:
-            self._write({
+            self._write(self.path / "state.pt", {
                 "id": self.run["id"], "stage": stage.name, "task": stage.task, "step": stage.step,
                 "model": stage.learner.model.state_dict(), "method": stage.method.state(),
                 "timeline": stage.timeline.state(), "inside": inside, "results": stage.results,
@@ -1455,9 +1737,9 @@ class Folder:
         cost = time.monotonic() - began
         self.due = time.monotonic() + max(self.c.save_every, 50 * cost)  # at most 2 % of the time
 
-    def _write(self, state):
-        path = self.path / "state.pt"
-        part = self.path / "state.pt.part"
+    def _write(self, path, state):
+        """With torch.save; whole and on the disk before it takes its name."""
+        part = path.with_suffix(".pt.part")
         try:
             with open(part, "wb") as f:
                 torch.save(state, f)
@@ -1468,7 +1750,7 @@ class Folder:
             free = shutil.disk_usage(self.path).free
             raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are"
                           " free)") from e
-        if path.exists():
+        if path.name == "state.pt" and path.exists():
             os.replace(path, self.path / "state-before.pt")
         os.replace(part, path)
 
@@ -1481,30 +1763,59 @@ class Folder:
         last = (results["tasks"] or [results["theta_0"]])[-1]
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results["accepted_changes"] = self.run["accepted_changes"]
-        results |= {"seconds": self.seconds(), "config": self.options}
+        results |= data_hashes(self.run["inputs"])
+        results["seconds"] = results.get("seconds", 0) + self.seconds()  # and of what it continues
+        results["config"] = dataclasses.asdict(self.c)
         results["over_time"] = evaluate.over_time(results)
         if results["tasks"]:  # which this process need not have trained
             shown.model.load_state_dict(stage.timeline.deploy())
         if not self.crew.leads:
             return results
-        clip.save(shown.model, self.path / "model.safetensors")
+        failed = evaluate.failures(self.c.gate, results["before"] or results["theta_0"], last)
+        results |= {"deployed": "before" if failed else "after", "gate_failed": failed}
+        self._ship(stage, shown, failed)
         if shown.merges:  # where `evaluate --weights` and others look for them
             endings = {".gz": "bpe_simple_vocab_16e6.txt.gz", ".json": "tokenizer.json"}
             name = endings.get(Path(shown.merges).suffix, "merges.txt")
             shutil.copyfile(shown.merges, self.path / name)
         beside = []
         if self.c.method != "joint":
-            beside = evaluate.joint_beside(self.path, results["theta_0_sha256"])
+            beside = evaluate.joint_beside(self.path, results)
         evaluate.page(results, self.path / "picture.png", beside)
+        if self.c.method not in ("joint", "zero-shot") and not failed:
+            self._write(self.path / "continue.pt", kept_for_the_next(stage))
+            results["continue_sha256"] = file_hash(self.path / "continue.pt")
         write_json(self.path / "results.json", results)
         self.done = True
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
             (self.path / name).unlink(missing_ok=True)
         for line in evaluate.words(results):
             self.crew.say(line)
+        if failed:
+            self.crew.say(f"the gate fails ({'; '.join(failed)}): model.safetensors has the weights"
+                          " before this update, model-refused.safetensors the new ones")
+        elif self.c.gate:
+            self.crew.say(f"the gate holds: {self.c.gate}")
         self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
-                      f" ({results['seconds']:.0f} s)")
+                      f" ({self.seconds():.0f} s)")
         return results
+
+    def _ship(self, stage, shown, failed):
+        """model.safetensors: the new weights, or those before where the gate fails."""
+        results = stage.results
+        new = shown.model.state_dict()
+        version = {"task": stage.task, "weights": fingerprint(new),
+                   "theta_0": results["theta_0_sha256"],
+                   "parent": (self.run["continues"] or {}).get("weights")}  # fmt: skip
+        results["version"] = version
+        name = "model-refused.safetensors" if failed else "model.safetensors"
+        clip.save(shown.model, self.path / name, fomo=json.dumps(version))
+        if failed and self.c.continue_:
+            shipped = Path(self.c.continue_) / "model.safetensors"
+            shutil.copyfile(shipped, self.path / "model.safetensors")
+        elif failed:
+            shown.model.load_state_dict(stage.timeline.base)
+            clip.save(shown.model, self.path / "model.safetensors")
 
     def _what_is_kept(self):
         if self.state is None:
@@ -1523,6 +1834,7 @@ class Folder:
         for name in ("config.json", "config.json.part", "log.jsonl", "state.pt.part",
                      "theta_0.safetensors"):  # fmt: skip
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "experts", ignore_errors=True)
         if self.new:
             with contextlib.suppress(OSError):  # not empty
                 self.path.rmdir()
@@ -1552,12 +1864,13 @@ def check_file(path, inputs=()):
 
 
 def is_ours(path):
-    """Whether an existing file is a picture or scores that fomo.py wrote."""
+    """Whether an existing file is a picture, scores or a stream that fomo.py wrote."""
     try:
         if str(path).endswith(".png"):
             with PIL.Image.open(path) as image:
                 return image.format == "PNG" and image.info.get("Software") == "fomo"
-        return "chance" in json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return "chance" in json.loads(text) or text.startswith('[\n "')  # as streams are written
     except (OSError, ValueError, TypeError):
         return False
 
@@ -1569,13 +1882,13 @@ def write_json(path, value):
 
 
 def told_so_far(results):
-    """What a run has printed when it goes on: its head and the rows that are there."""
-    lines = [evaluate.run_head(results)]
+    """The first lines of a run's table: its head and the rows that are there."""
     whole = results["theta_0"]
-    if whole:
-        lines.append(evaluate.run_row("theta_0", "", whole))
-    for before, row in zip([whole, *results["tasks"]], results["tasks"]):
+    lines = [evaluate.run_head(results), evaluate.run_row("theta_0", "", whole)]
+    for before, row in zip(evaluate.rows_before(results), results["tasks"]):
         lines.append(evaluate.run_row(row["task"], row["steps"], row, before, whole))
+        if results["before"] and row["task"] == results["parent"]["task"]:
+            lines.append(evaluate.run_row("before", "", results["before"]))
     return "\n".join(lines)
 
 
@@ -1598,6 +1911,8 @@ def report_command(argv):
     for folder in unfinished:
         print(f"{folder} has no results.json: left out", file=sys.stderr)
     check_file(out)
+    for part in evaluate.report_files(out).values():
+        check_file(str(part))
     table, files = evaluate.report(runs, out, args.style or "text", FREE + MACHINE + ("seed",))
     print(table)
     print(f"drawn in {', '.join(map(str, files))}", file=sys.stderr)
@@ -1613,7 +1928,8 @@ def evaluate_command(argv):
     extra = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     extra.add_argument("--templates", help="file of templates with {}, one a line, to average over")
     extra.add_argument("--per-class", action="store_true", help="the scores of each class too")
-    extra.add_argument("--baseline", help="a scores.json to put beside")
+    extra.add_argument("--baseline", help="what to put beside: a scores.json, or a run or weights,"
+                       " which are scored now")  # fmt: skip
     more, argv = extra.parse_known_args(argv)
     c = parse(argv, "fomo.py evaluate", description, EVALUATE, [extra])
     if c.weights is None:
@@ -1624,72 +1940,41 @@ def evaluate_command(argv):
     world = load_world(c, crew)
     learner = load_learner(c, crew, world)
     templates = more.templates and evaluate.read_templates(os.path.expanduser(more.templates))
-    before = more.baseline and read_numbers(os.path.expanduser(more.baseline))
-    learner.model.to(learner.device).eval()
-    numbers = {}
+    before = more.baseline and baseline(learner, more.baseline, templates)
+    numbers = score_now(learner, templates)
     datasets = world.adaptation + world.heldout
-    for d in Lines(datasets, "scoring", len(datasets), 0, learner):
-        numbers[d.name] = score(learner, d, range(len(d.test)), templates)
     scores = summary(world, {name: n["score"] for name, n in numbers.items()})
     if crew.leads:
         samples = sum(len(d.test) for d in datasets)
         write_json(out, {"weights": c.weights, **scores, "samples": samples, "numbers": numbers,
-                         "chance": chance(world)})  # fmt: skip
+                         "chance": evaluate.chance(world.adaptation, world.heldout)})  # fmt: skip
     roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
     crew.say(evaluate.score_table(numbers, roles, before))
     for d in datasets if more.per_class else ():
         if numbers[d.name].get("per_class"):
-            baseline = before and before.get(d.name)
-            crew.say(f"\n{d.name}\n{evaluate.class_table(numbers[d.name], d.classes, baseline)}")
+            table = evaluate.class_table(numbers[d.name], d.classes, (before or {}).get(d.name))
+            crew.say(f"\n{d.name}\n{table}")
     means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     crew.say(f"{'  '.join(means)} (all of it in {out})")
 
 
-def read_numbers(path):
-    """What `evaluate` wrote of another checkpoint."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8"))["numbers"])
-    except (ValueError, KeyError, TypeError) as e:
-        fault = type(e).__name__
-        raise ValueError(f"{path} is no scores.json of fomo.py evaluate ({fault})") from e
+def score_now(learner, templates=None):
+    """{dataset: its numbers} on all test data."""
+    learner.model.to(learner.device).eval()
+    datasets = learner.world.adaptation + learner.world.heldout
+    return {d.name: score(learner, d, range(len(d.test)), templates)
+            for d in Lines(datasets, "scoring", len(datasets), 0, learner)}  # fmt: skip
 
 
-def budget_command(argv):
-    parser = argparse.ArgumentParser(
-        "fomo.py budget", description="What a step of each method costs and how many steps a budget"
-                                      " buys, beside the paper's Table 4.")  # fmt: skip
-    parser.add_argument("--model", default="ViT-B-16", choices=sorted(clip.CONFIGS),
-                        help="(default ViT-B-16)")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, help="pairs a step (default 512; tiny 64)")
-    parser.add_argument("--precision", default="bf16", choices=list(budget.PRECISIONS),
-                        help="(default bf16)")  # fmt: skip
-    parser.add_argument("--rank", type=int, default=0,
-                        help="of lora, dora, vera and galore; 0: the paper's")  # fmt: skip
-    parser.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory"
-                        " (default the paper's, in proportion to a pair's; tiny 3000)")  # fmt: skip
-    parser.add_argument("--tasks", type=int, nargs="+",
-                        help="lengths of stream (default 20 50 100 200; tiny 8)")  # fmt: skip
-    parser.add_argument("--explain", choices=budget.METHODS,
-                        help="where one step's FLOPs and bytes go")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="the same numbers for programs")
-    args = parser.parse_args(argv)
-    config = clip.CONFIGS[args.model]
-    defaults = TINY if args.model == "tiny" else PAPER
-    size = defaults["batch_size"] if args.batch_size is None else args.batch_size
-    total = args.budget
-    if total is None:
-        total = defaults["budget"] or budget.default_budget(config)
-    lengths = args.tasks or ([TINY["tasks"]] if args.model == "tiny" else budget.TASKS)
-    if args.explain:
-        rows = budget.flops(config, size, args.explain, args.rank)
-        parts = budget.memory(config, size, args.explain, args.precision, args.rank)
-        once = budget.task_flops(config, size, args.explain)
-        report = {"flops": rows, "bytes": parts, "once_a_task": once}
-        print(json.dumps(report) if args.json else budget.explain_text(rows, parts, once))
-        return
-    rows = budget.table(config, size, args.rank, args.precision, total, lengths)
-    head = f"{args.model}, batch {size}, {args.precision}, {total:g} GFLOPs in all, memory-adjusted"
-    print(json.dumps(rows) if args.json else f"{head}\n{budget.table_text(rows)}")
+def baseline(learner, path, templates):
+    """The numbers of what --baseline names: a file of them, or a run or weights to score now."""
+    path = os.path.expanduser(path)
+    if path.endswith(".json"):
+        return evaluate.read_numbers(path)
+    if os.path.exists(os.path.join(path, "results.json")):
+        path = os.path.join(path, "model.safetensors")
+    c = dataclasses.replace(learner.c, weights=path, model=None)
+    return score_now(load_learner(c, learner.crew, learner.world), templates)
 
 
 def merge_command(argv):
@@ -1728,7 +2013,7 @@ def merge_command(argv):
     paths = [clip.fetch(os.path.expanduser(path)) for path in (base, *experts)]
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[activation]
     known = clip.agree(paths, quick_gelu)  # what load needs to know of the result
-    files = [clip.read_tensors(path) for path in paths]
+    files = [clip.read_tensors(path, mapped=True) for path in paths]
     metadata = {"format": "pt"} | files[0].metadata | known
     files = [clip.openai_names(f) for f in files]  # whatever their layouts
     began = time.time()
@@ -1755,11 +2040,6 @@ class Watched(clip.Tensors):
         self.bar.update()
         return super().__getitem__(name)
 
-    def stored(self, name):
-        stored = super().stored(name)
-        self.bar.update(stored is not None)
-        return stored
-
 
 WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "download",
          "weights", "model", "activation", "bpe", "out", "seed", "device", "precision", "threads",
@@ -1783,6 +2063,8 @@ def inspect_command(argv):
     description = ("Reads every picture of --data once, names those that are broken, and draws"
                    " sheets of pictures with captions into the folder --out (default inspect).")
     c = parse(argv, "fomo.py inspect", description, WORLD)
+    if c.workers < 0:
+        c.workers = os.cpu_count() or 1  # nothing else wants the cores
     out = Path(c.out or "inspect")
     check_folder(out, "--out")
     c, crew = resolve(c, trains=False)
@@ -1831,7 +2113,8 @@ def convert_command(argv):
 
 
 COMMANDS = {
-    "report": report_command, "evaluate": evaluate_command, "budget": budget_command,
+    "report": report_command, "evaluate": evaluate_command,
+    "budget": partial(budget.main, models=clip.CONFIGS, tiny=TINY, paper=PAPER),
     "merge": merge_command, "convert": convert_command, "stream": stream_command,
     "inspect": inspect_command,
 }  # fmt: skip
@@ -1839,7 +2122,9 @@ FULL = "; free some space where --out or --cache lies and start the same command
 
 
 def main(argv=None):
-    """Runs a command. What the user can mend is one sentence on stderr, and exit status 2."""
+    """Runs a command. What the user can mend is one sentence on stderr, and exit status 2; 3 is a
+    gate that fails."""
+    refused = False
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -1851,8 +2136,12 @@ def main(argv=None):
             raise ValueError(f"there is no command {argv[0]}; there are {', '.join(COMMANDS)}, and"
                              " without one, a run")
         else:
-            run(parse(argv))
+            results = run(parse(argv))
+            refused = results and results.get("deployed") == "before"
         sys.stdout.flush()
+        if dist.is_initialized():  # else a process that ends before the others aborts some of them
+            dist.barrier()
+            dist.destroy_process_group()
     except BrokenPipeError:  # who read our output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -1869,7 +2158,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nfomo: interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
+    return 3 if refused else 0
 
 
 def explain(e):
@@ -1889,5 +2178,6 @@ def explain(e):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: print(f"fomo: {message}", file=sys.stderr)
     sys.exit(main())
