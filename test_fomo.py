@@ -8411,6 +8411,7 @@ def bench_merge(argv):
                 command = [sys.executable, __file__, "merge", "--here", folder, "--cases", case]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 runs[case].append(json.loads(done.stdout))
+                print(f"{case}: {done.stdout.strip()}", file=sys.stderr)  # an interrupted one tells
     rows = {}
     for case, found in runs.items():
         seconds = statistics.median(run["cpu_seconds"] for run in found)
