@@ -8290,9 +8290,9 @@ class TestMergeTimeline:
         places = {n: t.data_ptr() for n, t in timeline.running.items()}
 
         def seconds(f):
-            began = time.perf_counter()
+            began = time.process_time()
             f()
-            return time.perf_counter() - began
+            return time.process_time() - began
 
         def copying():
             for n, t in copy.items():
@@ -8302,9 +8302,7 @@ class TestMergeTimeline:
             *[(seconds(lambda: timeline.add(theta)), seconds(copying)) for _ in range(15)]
         )
         assert {n: t.data_ptr() for n, t in timeline.running.items()} == places
-        assert min(updates) < 2 * min(
-            copies
-        )  # the best of 15: what the machine can do, whoever else is using it
+        assert min(updates) < 2 * min(copies)  # the best of 15, whoever else uses the machine
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @pytest.mark.parametrize("technique", merge.TECHNIQUES)
