@@ -6665,6 +6665,9 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
             assert fomo.main(argv) == 2  # by a sentence, not by the parser, which would raise
         elif argv[0] in fomo.COMMANDS:
             assert fomo.main(argv) == 0, command
+        elif argv[0] == "--continue":
+            with pytest.raises(ValueError, match="is no finished run"):
+                fomo.parse(argv)
         else:
             fomo.resolve(fomo.parse(argv))
     assert (tmp_path / "OUT.safetensors").exists()
