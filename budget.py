@@ -169,30 +169,22 @@ class Tower:
 
 
 def towers(config):
-    """-> (image tower, text tower). ValueError if the config lacks a field or does not describe a
-    transformer."""
-    missing = [f for f in FIELDS if not hasattr(config, f)]
-    if missing:
-        raise ValueError(
-            f"the config has no field {', '.join(missing)}; it needs {', '.join(FIELDS)}"
-        )
+    """-> (image tower, text tower). ValueError if the config does not describe a transformer."""
     c = config
     for name in FIELDS[:-1]:
-        if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
-            raise ValueError(
-                f"the config's {name} must be a positive integer, not {getattr(c, name)!r}"
-            )
+        _check_count(f"the config's {name}", getattr(c, name, None))
     if c.image_size < c.patch_size:
-        raise ValueError(
-            f"a patch of {c.patch_size} pixels does not fit into an image of {c.image_size}"
-        )
+        raise ValueError(f"a patch of {c.patch_size} pixels and an image of {c.image_size}")
     tokens = (c.image_size // c.patch_size) ** 2 + 1
     vision = (c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp)
     text = (c.text_width, c.text_layers, c.text_heads, c.text_mlp)
-    return (
-        Tower("vision", tokens, *vision, stem=3 * c.patch_size**2, table=0),
-        Tower("text", c.context_length, *text, stem=0, table=c.vocab_size),
-    )
+    images = Tower("vision", tokens, *vision, stem=3 * c.patch_size**2, table=0)
+    return images, Tower("text", c.context_length, *text, stem=0, table=c.vocab_size)
+
+
+def _check_count(what, n):
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"{what} must be a positive integer, not {n!r}")
 
 
 def check(config, batch_size, method, rank=0):
@@ -201,18 +193,12 @@ def check(config, batch_size, method, rank=0):
     vision, text = towers(config)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"the batch size must be a positive integer, not {batch_size!r}")
-    if not isinstance(rank, int) or rank < 0:
-        raise ValueError(
-            f"the rank must be a positive integer, or 0 for the method's own, not {rank!r}"
-        )
+    _check_count("the batch size", batch_size)
+    if rank != 0:
+        _check_count("the rank", rank)
     recipe = METHODS[method]
     width = min(vision.width, text.width)
-    if not recipe.rank:  # a rank means nothing to a method that has none
-        rank = 0
-    elif rank == 0:
-        rank = recipe.rank
+    rank = (rank or recipe.rank) if recipe.rank else 0  # a rank means nothing to some methods
     if rank > width:
         limit = f"the model's smallest width, {width}"
         raise ValueError(f"rank {rank} is above {limit}: {method} would not be low-rank")
@@ -223,8 +209,7 @@ def pieces(batch_size, micro_batch):
     """-> (samples in the largest piece, number of pieces)."""
     if micro_batch is None:
         return batch_size, 1
-    if not isinstance(micro_batch, int) or micro_batch < 1:
-        raise ValueError(f"a micro-batch must be a positive integer, or None, not {micro_batch!r}")
+    _check_count("a micro-batch", micro_batch)
     return min(micro_batch, batch_size), math.ceil(batch_size / micro_batch)
 
 
@@ -239,10 +224,7 @@ def flops(config, batch_size, method="finetune", rank=0, gap=GAP, micro_batch=No
     stands apart: with adapters nothing trains before its in_proj, whose input then needs no
     gradient."""
     recipe, rank, vision, text = check(config, batch_size, method, rank)
-    if not isinstance(gap, int) or gap < 1:
-        raise ValueError(
-            f"the gap between two SVDs must be a positive number of steps, not {gap!r}"
-        )
+    _check_count("the gap between two SVDs", gap)
     _, count = pieces(batch_size, micro_batch)
     rows = []
     for tower, trains in ((vision, recipe.vision), (text, recipe.text)):

@@ -35,7 +35,6 @@ import unicodedata
 import urllib.request
 import warnings
 import zipfile
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,18 +73,14 @@ class CLIPConfig:
     text_layers: int
     text_heads: int
     text_mlp: int
-    quick_gelu: bool = (
-        False  # x * sigmoid(1.702 x) in place of GELU: a property of the weights, invisible in them
-    )
+    # x * sigmoid(1.702 x) in place of GELU: a property of the weights, invisible in them
+    quick_gelu: bool = False
 
     def __post_init__(self):
-        *sizes, quick_gelu = dataclasses.astuple(self)
-        if any(type(n) is not int or n < 1 for n in sizes) or type(quick_gelu) is not bool:
-            raise ValueError(
-                f"sizes are whole numbers from 1 and quick_gelu is true or false: {self}"
-            )
         if self.vision_width % self.vision_heads or self.text_width % self.text_heads:
             raise ValueError(f"heads do not divide widths: {self}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"a patch of {self.patch_size}, an image of {self.image_size} pixels")
 
 
 def _config(embed, image, patch, vision, text, context=77, vocab=49408):
@@ -119,18 +114,19 @@ class Preprocess:
 
     def __post_init__(self):
         for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
-        if isinstance(self.size, list | tuple) and len({*self.size}) == 1:
-            object.__setattr__(self, "size", self.size[0])
-        channels = len(self.mean) == len(self.std) == 3 and min(self.std) > 0
-        if not channels or not math.isfinite(sum(self.mean + self.std)):
-            raise ValueError(f"mean {self.mean} and std {self.std} are not those of three channels")
-        if self.resize not in ("shortest", "squash"):
-            raise ValueError(f"resize {self.resize}, where shortest or squash can be done")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise ValueError(f"interpolation {self.interpolation}, not bicubic or bilinear")
-        if type(self.size) is not int or self.size < 1:
-            raise ValueError(f"pictures of {self.size} pixels, not a square")
+            value = getattr(self, name)
+            channels = value if isinstance(value, (list, tuple)) else [value] * 3
+            object.__setattr__(self, name, tuple(map(float, channels)))
+        possible = {
+            "mean": len(self.mean) == 3 and all(map(math.isfinite, self.mean)),
+            "std": len(self.std) == 3 and all(0 < x < math.inf for x in self.std),
+            "resize": self.resize in ("shortest", "squash"),
+            "interpolation": self.interpolation in ("bicubic", "bilinear"),
+            "size": type(self.size) is int and self.size > 0,
+        }
+        for name, fine in possible.items():
+            if not fine:
+                raise ValueError(f"{name} {getattr(self, name)} of pictures cannot be done here")
 
 
 class QuickGELU(nn.Module):
@@ -151,9 +147,7 @@ class Attention(nn.Module):
 
     def forward(self, x, causal):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, N, 3W]
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )  # 3 x [B, H, N, W/H]
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, W/H]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # [B, H, N, W/H]
         return self.out_proj(y.transpose(1, 2).flatten(2))  # [B, N, W]
 
@@ -165,9 +159,8 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         gelu = QuickGELU() if quick_gelu else nn.GELU()
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, mlp), gelu=gelu, c_proj=nn.Linear(mlp, width))
-        )
+        layers = OrderedDict(c_fc=nn.Linear(width, mlp), gelu=gelu, c_proj=nn.Linear(mlp, width))
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x, causal):
         x = x + self.attn(self.ln_1(x), causal)  # [B, N, W]
@@ -188,23 +181,22 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        width, patches = c.vision_width, (c.image_size // c.patch_size) ** 2
+        width = c.vision_width
+        patches = (c.image_size // c.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, c.patch_size, c.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(
-            width, c.vision_layers, c.vision_heads, c.vision_mlp, c.quick_gelu
-        )
+        sizes = (width, c.vision_layers, c.vision_heads, c.vision_mlp)
+        self.transformer = Transformer(*sizes, c.quick_gelu)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, c.embed_dim))
 
     def forward(self, images):  # [B, 3, S, S]
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, W]
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([first, x], dim=1) + self.positional_embedding.to(
-            x.dtype
-        )  # [B, 1 + patches, W]
+        x = torch.cat([first, x], dim=1)  # [B, 1 + patches, W]
+        x = x + self.positional_embedding.to(x.dtype)
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj  # [B, D], read at the class token
 
@@ -221,36 +213,35 @@ class CLIP(nn.Module):
         self.preprocess = Preprocess(size=c.image_size)
         self.tokenizer = {}
         self.visual = VisionTransformer(c)
-        self.transformer = Transformer(
-            c.text_width, c.text_layers, c.text_heads, c.text_mlp, c.quick_gelu
-        )
-        self.token_embedding = nn.Embedding.from_pretrained(
-            torch.empty(c.vocab_size, c.text_width), freeze=False
-        )
+        sizes = (c.text_width, c.text_layers, c.text_heads, c.text_mlp)
+        self.transformer = Transformer(*sizes, c.quick_gelu)
+        words = torch.empty(c.vocab_size, c.text_width)
+        self.token_embedding = nn.Embedding.from_pretrained(words, freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.text_width))
         self.ln_final = nn.LayerNorm(c.text_width)
         self.text_projection = nn.Parameter(torch.empty(c.text_width, c.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        if (
-            not self.logit_scale.is_meta
-        ):  # load fills those; and normal_ there would import sympy, for 150 MB
+        if not self.logit_scale.is_meta:  # load fills those; normal_ there imports sympy, 150 MB
             self._init()
 
     def _init(self):
-        v, width = self.visual, self.config.vision_width**-0.5
+        v = self.visual
         for p in (v.class_embedding, v.positional_embedding, v.proj):
-            nn.init.normal_(p, std=width)
+            nn.init.normal_(p, std=self.config.vision_width**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.config.text_width**-0.5)
         for tower in (v.transformer, self.transformer):
-            width, depth = len(tower.resblocks[0].ln_1.weight), len(tower.resblocks)
+            width = len(tower.resblocks[0].ln_1.weight)
+            output = width**-0.5 * (2 * len(tower.resblocks)) ** -0.5
+            stds = {
+                "attn.in_proj_weight": width**-0.5, "mlp.c_fc.weight": (2 * width) ** -0.5,
+                "attn.out_proj.weight": output, "mlp.c_proj.weight": output,
+            }  # fmt: skip
             for block in tower.resblocks:
-                nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                nn.init.zeros_(block.mlp.c_fc.bias)
-                for linear in (block.attn.out_proj, block.mlp.c_proj):
-                    nn.init.normal_(linear.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+                for name, std in stds.items():
+                    nn.init.normal_(block.get_parameter(name), std=std)
+                for linear in (block.mlp.c_fc, block.attn.out_proj, block.mlp.c_proj):
                     nn.init.zeros_(linear.bias)
 
     def encode_image(self, images):
@@ -264,15 +255,15 @@ class CLIP(nn.Module):
         x = self.token_embedding(tokens)  # [B, L, W]
         x = x + self.positional_embedding[: tokens.shape[1]].to(x.dtype)
         x = self.ln_final(self.transformer(x, causal=True))
-        return (
-            x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)] @ self.text_projection
-        )  # [B, D]
+        rows = torch.arange(len(x), device=x.device)
+        return x[rows, tokens.argmax(dim=-1)] @ self.text_projection  # [B, D]
 
     def forward(self, images, tokens):
         """-> image [B, D] and text [B, D], both L2-normalised, and scale [] = exp(logit_scale) = 1
         / tau."""
-        image, text = self.encode_image(images), self.encode_text(tokens)
-        return F.normalize(image, dim=-1), F.normalize(text, dim=-1), self.logit_scale.exp()
+        image = F.normalize(self.encode_image(images), dim=-1)
+        text = F.normalize(self.encode_text(tokens), dim=-1)
+        return image, text, self.logit_scale.exp()
 
 
 def contrastive_loss(image, text, scale):
@@ -351,8 +342,8 @@ def sum_gradients(parameters):
     """Sums .grad over the processes of torch.distributed, in one flat all-reduce: afterwards all
     hold the same bits."""
     parameters = list(parameters)
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                      for p in parameters])  # fmt: skip
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = gradient.view_as(p)
@@ -372,55 +363,24 @@ def normalise(images, mean=MEAN, std=STD):
 # real text hardly has. It stops at other mojibake (Arabic, Chinese, other code pages, lost bytes)
 # and at entities shouted in capitals (&EACUTE;) or nested more than 16 deep.
 
-CP1252 = {
-    i: bytes([i]).decode("cp1252", "ignore") or chr(i) for i in range(0x80, 0xA0)
-}  # how browsers read C1 bytes
+# how browsers read the bytes 0x80-0x9f
+CP1252 = {i: bytes([i]).decode("cp1252", "ignore") or chr(i) for i in range(0x80, 0xA0)}
 BYTES = {char: byte for byte, char in CP1252.items()}
-NEXT = (
-    f"[\x80-\xbf{''.join(BYTES)}]"  # a continuation byte of UTF-8, read as Latin-1 or Windows-1252
-)
+# a continuation byte of UTF-8, read as Latin-1 or Windows-1252
+NEXT = f"[\x80-\xbf{''.join(BYTES)}]"
 TWO = f"[ÂÃ]{NEXT}|[ÄÅÎÏÐÑ](?:(?![‘-”–—…]){NEXT}|{NEXT}(?=\\w))"  # Ñ” may end a word
-MOJIBAKE = re.compile(
-    f"{TWO}|[âã]{NEXT}{{2}}|ð{NEXT}{{3}}"
-)  # signs and kana, emoji; other leads are real too often
-ENTITY, ANSI = re.compile(r"&#?[0-9A-Za-z]{1,24};"), re.compile(r"\x1b\[[\d;]*[a-zA-Z]")
-CONTROLS = [
-    *range(9),
-    0xB,
-    *range(0xE, 0x20),
-    0x7F,
-    *range(0x206A, 0x2070),
-    0xFEFF,
-    *range(0xFFF9, 0xFFFD),
-]
-LIGATURES = {
-    "Ĳ": "IJ",
-    "ĳ": "ij",
-    "ŉ": "'n",
-    "Ǳ": "DZ",
-    "ǲ": "Dz",
-    "ǳ": "dz",
-    "Ǆ": "DŽ",
-    "ǅ": "Dž",
-    "ǆ": "dž",
-    "Ǉ": "LJ",
-    "ǈ": "Lj",
-    "ǉ": "lj",
-    "Ǌ": "NJ",
-    "ǋ": "Nj",
-    "ǌ": "nj",
-    "ﬀ": "ff",
-    "ﬁ": "fi",
-    "ﬂ": "fl",
-    "ﬃ": "ffi",
-    "ﬄ": "ffl",
-    "ﬅ": "ſt",
-    "ﬆ": "st",
-}
-REPAIR = CP1252 | dict.fromkeys(CONTROLS) | str.maketrans(LIGATURES)
-REPAIR |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(
-    range(0x201C, 0x2020), '"'
+# signs and kana, emoji; other leads are real too often
+MOJIBAKE = re.compile(f"{TWO}|[âã]{NEXT}{{2}}|ð{NEXT}{{3}}")
+ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+# colours of a terminal, then controls
+JUNK = re.compile(
+    r"\x1b\[[\d;]*[a-zA-Z]|[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]"
 )
+LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬅﬆ"
+LETTERS = "IJ ij 'n DZ Dz dz DŽ Dž dž LJ Lj lj NJ Nj nj ff fi fl ffi ffl ſt st"
+REPAIR = CP1252 | str.maketrans(dict(zip(LIGATURES, LETTERS.split())))
+REPAIR |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'")
+REPAIR |= dict.fromkeys(range(0x201C, 0x2020), '"')
 REPAIR |= {i: unicodedata.normalize("NFKC", chr(i)) for i in [0x3000, *range(0xFF01, 0xFFF0)]}
 PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")  # ASCII without entities and controls: nothing to repair
 # OpenAI's 's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+; encode sets numbers like ² apart,
@@ -439,15 +399,18 @@ def clean(text):
     lower case."""
     entities = "<" not in text  # with "<" it is mark-up, whose entities are resolved twice, below
     for _ in range(16):
-        if PLAIN.fullmatch(before := text):
+        before = text
+        if PLAIN.fullmatch(text):
             break
-        text = ENTITY.sub(lambda m: html.unescape(m[0]), text) if entities else text
-        while (decoded := MOJIBAKE.sub(_redecode, text)) != text:
+        if entities:
+            text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
+        decoded = MOJIBAKE.sub(_redecode, text)
+        while decoded != text:
             text = decoded
-        text = ANSI.sub("", text).translate(REPAIR)
-        text = text.encode("utf-16-le", "surrogatepass").decode(
-            "utf-16-le", "replace"
-        )  # pairs join, halves become �
+            decoded = MOJIBAKE.sub(_redecode, text)
+        text = JUNK.sub("", text).translate(REPAIR)
+        pairs = text.encode("utf-16-le", "surrogatepass")
+        text = pairs.decode("utf-16-le", "replace")  # pairs of surrogates join, halves become �
         text = unicodedata.normalize("NFC", text)
         if text == before:
             break
@@ -461,7 +424,7 @@ def _merges(bpe):
     with (gzip.open if packed else open)(bpe, "rb") as f:
         text = f.read(2**26).decode()  # CLIP's have 3 million bytes; a hostile gzip, billions
     if not text.startswith("{"):
-        lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
+        lines = text.replace("\r\n", "\n").rstrip("\n").split("\n", 50_000)
         header = "#version" in lines[0] or len(lines[0].split()) != 2
         return lines[header : header + 48_894], None  # OpenAI's file has more, which are not used
     tree = json.loads(text)
@@ -487,12 +450,13 @@ class Tokenizer:
         self.words = {}  # those met before -> ids
         self.symbols = [bytes([b]) for b in range(256)]
         if bpe is not None:
-            self._read(bpe)
+            with _reading(bpe, "no merges of a CLIP (gzip, text or JSON)"):
+                self._read(*_merges(bpe))
         self.start = len(self.symbols)
         self.end = self.start + 1
         self.vocab_size = self.start + 2
 
-    def _read(self, bpe):
+    def _read(self, lines, vocabulary):
         # ids 0-255 are the bytes: 188 printable ones first, then the others, spelt from chr(256)
         order = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())
         letters = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)]
@@ -500,48 +464,35 @@ class Tokenizer:
         ids = {letter: i for i, letter in enumerate(letters)}
         ids |= {f"{s}</w>": 256 + i for s, i in ids.items()}  # </w> ends a word, decodes to a space
         self.symbols = [bytes([b]) for b in order] + [bytes([b, 32]) for b in order]
-        line = "(gzip, UTF-8 or JSON)"
-        try:
-            lines, vocabulary = _merges(bpe)
-            for line in lines:
-                a, b = (ids[s] for s in line.split())
-                self.merges[a, b] = ids.setdefault(line.replace(" ", ""), len(self.symbols))
-                self.symbols.append(self.symbols[a] + self.symbols[b])
-        except (
-            OSError,
-            EOFError,
-            TypeError,
-            ValueError,
-            LookupError,
-            RuntimeError,
-            zlib.error,
-        ) as e:
-            raise ValueError(
-                f"{bpe}: no merge of two earlier symbols: {line[:80]!r} ({type(e).__name__}: {e})"
-            ) from e
-        if not self.merges or len(ids) != len(self.symbols):
-            raise ValueError(
-                f"{bpe}: no merges, or some twice; CLIP's: "
-                "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json"
-            )
+        if not lines:
+            raise ValueError("it is empty")
+        for line in lines:
+            pair = line.split()
+            joined = "".join(pair)
+            if len(pair) != 2 or not ids.keys() >= {*pair} or joined in ids:
+                raise ValueError(f"{line[:80]!r} joins no two earlier symbols to a new one")
+            a, b = (ids[symbol] for symbol in pair)
+            self.merges[a, b] = ids[joined] = len(ids)
+            self.symbols.append(self.symbols[a] + self.symbols[b])
         ids |= {"<|startoftext|>": len(ids), "<|endoftext|>": len(ids) + 1}
         if vocabulary not in (None, ids):
-            raise ValueError(
-                f"{bpe}: a vocabulary of {len(vocabulary)} that is not in CLIP's order"
-            )
+            raise ValueError(f"a vocabulary of {len(vocabulary)} that is not in CLIP's order")
 
     def _merge(self, word):
         """Join the pair learnt first, everywhere, until no known pair is left. Ids grow in the
         order of learning."""
         ids = [self.letters[b] for b in word.encode()]
         ids[-1] += 256  # the form that ends a word
-        while best := min(
-            filter(None, map(self.merges.get, itertools.pairwise(ids))), default=None
-        ):
-            joined, i = [], 0
+        while True:
+            pairs = [self.merges.get(pair, math.inf) for pair in itertools.pairwise(ids)]
+            first = min(pairs, default=math.inf)
+            if first == math.inf:
+                break
+            joined = []
+            i = 0
             while i < len(ids):
-                hit = self.merges.get(tuple(ids[i : i + 2])) == best
-                joined.append(best if hit else ids[i])
+                hit = i < len(pairs) and pairs[i] == first
+                joined.append(first if hit else ids[i])
                 i += 1 + hit
             ids = joined
         if len(self.words) > 500_000:  # bounds the memory; captions repeat far fewer words
@@ -562,23 +513,19 @@ class Tokenizer:
 
     def decode(self, ids):
         """ids, up to the first end token -> text, as cleaned, with a space between words."""
-        ids = [
-            i
-            for i in itertools.takewhile(lambda i: i != self.end, map(int, ids))
-            if i != self.start
-        ]
-        if strange := [i for i in ids if not 0 <= i < self.start]:
-            raise ValueError(f"ids lie in 0..{self.end}, got {strange[0]}")
-        text = b"".join(self.symbols[i] for i in ids).decode("utf-8", errors="replace")
+        symbols = []
+        for i in map(int, ids):
+            if i == self.end:
+                break
+            if not 0 <= i <= self.start:
+                raise ValueError(f"ids lie in 0..{self.end}, got {i}")
+            symbols += self.symbols[i : i + 1]  # start has none
+        text = b"".join(symbols).decode("utf-8", errors="replace")
         return text.removesuffix(" ") if self.merges else text
 
     def __call__(self, texts, context_length=77, truncate=True):
         """list of N strings -> int64 [N, context_length]: start, text, end, zeros. A text too long
         is cut and keeps its end token, or with truncate=False is a ValueError."""
-        if context_length < 2:
-            raise ValueError(
-                f"a context holds at least start and end, got context_length={context_length}"
-            )
         texts = [texts] if isinstance(texts, str) else texts
         tokens = np.zeros((len(texts), context_length), np.int64)
         for row, text in zip(tokens, texts):
@@ -611,76 +558,40 @@ def check_tokenizer(model, tokenizer, path):
 # bytes of each tensor
 
 DTYPES = {  # narrowest first
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-}
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
+    "F64": torch.float64, "I64": torch.int64,
+}  # fmt: skip
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
-TORCH_NAMES = (
-    "Bool",
-    "Byte",
-    "Char",
-    "Short",
-    "Half",
-    "BFloat16",
-    "Int",
-    "Float",
-    "Double",
-    "Long",
-)
-STORAGES = dict(zip(TORCH_NAMES, DTYPES.values()))
-WEIGHTS = (
-    "open_clip_model.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",  # best first
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+TORCH_NAMES = "Bool Byte Char Short Half BFloat16 Int Float Double Long"  # in the same order
+STORAGES = dict(zip(TORCH_NAMES.split(), DTYPES.values()))
+WEIGHTS = (  # best first
+    "open_clip_model.safetensors", "model.safetensors", "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def _reading(path, fault):
-    """What a malformed file does to the code that reads it becomes one sentence that names the
+    """Whatever a malformed file does to the code that reads it becomes one sentence that names the
     file."""
     try:
         yield
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        MemoryError,
-        zlib.error,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as e:
-        named = type(e) is ValueError and str(e).startswith(
-            os.path.join(os.path.dirname(path), "") or str(path)
-        )
+    except Exception as e:
+        folder = os.path.dirname(path)
+        named = isinstance(e, ValueError) and str(e).startswith((str(path), f"{folder}{os.sep}"))
         if named or getattr(e, "filename", None):
             raise  # it names the file, or the one beside it, already
-        raise ValueError(f"{path}: {fault} ({type(e).__name__}: {e})") from e
+        words = " ".join(str(e).split())[:800]
+        raise ValueError(f"{path}: {fault} ({type(e).__name__}: {words})") from e
 
 
 class Tensors(Mapping):
-    """name -> tensor, read when asked for, each time a private copy: nothing stays open or mapped,
-    so that memory holds what the caller keeps (the pages of a memory map would count until the
-    system takes them back)."""
+    """name -> tensor, read anew each time that it is asked for, so that memory holds what the
+    caller keeps."""
 
     def __init__(self, readers, metadata=None, left_out=()):
-        self.readers = dict(readers)
+        self.readers = readers
         self.metadata = metadata or {}
         self.left_out = left_out  # names of tensors in the file that are none of these
 
@@ -693,75 +604,37 @@ class Tensors(Mapping):
     def __len__(self):
         return len(self.readers)
 
-    def shapes(self):
-        """The same names and metadata over tensors without data, which tell shape and dtype."""
-        return Tensors(
-            {
-                name: functools.partial(torch.empty, r.shape, dtype=r.dtype, device="meta")
-                for name, r in self.readers.items()
-            },
-            self.metadata,
-            self.left_out,
-        )
-
-    def stored(self, name):
-        """-> Stored, if this tensor lies in a file as it is; else None."""
-        return self.readers[name] if isinstance(self.readers[name], Stored) else None
-
 
 class Stored:
-    """A tensor in a file, read when called. limit: bytes that are there. start: of its first,
-    stride: in entries."""
+    """A tensor in a file. Called, it is mapped into memory: a page is read when it is touched, and
+    all go with the tensor; what is written to it does not reach the file. limit: bytes that are
+    there. start: of its first, stride: in entries."""
 
     def __init__(self, path, dtype, shape, stride, start, limit):
         numbers = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *stride, start))
         if not numbers or not len(shape) == len(stride) <= 16:
-            raise ValueError(
-                f"shape {reprlib.repr(shape)}, stride {reprlib.repr(stride)}, first byte "
-                f"{reprlib.repr(start)}"
-            )
+            raise ValueError(f"shape {reprlib.repr(shape)}, at {start}, is none of a tensor")
+        entries = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))
+        if entries * dtype.itemsize > limit:
+            raise ValueError(f"shape {shape} does not fit into {limit} bytes")
         self.path = path
         self.dtype = dtype
-        self.shape = tuple(shape)
-        self.stride = tuple(stride)
+        self.shape = shape
+        self.stride = stride
         self.start = start
+        self.end = start + entries * dtype.itemsize
         self.nbytes = math.prod(shape) * dtype.itemsize
-        # entries from the first to the last, or -1 if they are not there
-        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))
-        self.span = span if span * dtype.itemsize <= limit else -1
 
     def __call__(self):
-        flat = torch.empty(max(0, self.span), dtype=self.dtype, device="cpu")
-        with open(self.path, "rb", buffering=0) as f:
-            f.seek(self.start)
-            self._fill(flat, f)
-        return flat.as_strided(self.shape, self.stride).contiguous()
-
-    def pieces(self, n):
-        """Yields its entries in order, at most n at a time [<= n], all in the same memory: for who
-        goes over many files once, since the small buffer stays in the processor's cache."""
-        if (
-            self.span != math.prod(self.shape)
-            or torch.empty(self.shape, device="meta").stride() != self.stride
-        ):
-            yield from self().reshape(-1).split(n)
-            return
-        buffer = torch.empty(min(n, self.span), dtype=self.dtype, device="cpu")
-        with open(self.path, "rb", buffering=0) as f:
-            f.seek(self.start)
-            for done in range(0, self.span, n):
-                piece = buffer[: self.span - done]
-                self._fill(piece, f)
-                yield piece
-
-    def _fill(self, flat, f):
-        left = memoryview(flat.view(torch.uint8).numpy())
-        while len(left) and (n := f.readinto(left)):  # one call reads 2 GiB at most
-            left = left[n:]
-        if len(left) or self.span < 0:
-            raise ValueError(
-                f"{self.path}: a tensor of shape {[*self.shape]} is not where the file puts it"
-            )
+        if self.end == self.start:
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        with _reading(self.path, "cannot be mapped, has it changed?"):
+            # the map begins with the file, which takes addresses and no memory
+            flat = torch.from_file(self.path, False, self.end, dtype=torch.uint8, device="cpu")
+        flat = flat[self.start :]
+        if self.start % self.dtype.itemsize:
+            flat = flat.clone()
+        return flat.view(self.dtype).as_strided(self.shape, self.stride).contiguous()
 
 
 def _read_safetensors(path):
@@ -775,20 +648,21 @@ def _read_safetensors(path):
             )
         head = f.read(length)
     with _reading(path, "broken safetensors header"):
-        header, readers, end = json.loads(head.decode()), {}, 0
+        header = json.loads(head.decode())
         metadata = header.pop("__metadata__", None) or {}
-        if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
+        if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError(f"__metadata__ is {metadata}, no strings by name")
-        for name, v in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
-            dtype = DTYPES[v["dtype"]]
-            shape = v["shape"]
-            a, b = v["data_offsets"]
-            if a != end or min(shape, default=0) < 0 or len(shape) > 16:
-                raise ValueError(f"tensor {name}, {v['dtype']} {shape[:16]}, at {a}, next is {end}")
-            stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-            readers[name] = Stored(path, dtype, shape, stride, 8 + length + a, b - a)
-            if b - a != readers[name].nbytes:
-                raise ValueError(f"tensor {name}, {v['dtype']} {shape}, cannot fill {b - a} bytes")
+        readers = {}
+        end = 0
+        for name, v in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            with _reading(path, f"broken safetensors header, tensor {name}"):
+                shape = v["shape"]
+                a, b = v["data_offsets"]
+                stride = [math.prod(shape[i + 1 :]) for i in range(len(shape[:17]))]
+                tensor = Stored(path, DTYPES[v["dtype"]], shape, stride, 8 + length + a, b - a)
+                if a != end or tensor.nbytes != b - a:
+                    raise ValueError(f"{tensor.nbytes} bytes at {a}..{b}, where {end} is next")
+            readers[name] = tensor
             end = b
     if 8 + length + end != size:
         raise ValueError(
@@ -832,8 +706,7 @@ class _Unpickler(pickle._Unpickler):
     archive is never opened. In Python, since C's reserves whatever memory a pickle asks for."""
 
     dispatch = pickle._Unpickler.dispatch | {
-        code: _rows(pickle._Unpickler.dispatch[code])
-        for code in b"t\x85\x86\x87"  # make tuples
+        code: _rows(pickle._Unpickler.dispatch[code]) for code in b"t\x85\x86\x87"  # make tuples
     }
     del dispatch[pickle.BYTEARRAY8[0]]
 
@@ -858,19 +731,8 @@ class _Unpickler(pickle._Unpickler):
                 "compressed, before its storage, or a view by sign or conjugate: save a "
                 "contiguous copy"
             )
-        name = info.orig_filename.encode()
-        head = np.fromfile(
-            self.archive.filename, np.uint8, 30 + len(name), offset=info.header_offset
-        )
-        head = head.tobytes()
-        if (
-            head[:4] != b"PK\3\4"
-            or head[26:28] != len(name).to_bytes(2, "little")
-            or head[30:] != name
-        ):
-            raise ValueError(f"no {info.filename} at byte {info.header_offset}")
-        extra = int.from_bytes(head[28:30], "little")
-        start = info.header_offset + len(head) + extra + skip
+        with self.archive.open(info):  # compares the member's own header with the zip's directory,
+            start = self.archive.fp.tell() + skip  # and stops behind it
         limit = min(info.file_size - skip, os.path.getsize(self.archive.filename) - start)
         return Stored(self.archive.filename, dtype, shape, stride, start, limit)
 
@@ -896,7 +758,7 @@ def _read_torch(path):
         reader.archive = archive
         reader.root = pickled.removesuffix("data.pkl")
         tree = dict(_flat(reader.load(), "", set()))
-        total = sum(x.nbytes for x in tree.values())
+        total = sum(tensor.nbytes for tensor in tree.values())
         if total > 16 * os.path.getsize(path):
             raise ValueError(f"views that repeat their storages, to {total} bytes: save copies")
     for key in ("state_dict.", "model_state_dict.", "model."):
@@ -907,11 +769,8 @@ def _read_torch(path):
 
 
 def _read_json(path):
-    with _reading(path, "not JSON"):
-        tree = json.loads(Path(path).read_text("utf-8"))
-        if not isinstance(tree, dict):
-            raise TypeError(f"a {type(tree).__name__}, where an object of names is meant")
-        return tree
+    with _reading(path, "not a JSON object"):
+        return dict(json.loads(Path(path).read_text("utf-8")))
 
 
 def _read_file(path):
@@ -919,35 +778,40 @@ def _read_file(path):
         return (_read_torch if f.read(4) == b"PK\3\4" else _read_safetensors)(str(path))
 
 
-def read_tensors(path):
+def read_tensors(path, mapped=False):
     """Lazy mapping from name, as the file spells it, to tensor; .metadata holds a safetensors
     file's strings. path: a safetensors file, a torch.save zip, a TorchScript archive, an index of
-    shards, or a folder that has one of them. ValueError names a malformed file and its fault."""
-    path = Path(path)
+    shards, or a folder that has one of them. mapped: tensors are the file itself, mapped into
+    memory, for who goes over them once; whoever then shortens the file kills the process that reads
+    it. ValueError names a malformed file and its fault."""
+    tensors = _read(Path(path))
+    if not mapped:
+        tensors.readers = {n: functools.partial(_own, r) for n, r in tensors.readers.items()}
+    return tensors
+
+
+def _own(reader):
+    return reader().clone()
+
+
+def _read(path):
     if path.is_dir():
         names = sorted(p.name for p in path.iterdir())
-        found = [n for n in WEIGHTS if n in names] or [
-            n for n in names if n.endswith((".safetensors", ".bin", ".pt"))
-        ]
-        if not found or found[0] not in WEIGHTS and len(found) > 1:
+        others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt"))]
+        found = [n for n in WEIGHTS if n in names][:1] or others
+        if len(found) != 1:
             raise ValueError(
                 f"{path}: a folder with {len(found)} files of weights; name the file that is meant"
             )
         path = path / found[0]
-    if path.name.endswith(".index.json"):
-        readers, where = {}, _read_json(path).get("weight_map")
-        with _reading(path, "its weight_map is no list of shards by tensor"):
-            shards = [
-                path.with_name(os.path.basename(shard)) for shard in sorted(set(where.values()))
-            ]
-        for shard in shards:
-            readers |= _read_file(shard).readers
-        if missing := where.keys() - readers.keys():
-            raise ValueError(
-                f"{path}: its shards lack {len(missing)} tensors, first {min(missing)}"
-            )
-        return Tensors(readers)
-    return _read_file(path)
+    if not path.name.endswith(".index.json"):
+        return _read_file(path)
+    readers = {}
+    with _reading(path, "no list of shards by tensor"):
+        where = _read_json(path)["weight_map"]
+        for shard in sorted({os.path.basename(shard) for shard in where.values()}):
+            readers |= _read_file(path.with_name(shard)).readers
+    return Tensors(readers)
 
 
 @contextlib.contextmanager
@@ -965,37 +829,22 @@ def _aside(path):
 def write_tensors(tensors, path, metadata=None):
     """Mapping from name to tensor -> safetensors file, byte for byte as the safetensors package
     writes it: widest dtype first, then by name, the data aligned to 8 bytes."""
-    header, offset, order = {"__metadata__": metadata} if metadata else {}, 0, list(DTYPE_NAMES)
-    kinds = {name: (t.dtype, list(t.shape), t.nbytes) for name, t in tensors.items()}
-    if odd := [
-        name for name, kind in kinds.items() if kind[0] not in order or name == "__metadata__"
-    ]:
-        raise ValueError(
-            f"{path}: safetensors holds {', '.join(DTYPES)}, not {kinds[odd[0]][0]} of {odd[0]}"
-        )
-    if not all(
-        isinstance(text, str) for text in (*kinds, *(metadata or {}), *(metadata or {}).values())
-    ):
-        raise ValueError(
-            f"{path}: names and metadata must be strings, got {[*kinds][:3]} and {metadata}"
-        )
-    names = sorted(kinds, key=lambda name: (-order.index(kinds[name][0]), name))
-    for name in names:
-        dtype, shape, size = kinds[name]
-        header[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": shape,
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
+    header = {"__metadata__": metadata} if metadata else {}
+    widest = [*DTYPE_NAMES][::-1]
+    places = [(widest.index(t.dtype), n, [*t.shape], t.nbytes) for n, t in tensors.items()]
+    offset = 0
+    for rank, name, shape, size in sorted(places):
+        end = offset + size
+        kind = DTYPE_NAMES[widest[rank]]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     with _aside(path) as f:
         f.write(len(head).to_bytes(8, "little") + head)
-        for name in names:
-            f.write(
-                tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
+        for _, name, *_ in sorted(places):
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            f.write(flat.view(torch.uint8).numpy().data)
 
 
 # ------------------------------------------------------------------------------------------ layouts
@@ -1021,13 +870,11 @@ HF = (  # ours (OpenAI's, open_clip's) -> Hugging Face's, with split q, k, v, tu
 )
 TURNED = ("visual.proj", "text_projection")
 SCALARS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives hold these
+NOISE = (*SCALARS, "attn_mask", "position_ids")  # constants that some save with the weights
 CORE = {
-    "visual.conv1.weight",
-    "visual.positional_embedding",
-    "positional_embedding",
-    "token_embedding.weight",
-    "text_projection",
-}
+    "visual.conv1.weight", "visual.positional_embedding", "positional_embedding",
+    "token_embedding.weight", "text_projection",
+}  # fmt: skip
 FIRST = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_modules|_parameters|_buffers)\.")
 COPY = re.compile(r"ema|teacher|momentum|average|shadow", re.IGNORECASE)
@@ -1063,18 +910,19 @@ def openai_names(tensors):
     prefix = _prefix(plain.values())
     if prefix is None:
         return tensors
-    hf = any(name.endswith("q_proj.bias") for name in tensors)
-    sources = {}
+    hf = _is_hf(tensors)
+    sources = {}  # our name -> theirs, three for q, k and v
     left_out = list(getattr(tensors, "left_out", ()))
     for name in sorted(tensors, key=lambda n: n.replace("q_proj", "a_proj")):  # q, k, v
         ours = plain[name].removeprefix(prefix).removeprefix("text.")
         if hf:
             ours = functools.reduce(lambda n, pair: n.replace(*pair[::-1]), HF, ours)
             ours = re.sub(r"self_attn\.[qkv]_proj\.", "attn.in_proj_", ours)
-        inside = plain[name].startswith(prefix) and TOWERS.match(ours)
-        if inside and not ours.endswith(("attn_mask", "position_ids")):
+        if ours.endswith(NOISE):
+            continue
+        if plain[name].startswith(prefix) and TOWERS.match(ours):
             sources.setdefault(ours, []).append(name)
-        elif ours not in SCALARS and not ours.endswith("position_ids"):
+        else:
             left_out.append(plain[name].removeprefix(prefix))
     if left_out:
         groups = Counter(name.partition(".")[0] for name in left_out)
@@ -1083,12 +931,19 @@ def openai_names(tensors):
 
     def read(ours):
         parts = [tensors[name] for name in sources[ours]]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        tensor = tensor.T.contiguous() if hf and ours in TURNED else tensor
-        return tensor.reshape(()) if ours == "logit_scale" else tensor  # [1] in some files
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if hf and ours in TURNED:
+            return tensor.T.contiguous()
+        if ours == "logit_scale" and tensor.numel() == 1:
+            return tensor.reshape(())  # [1] in some files
+        return tensor
 
     readers = {ours: functools.partial(read, ours) for ours in sources}
     return Tensors(readers, getattr(tensors, "metadata", None))
+
+
+def _is_hf(names):
+    return any(name.endswith("q_proj.bias") for name in names)
 
 
 # ------------------------------------------------------------------------------------------ configs
@@ -1119,20 +974,22 @@ HF_PIXELS = {  # a CLIPImageProcessor's defaults
     "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True,
 }  # fmt: skip
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-USUAL = {
-    "pool_type": ("tok", "argmax"),
-    "proj_type": ["linear"],
-    "pos_embed_type": ["learnable"],
-    "eos_id": [2],
-    "tokenizer_kwargs": [{"clean": "lower"}],
-}  # of open_clip; fmt: skip
+USUAL = {  # what open_clip's other fields may say
+    "pool_type": ("tok", "argmax"), "proj_type": ["linear"], "pos_embed_type": ["learnable"],
+    "eos_id": [2], "tokenizer_kwargs": [{"clean": "lower"}],
+}  # fmt: skip
+
+
+def _edge(size):
+    """The one number of a square that may be said by two."""
+    return size[0] if isinstance(size, list) and len({*size}) == 1 else size
 
 
 def _says_ours(metadata):
-    said = dataclasses.asdict(CLIPConfig(**json.loads(metadata["config"])))
-    pixels = {"size": said["image_size"]} | json.loads(metadata.get("preprocess", "{}"))
+    config = CLIPConfig(**json.loads(metadata["config"]))
+    pixels = {"size": config.image_size} | json.loads(metadata.get("preprocess", "{}"))
     tokenizer = json.loads(metadata.get("tokenizer", "{}"))
-    return said | {"preprocess": Preprocess(**pixels), "tokenizer": tokenizer}
+    return vars(config) | {"preprocess": Preprocess(**pixels), "tokenizer": tokenizer}
 
 
 def _says_open_clip(c):
@@ -1141,16 +998,16 @@ def _says_open_clip(c):
         return {}
     v = {"width": 768, "head_width": 64} | model["vision_cfg"]
     t = {"width": 512, "heads": 8} | model["text_cfg"]
-    plain = {*OPEN_CLIP_VISION.values(), *OPEN_CLIP_TEXT.values(), "head_width", "mlp_ratio"}
-    strange = {
-        k: x for k, x in (v | t).items() if x and k not in plain and x not in USUAL.get(k, ())
-    }
-    tokenizer = {k: strange.pop(k) for k in [*strange] if "tokenizer" in k}
-    if strange:
-        raise ValueError(f"{strange} make it another architecture than plain CLIP")
+    plain = {*OPEN_CLIP_VISION.values(), *OPEN_CLIP_TEXT.values(), "head_width", "mlp_ratio",
+             "patch_dropout"}  # fmt: skip
+    others = {k: x for k, x in (v | t).items() if x and k not in plain}
+    others = {k: x for k, x in others.items() if x not in USUAL.get(k, ())}
+    tokenizer = {k: others.pop(k) for k in [*others] if "tokenizer" in k}
+    if others:
+        raise ValueError(f"{others} make it another architecture than plain CLIP")
     if str(tokenizer.get("hf_tokenizer_name")).startswith("openai/clip-vit"):
         del tokenizer["hf_tokenizer_name"]
-    said = {ours: v[k] for ours, k in OPEN_CLIP_VISION.items() if k in v}
+    said = {ours: _edge(v[k]) for ours, k in OPEN_CLIP_VISION.items() if k in v}
     said |= {ours: t[k] for ours, k in OPEN_CLIP_TEXT.items() if k in t}
     said |= {"vision_heads": v["width"] // v["head_width"], "tokenizer": tokenizer}
     said["quick_gelu"] = bool(model.get("quick_gelu"))
@@ -1158,9 +1015,10 @@ def _says_open_clip(c):
     if pixels:
         if pixels.pop("mode", "RGB") != "RGB":
             raise ValueError("mode of its pictures is not RGB")
-        pixels["resize"] = pixels.pop("resize_mode", "shortest")
         pixels.pop("fill_color", None)  # for a resize that leaves a margin
-        said["preprocess"] = Preprocess(**{"size": v.get("image_size", 224)} | pixels)
+        pixels["resize"] = pixels.pop("resize_mode", "shortest")
+        pixels["size"] = _edge(pixels.get("size", v.get("image_size", 224)))
+        said["preprocess"] = Preprocess(**pixels)
     return said
 
 
@@ -1170,60 +1028,53 @@ def _says_hf(c):
         return {}
     said = {"embed_dim": c["projection_dim"]} if "projection_dim" in c else {}
     kinds = {c.get("model_type", "clip")}
-    acts = set()
+    blocks = set()
     for tower, fields, width, heads in (("vision", HF_VISION, 768, 12), ("text", HF_TEXT, 512, 8)):
         x = {"hidden_size": width, "num_attention_heads": heads, "hidden_act": "quick_gelu"}
         x |= (c.get(f"{tower}_config") or {}) | (c.get(f"{tower}_config_dict") or {})
         said |= {ours: x[k] for ours, k in fields.items() if k in x}
         kinds.add(x.get("model_type", "clip").removesuffix(f"_{tower}_model"))
-        acts.add((x["hidden_act"], x.get("layer_norm_eps", 1e-5)))
+        blocks.add((x["hidden_act"], x.get("layer_norm_eps", 1e-5)))
     if kinds != {"clip"}:
         raise ValueError(f"it is of model_type {', '.join(kinds - {'clip'})}, not clip")
-    if acts not in ({("gelu", 1e-5)}, {("quick_gelu", 1e-5)}):
-        raise ValueError(f"activation and LayerNorm eps {acts}, not gelu or quick_gelu, and 1e-5")
-    said["quick_gelu"] = acts == {("quick_gelu", 1e-5)}
-    end = x.get("eos_token_id", 49407)
-    end = end[0] if isinstance(end, list) and len(end) == 1 else end
+    if blocks not in ({("gelu", 1e-5)}, {("quick_gelu", 1e-5)}):
+        raise ValueError(f"activation and LayerNorm eps {blocks}, not gelu or quick_gelu, and 1e-5")
+    said["quick_gelu"] = ("quick_gelu", 1e-5) in blocks
+    end = _edge(x.get("eos_token_id", 49407))
     vocabulary = x.get("vocab_size", 49408)
     usual = end in (2, vocabulary - 1)  # 2: transformers then takes the largest id, as CLIP does
-    said["tokenizer"] = {} if usual else {"eos_token_id": end}
     if not usual and end < vocabulary:
         raise ValueError(f"eos_token_id {end} of {vocabulary} ids; a CLIP's text ends at the last")
-    return said
+    return said | {"tokenizer": {} if usual else {"eos_token_id": end}}
 
 
 def _says_hf_pixels(c):
     kind = str(c.get("image_processor_type") or c.get("feature_extractor_type") or "CLIP")
-    c = {k: x for k, x in c.items() if x is not None}
-    if kind.startswith("CLIP"):
-        c = HF_PIXELS | c
+    said = {k: x for k, x in c.items() if x is not None or k.startswith("do_")}
+    c = HF_PIXELS | said if kind.startswith("CLIP") else said  # defaults of others vary
     size = c["size"]
-    if isinstance(size, int):  # the short side for a CLIPImageProcessor, both sides for others
-        size = (
-            {"shortest_edge": size} if kind.startswith("CLIP") else {"height": size, "width": size}
-        )
-    crop = c["crop_size"] if c.get("do_center_crop") else {}
-    edges = {*size.values(), *(crop.values() if isinstance(crop, dict) else [crop])}
+    if isinstance(size, int):
+        square = {"height": size, "width": size} if kind.startswith("ViT") else {}
+        size = {"shortest_edge": size} if kind.startswith("CLIP") else square
     squash = size.keys() == {"height", "width"}
-    wrong = [k for k in ("do_resize", "do_rescale", "do_normalize") if not c.get(k, True)]
-    wrong += [k for k in c if k.startswith("do_") and k not in HF_PIXELS and c[k]]
-    wrong += ["rescale_factor"] * (abs(c.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3)
-    wrong += ["size", "crop_size"] * (
-        len(edges) > 1 or not squash and size.keys() != {"shortest_edge"}
-    )
-    wrong += ["do_center_crop"] * (not squash and not c.get("do_center_crop"))
-    if wrong:
-        raise ValueError(f"{', '.join(f'{k} {c.get(k)}' for k in wrong)} cannot be done here")
-    how = c["resample"]
-    return {
-        "preprocess": Preprocess(
-            c["image_mean"],
-            c["image_std"],
-            "squash" if squash else "shortest",
-            RESAMPLE.get(how, f"resample {how}"),
-            edges.pop(),
-        )
+    crop = c["crop_size"] if c.get("do_center_crop") else size
+    edges = {*size.values(), *(crop.values() if isinstance(crop, dict) else [crop])}
+    possible = {k: bool(x) == (k in HF_PIXELS) for k, x in c.items() if k.startswith("do_")}
+    possible |= {
+        "size": squash or size.keys() == {"shortest_edge"},
+        "crop_size": len(edges) == 1,
+        "do_center_crop": squash or c.get("do_center_crop"),
+        "rescale_factor": abs(c.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3,
+        "do_convert_rgb": True,
+        "use_square_size": not c.get("use_square_size"),
+        "crop_pct": not c.get("crop_pct"),
     }
+    wrong = [f"{k} {c.get(k)}" for k, fine in possible.items() if not fine]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} cannot be done here")
+    resize = "squash" if squash else "shortest"
+    how = RESAMPLE.get(c["resample"], c["resample"])
+    return {"preprocess": Preprocess(c["image_mean"], c["image_std"], resize, how, edges.pop())}
 
 
 BESIDE = (  # file, what it tells, its reader
@@ -1242,17 +1093,12 @@ def _said(path, raw, width, text_width):
         with _reading(path, "the config in its metadata is none of a CLIP; pass config="):
             return _says_ours(raw.metadata)
     if "input_resolution" in raw:
-        return {
-            "quick_gelu": True,
-            "vision_heads": width // 64,
-            "text_heads": text_width // 64,
-            "preprocess": Preprocess(size=int(raw["input_resolution"])),
-            "tokenizer": {},
-        }
+        pixels = Preprocess(size=int(raw["input_resolution"]))
+        heads = {"vision_heads": width // 64, "text_heads": text_width // 64}
+        return {"quick_gelu": True, "preprocess": pixels, "tokenizer": {}} | heads
     said = {}
     folder = Path(path if os.path.isdir(path) else os.path.dirname(path))
-    hf = any(name.endswith("q_proj.bias") for name in raw)
-    for name, told, reader in BESIDE[1:] + BESIDE[:1] if hf else BESIDE:
+    for name, told, reader in BESIDE[1:] + BESIDE[:1] if _is_hf(raw) else BESIDE:
         file = folder / name
         if told not in said and file.is_file():
             with _reading(file, "not a config of a CLIP that can be used here"):
@@ -1260,31 +1106,34 @@ def _said(path, raw, width, text_width):
     return said
 
 
-def _describe(path, raw, shapes, resized):
-    width, _, patch, _ = shapes["visual.conv1.weight"].shape
-    positions = len(shapes["visual.positional_embedding"])
-    context, text_width = shapes["positional_embedding"].shape
+def _describe(path, raw, tensors, resized=False):
+    """-> what a checkpoint and the configs beside it say, without reading its weights: fields of
+    CLIPConfig, "preprocess", "tokenizer". What nothing says is not in it. ValueError if what is
+    said does not fit the tensors or cannot be done here."""
+    width, _, patch, _ = tensors["visual.conv1.weight"].shape
+    grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
+    context, text_width = tensors["positional_embedding"].shape
     sizes = {
-        "embed_dim": shapes["text_projection"].shape[1],
-        "image_size": math.isqrt(positions - 1) * patch,
+        "embed_dim": tensors["text_projection"].shape[1],
+        "image_size": grid * patch,
         "patch_size": patch,
         "vision_width": width,
         "context_length": context,
-        "vocab_size": len(shapes["token_embedding.weight"]),
+        "vocab_size": len(tensors["token_embedding.weight"]),
         "text_width": text_width,
     }
     for tower, start in (("vision", "visual."), ("text", "")):
         blocks = f"{start}transformer.resblocks."
-        ends = [name for name in shapes if name.startswith(blocks) and name.endswith("ln_1.bias")]
+        ends = [name for name in tensors if name.startswith(blocks) and name.endswith("ln_1.bias")]
         sizes[f"{tower}_layers"] = len(ends)
-        sizes[f"{tower}_mlp"] = len(shapes[f"{blocks}0.mlp.c_fc.bias"])
+        sizes[f"{tower}_mlp"] = len(tensors[f"{blocks}0.mlp.c_fc.bias"])
     said = _said(path, raw, width, text_width)
+    pixels = said.get("preprocess")
     if resized:
         said.pop("image_size", None)
-    elif said.get("image_size", 0) // patch == sizes["image_size"] // patch:
+    elif said.get("image_size", 0) // patch == grid:
         sizes["image_size"] = said["image_size"]  # pixels that fill no patch leave no trace
     wrong = [f"{k} {said[k]}, not {size}" for k, size in sizes.items() if said.get(k, size) != size]
-    pixels = said.get("preprocess")
     if not resized and pixels and pixels.size != sizes["image_size"]:
         wrong.append(f"image_size {pixels.size} for its pictures, not {sizes['image_size']}")
     if wrong:
@@ -1296,24 +1145,16 @@ def _describe(path, raw, shapes, resized):
     return sizes | said
 
 
-def describe(path_or_spec, cache=None):
-    """What a checkpoint and the configs beside it say, without reading a weight: a dict of fields
-    of CLIPConfig, "preprocess" and "tokenizer". What nothing says is not in it; {} if the tensors
-    make no CLIP. ValueError if what is said does not fit the tensors or cannot be done here."""
-    path = fetch(path_or_spec, cache)
-    with _reading(path, "its tensors make no CLIP"):
-        raw = read_tensors(path)
-        shapes = openai_names(raw.shapes())
-        return _describe(path, raw, shapes, False) if shapes.keys() >= CORE else {}
-
-
 def agree(paths, quick_gelu=None):
     """-> metadata by which load knows a file that is made from all these; {} if none of them says
     the heads or the activation. quick_gelu overrules them. ValueError if two of them differ."""
     common = {}
     source = {}
     for path in paths:
-        said = describe(path)
+        with _reading(path, "its tensors make no CLIP"):
+            raw = read_tensors(path, mapped=True)
+            tensors = openai_names(raw)
+            said = _describe(path, raw, tensors) if tensors.keys() >= CORE else {}
         if quick_gelu is not None:
             said["quick_gelu"] = quick_gelu
         for key, value in said.items():
@@ -1324,35 +1165,32 @@ def agree(paths, quick_gelu=None):
                 )
             source.setdefault(key, path)
     try:
-        config = _complete(path, common)
-    except (KeyError, ValueError):
+        with _reading(path, "its config is none of a CLIP"):
+            return _metadata(_complete(path, common), common)
+    except ValueError:
         return {}
-    return _metadata(config, common.get("preprocess"), common.get("tokenizer"))
 
 
-def _metadata(config, preprocess, tokenizer):
-    metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(config))}
-    if preprocess is not None:
-        metadata["preprocess"] = json.dumps(dataclasses.asdict(preprocess))
-    if tokenizer is not None:
-        metadata["tokenizer"] = json.dumps(tokenizer)
+def _metadata(config, said):
+    metadata = {"format": "pt", "config": json.dumps(vars(config))}
+    if "preprocess" in said:
+        metadata["preprocess"] = json.dumps(vars(said["preprocess"]))
+    if "tokenizer" in said:
+        metadata["tokenizer"] = json.dumps(said["tokenizer"])
     return metadata
 
 
 def _complete(path, said):
-    """The config, with heads by width from CONFIGS where nothing says them."""
+    """-> CLIPConfig, with heads by width from CONFIGS where nothing says them."""
     fields = {f.name: said[f.name] for f in dataclasses.fields(CLIPConfig) if f.name in said}
-    for tower in ("vision", "text"):
-        width = said[f"{tower}_width"]
-        heads = [
-            getattr(c, f"{tower}_heads")
-            for c in CONFIGS.values()
-            if getattr(c, f"{tower}_width") == width
-        ]
-        if heads:
-            fields.setdefault(f"{tower}_heads", heads[0])
+    v = said["vision_width"]
+    t = said["text_width"]
+    for known in CONFIGS.values():
+        if known.vision_width == v:
+            fields.setdefault("vision_heads", known.vision_heads)
+        if known.text_width == t:
+            fields.setdefault("text_heads", known.text_heads)
     if not {"vision_heads", "text_heads"} <= fields.keys():
-        v, t = said["vision_width"], said["text_width"]
         raise ValueError(
             f"{path}: nothing says how many heads widths {v} and {t} have; write it into "
             f'open_clip_config.json beside it: {{"quick_gelu": ..., "vision_cfg": {{"width": {v}, '
@@ -1389,14 +1227,12 @@ def load(path_or_spec, config=None, quick_gelu=None, image_size=None, cache=None
 
 
 def _load(path, config, quick_gelu, image_size):
-    raw = read_tensors(path)
-    shapes = openai_names(raw.shapes())
-    if not shapes.keys() >= CORE:
-        raise ValueError(
-            f"{path}: not a CLIP of two transformers; it has {', '.join([*raw][:8])} "
-            f"({len(raw)} in all)"
-        )
-    said = _describe(path, raw, shapes, image_size is not None)
+    raw = read_tensors(path, mapped=True)
+    tensors = openai_names(raw)
+    if not tensors.keys() >= CORE:
+        names = f"{', '.join([*raw][:8])} ({len(raw)} in all)"
+        raise ValueError(f"{path}: not a CLIP of two transformers; it has {names}")
+    said = _describe(path, raw, tensors, resized=image_size is not None)
     if config and quick_gelu is None and said.get("quick_gelu") not in (None, config.quick_gelu):
         raise ValueError(
             f"{path} says quick_gelu={said['quick_gelu']}, the config says "
@@ -1406,42 +1242,21 @@ def _load(path, config, quick_gelu, image_size):
         said["quick_gelu"] = quick_gelu
     config = config or _complete(path, said)
     config = dataclasses.replace(config, quick_gelu=said.get("quick_gelu", config.quick_gelu))
-    grid = "visual.positional_embedding"
     if image_size is not None:
-        if type(image_size) is not int or image_size < config.patch_size:
-            raise ValueError(
-                f"{path}: image_size is pixels, from a patch's {config.patch_size}, "
-                f"not {image_size!r}"
-            )
         config = dataclasses.replace(config, image_size=image_size)
-    for layers in ("vision_layers", "text_layers"):  # before they are built, however many
-        if getattr(config, layers) != said[layers]:
-            raise ValueError(
-                f"{path} does not fit the config: {layers} {said[layers]}, not "
-                f"{getattr(config, layers)}"
-            )
     with torch.device("meta"):  # takes no memory: the tensors of the file become the weights
         model = CLIP(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    wrong = [f"{k} missing" for k in expected if k not in shapes]
-    wrong += [f"{k} unexpected" for k in shapes if k not in expected]
-    wrong = wrong or [
-        f"{k} {[*shapes[k].shape]}, not {[*shape]}"
-        for k, shape in expected.items()
-        if shape != shapes[k].shape and (k != grid or image_size is None)
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit the config: {', '.join(wrong[:8])} ({len(wrong)} in all)"
-        )
-    named = openai_names(raw)
-    state = {name: named[name].float() for name in expected}
+    state = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, which are no plain weights")
+        state[name] = tensor.to(torch.float32, copy=True)
     if image_size is not None:
+        grid = "visual.positional_embedding"
         state[grid] = _resize(state[grid], image_size // config.patch_size)
-    model.load_state_dict(state, assign=True)
-    model.preprocess = dataclasses.replace(
-        said.get("preprocess", model.preprocess), size=config.image_size
-    )
+    model.load_state_dict(state, assign=True)  # compares names and shapes
+    pixels = said.get("preprocess", model.preprocess)
+    model.preprocess = dataclasses.replace(pixels, size=config.image_size)
     model.tokenizer = said.get("tokenizer", {})
     return model.eval()
 
@@ -1454,39 +1269,36 @@ def save(model, path, layout="open_clip", **more):
     c = model.config
     state = model.state_dict()
     path = os.fspath(path)
-    file = path.endswith((".safetensors", ".pt"))
-    if layout not in ("open_clip", "openai", "hf") or layout == "hf" and file:
-        raise ValueError(
-            f"{path}, layout {layout}: it is open_clip, openai, or hf, and for hf path is a folder"
-        )
+    is_file = path.endswith((".safetensors", ".pt"))
+    pickled = path.endswith(".pt")
+    if layout not in ("open_clip", "openai", "hf") or layout == "hf" and is_file:
+        raise ValueError(f"{path}, layout {layout}: it is open_clip, openai, or for a folder hf")
+    weights = WEIGHTS[0]
+    beside = {"open_clip_config.json": _open_clip_config(c, model.preprocess, model.tokenizer)}
     if layout == "openai":
         values = (c.image_size, c.context_length, c.vocab_size)
         state |= {name: torch.tensor(value) for name, value in zip(SCALARS, values)}
-    if layout == "openai" and path.endswith(".pt"):
+    elif layout == "hf":
+        state = _hf_state(state)
+        weights = "model.safetensors"
+        pixels = _hf_pixels(model.preprocess)
+        beside = {"config.json": _hf_config(c), "preprocessor_config.json": pixels}
+    if pickled:
         heads = (c.vision_heads * 64, c.text_heads * 64)
         usual = c.quick_gelu and heads == (c.vision_width, c.text_width) and not model.tokenizer
-        if not usual or model.preprocess != Preprocess(size=c.image_size):
+        if layout != "openai" or not usual or model.preprocess != Preprocess(size=c.image_size):
             raise ValueError(
-                f"{path}: OpenAI's code knows QuickGELU, heads 64 wide, its own tokens "
-                "and its own preprocessing only; save as .safetensors"
+                f"{path}: OpenAI's code, which reads .pt, knows QuickGELU, heads 64 wide, its own "
+                "tokens and its own preprocessing only; save as .safetensors"
             )
         with _aside(path) as f:
             return torch.save(state, f)
-    if layout == "hf":
-        state = _hf_state(state)
-    metadata = _metadata(c, model.preprocess, model.tokenizer) | more
-    if path.endswith(".safetensors"):
+    metadata = _metadata(c, vars(model)) | more
+    if is_file:
         return write_tensors(state, path, metadata)
     os.makedirs(path, exist_ok=True)
-    weights = "model.safetensors" if layout == "hf" else WEIGHTS[0]
     write_tensors(state, os.path.join(path, weights), metadata)
-    configs = {"open_clip_config.json": _open_clip_config(c, model.preprocess, model.tokenizer)}
-    if layout == "hf":
-        configs = {
-            "config.json": _hf_config(c),
-            "preprocessor_config.json": _hf_pixels(model.preprocess),
-        }
-    for name, config in configs.items():
+    for name, config in beside.items():
         with _aside(os.path.join(path, name)) as f:
             f.write(json.dumps(config, indent=2).encode())
 
@@ -1511,7 +1323,7 @@ def _open_clip_config(c, preprocess=None, tokenizer=None):
     t["mlp_ratio"] = (c.text_mlp + 0.01) / c.text_width
     t |= {name: value for name, value in (tokenizer or {}).items() if "tokenizer" in name}
     sizes = {"embed_dim": c.embed_dim, "quick_gelu": c.quick_gelu, "vision_cfg": v, "text_cfg": t}
-    pixels = dataclasses.asdict(preprocess or Preprocess(size=c.image_size))
+    pixels = dict(vars(preprocess or Preprocess(size=c.image_size)))
     pixels["resize_mode"] = pixels.pop("resize")
     return {"model_cfg": sizes, "preprocess_cfg": pixels}
 
@@ -1521,13 +1333,8 @@ def _hf_config(c):
     v = both | {theirs: getattr(c, ours) for ours, theirs in HF_VISION.items()}
     t = both | {theirs: getattr(c, ours) for ours, theirs in HF_TEXT.items()}
     t |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1}
-    return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "projection_dim": c.embed_dim,
-        "vision_config": v,
-        "text_config": t,
-    }
+    kind = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": c.embed_dim}
+    return kind | {"vision_config": v, "text_config": t}
 
 
 def _hf_pixels(p):
@@ -1589,13 +1396,9 @@ def _open(url, **headers):
         if url.startswith(f"{_hub()}/") and "HF_TOKEN" in os.environ:
             request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
         return urllib.request.build_opener(_Redirects).open(request, timeout=30)
-    except urllib.error.HTTPError as e:
-        raise OSError(f"{url}: the server answers {e.code} {e.reason}") from e
     except (OSError, ValueError, http.client.HTTPException) as e:
-        raise OSError(
-            f"{url} cannot be reached ({getattr(e, 'reason', e)}); offline, give a local "
-            "file's path"
-        ) from e
+        hint = "offline, give a local file's path"
+        raise OSError(f"{url} cannot be reached ({e}); {hint}") from e
 
 
 @contextlib.contextmanager
@@ -1622,11 +1425,10 @@ def _sha256(path):
 def _is_there(path, sha256):
     if not os.path.exists(path):
         return False
-    if sha256 in (None, _sha256(path)):
-        return True
-    warnings.warn(f"{path} is damaged, its sha256 is not {sha256}: downloaded again", stacklevel=1)
-    os.unlink(path)
-    return False
+    whole = sha256 in (None, _sha256(path))
+    if not whole:
+        warnings.warn(f"{path} is damaged, its sha256 is not {sha256}: fetched again", stacklevel=1)
+    return whole
 
 
 def _download(url, path, sha256):
@@ -1634,19 +1436,17 @@ def _download(url, path, sha256):
     left is continued if sha256 is known, for then pieces of two files cannot pass as one."""
     if _is_there(path, sha256):
         return path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = Path(f"{path}.part")
-    with _alone(os.path.dirname(path)):
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    with _alone(folder):
         if _is_there(path, sha256):
             return path
+        part = Path(folder, f"{name}.part")
         _fill(part, url, sha256)
         found = _sha256(part)
         if sha256 not in (None, found):
             part.unlink()
-            raise ValueError(
-                f"{url}: its sha256 is {found}, not the expected {sha256}; the download "
-                "was thrown away"
-            )
+            raise ValueError(f"{url}: its sha256 is {found}, not the expected {sha256}")
         os.replace(part, path)
     return path
 
@@ -1654,79 +1454,58 @@ def _download(url, path, sha256):
 def _fill(part, url, sha256):
     """Adds to the part what it lacks of url, or begins anew where that cannot be checked or the
     server cannot do it."""
-    have = (
-        max(part.stat().st_size - 1, 0) if sha256 and part.exists() else 0
-    )  # -1: never ask for nothing, which fails
-    try:
-        answer = _open(url, Range=f"bytes={have}-")
-    except OSError as e:
-        raise OSError(f"{e}; to start anew, delete {part}" if have else str(e)) from e
-    with answer, open(part, "ab") as f:
-        have, broken = have if answer.status == 206 else 0, None
+    have = 0
+    if sha256 and part.exists():
+        have = max(part.stat().st_size - 1, 0)  # -1: never ask for nothing, which fails
+    with _open(url, Range=f"bytes={have}-") as answer, open(part, "ab") as f:
+        have = have if answer.status == 206 else 0
         f.truncate(have)
-        length = answer.headers.get(
-            "Content-Length"
-        )  # a chunked answer has none, and ends with an empty chunk
+        length = answer.headers.get("Content-Length")  # none if chunked, up to an empty chunk
         total = have + int(length) if length else None
         with tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True) as bar:
             try:
-                while chunk := answer.read(1 << 20):
+                for chunk in iter(lambda: answer.read(1 << 20), b""):
                     have += f.write(chunk)
                     bar.update(len(chunk))
+                if length and have < total:
+                    raise ConnectionError("the end is missing")
             except (ConnectionError, TimeoutError, http.client.IncompleteRead) as e:
-                broken = e
-    if broken or have < (total or 0):
-        goes_on = ", it continues there" if sha256 else ""
-        raise OSError(
-            f"{url} broke off after {have} of {total or 'unknown'} bytes; run again{goes_on}"
-        ) from broken
+                some = f"{have} of {total or 'unknown'} bytes"
+                goes_on = ", it continues there" if sha256 else ""
+                raise OSError(f"{url} broke off after {some}; run again{goes_on}") from e
 
 
-ALONG = {
-    "config.json",
-    "open_clip_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "merges.txt",
-    "tokenizer.json",
-}
+ALONG = (
+    "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
+    "merges.txt", "tokenizer.json",
+)  # fmt: skip
 
 
 def _fetch_hf(repo, wanted, cache):
-    """The folder, or the wanted file. Configs, merges and shards come along; what stands for them
-    all comes last. sha256.json keeps what the hub says of each, to verify them when offline."""
-    folder = os.path.join(cache, "hf", repo.replace("/", "--"))
-    note = os.path.join(folder, "sha256.json")
-    known = _read_json(note) if os.path.exists(note) else {}
+    """The folder, or the wanted file. Configs, merges and shards come along. sha256.json keeps what
+    the hub says of each, to verify them when offline."""
+    folder = Path(cache, "hf", repo.replace("/", "--"))
+    note = folder / "sha256.json"
+    known = _read_json(note) if note.exists() else {}
     names = [wanted] if wanted else WEIGHTS
-    if not any(os.path.exists(os.path.join(folder, name)) for name in names):
+    if not known.keys() & names:
         listing = f"{_hub()}/api/models/{repo}?blobs=true"
-        with (
-            _open(listing) as answer,
-            _reading(listing, "the answer is no list of a repository's files"),
-        ):
-            files = {
-                s["rfilename"]: (s.get("lfs") or {}).get("sha256")
-                for s in json.load(answer)["siblings"]
-            }
+        fault = "the answer is no list of a repository's files"
+        with _open(listing) as answer, _reading(listing, fault):
+            siblings = json.load(answer)["siblings"]
+            files = {s["rfilename"]: (s.get("lfs") or {}).get("sha256") for s in siblings}
         main = [name for name in names if name in files][:1]
         if not main:
-            raise ValueError(
-                f"hf:{repo} has no {wanted or 'CLIP weights'}; it has {', '.join([*files][:20])}"
-            )
+            some = ", ".join([*files][:20])
+            raise ValueError(f"hf:{repo} has no {wanted or 'CLIP weights'}; it has {some}")
         shard = re.escape(main[0].split(".")[0]) + r"-\d+-of-\d+\.\w+"
-        shards = [name for name in files if re.fullmatch(shard, name)]
-        unverified = [
-            name for name in main + shards if files[name] is None and ".index." not in name
-        ]
-        if unverified:
-            warnings.warn(
-                f"hf:{repo}: the hub tells no sha256 of {', '.join(unverified)}, which cannot "
-                "be verified",
-                stacklevel=1,
-            )
-        known |= {name: files[name] for name in [*(n for n in files if n in ALONG), *shards, *main]}
-        os.makedirs(folder, exist_ok=True)
+        weights = [name for name in files if re.fullmatch(shard, name)] + main
+        unknown = [name for name in weights if files[name] is None and ".index." not in name]
+        if unknown:
+            which = ", ".join(unknown)
+            warnings.warn(f"hf:{repo}: no sha256 of {which} to verify it by", stacklevel=1)
+        known |= {name: files[name] for name in (*ALONG, *weights) if name in files}
+        folder.mkdir(parents=True, exist_ok=True)
         with _aside(note) as f:
             f.write(json.dumps(known).encode())
     for name, sha256 in known.items():
@@ -1734,31 +1513,38 @@ def _fetch_hf(repo, wanted, cache):
     return os.path.join(folder, wanted)
 
 
+HUB = re.compile(r"hf:([\w-][\w.-]*/[\w-][\w.-]*)((?:/[\w-][\w.-]*)*)")
+WEB = re.compile(r"(https?://[^#]+)(?:#sha256=([0-9a-f]{64}))?")
+
+
 def fetch(spec, cache=None):
     """hf:ORG/REPO[/FILE], openai:NAME or https://...[#sha256=...] -> path, downloaded once into
     cache (default ~/.cache/fomo), resumable and verified; anything else must be a path. HF_ENDPOINT
     and CLIP_MIRROR in the environment name other servers. OSError without a network or a file,
-    ValueError for a spec or a checksum that is wrong."""
-    spec, cache = os.fspath(spec), os.fspath(cache or os.path.expanduser("~/.cache/fomo"))
-    scheme, _, rest = spec.partition(":")
-    if scheme == "hf" and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)*", rest):
-        return _fetch_hf("/".join(rest.split("/")[:2]), "/".join(rest.split("/")[2:]), cache)
-    if scheme == "openai" and rest in OPENAI:
-        file, sha256 = OPENAI[rest]
-        server = BPE_SERVER if rest == "bpe" else f"{MODEL_SERVER}/{sha256}"
-        server = f"{os.environ['CLIP_MIRROR']}/{sha256}" if "CLIP_MIRROR" in os.environ else server
+    ValueError for a checksum that is wrong."""
+    spec = os.fspath(spec)
+    cache = os.fspath(cache or os.path.expanduser("~/.cache/fomo"))
+    hub = HUB.fullmatch(spec)
+    if hub:
+        repo, wanted = hub.groups()
+        return _fetch_hf(repo, wanted.removeprefix("/"), cache)
+    name = spec.removeprefix("openai:")
+    if name in OPENAI and name != spec:
+        file, sha256 = OPENAI[name]
+        server = BPE_SERVER if name == "bpe" else f"{MODEL_SERVER}/{sha256}"
+        if "CLIP_MIRROR" in os.environ:
+            server = f"{os.environ['CLIP_MIRROR']}/{sha256}"
         return _download(f"{server}/{file}", os.path.join(cache, "openai", file), sha256)
-    if scheme in ("https", "http"):
-        match = re.fullmatch(r"([^#]+)(?:#sha256=([0-9a-f]{64}))?", spec)
-        if not match:
-            raise ValueError(f"{spec}: expected https://...#sha256= and 64 hexadecimal digits")
+    web = WEB.fullmatch(spec)
+    if web:
+        url, sha256 = web.groups()
         key = hashlib.sha256(spec.encode()).hexdigest()[:16]
-        name = os.path.basename(match[1].partition("?")[0]) or "file"
-        return _download(match[1], os.path.join(cache, "web", key, name), match[2])
+        name = os.path.basename(url.partition("?")[0]) or "file"
+        return _download(url, os.path.join(cache, "web", key, name), sha256)
     if not os.path.exists(spec):
         raise FileNotFoundError(
-            f"{spec}: no such file or folder, nor hf:ORG/REPO[/FILE], https://...[#sha256=...] or "
-            f"openai: with {', '.join(OPENAI)}"
+            f"{spec}: no such file or folder, nor hf:ORG/REPO[/FILE], https://...[#sha256=64 "
+            f"hexadecimal digits] or openai: with {', '.join(OPENAI)}"
         )
     return spec
 

@@ -28,11 +28,12 @@ import tarfile
 import textwrap
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BytesIO
 from itertools import chain, pairwise
 from pathlib import Path
@@ -103,8 +104,15 @@ def _key(text):
     return int.from_bytes(digest, "little", signed=True)
 
 
-class Listlike(Sequence):
-    """A sequence that compares with lists, and can be sliced, if at(i) gives its item i."""
+class Lazy(Sequence):
+    """A sequence of n items that at(i) makes when they are asked for. It compares with lists."""
+
+    def __init__(self, n, at):
+        self.n = n
+        self.at = at
+
+    def __len__(self):
+        return self.n
 
     def __getitem__(self, i):
         if isinstance(i, slice):
@@ -117,24 +125,14 @@ class Listlike(Sequence):
     __hash__ = None
 
 
-class Lazy(Listlike):
-    """A sequence of n items, made when they are asked for."""
-
-    def __init__(self, n, at):
-        self.n = n
-        self.at = at
-
-    def __len__(self):
-        return self.n
-
-
-class Texts(Listlike):
+class Texts(Lazy):
     """Items that are a str or a list of str each, as one block of UTF-8 and offsets into it.
 
     Millions of them cost their bytes and little more, and processes share them without a copy.
     """
 
     def __init__(self, block, starts, first, is_list):
+        super().__init__(len(is_list), self.text)
         self.block = block  # uint8 [bytes]
         self.starts = starts  # int64 [texts + 1]: text k is block[starts[k] : starts[k + 1]]
         self.first = first  # int64 [items + 1]: item i has the texts first[i] to first[i + 1] - 1
@@ -154,10 +152,7 @@ class Texts(Listlike):
     def arrays(self):
         return self.block, self.starts, self.first, self.is_list
 
-    def __len__(self):
-        return len(self.is_list)
-
-    def at(self, i):
+    def text(self, i):
         texts = []
         for k in range(self.first[i], self.first[i + 1]):
             text = self.block[self.starts[k] : self.starts[k + 1]].tobytes()
@@ -214,19 +209,25 @@ class Concat(Split):
         self.splits = list(splits)
         self.ends = np.cumsum([len(s) for s in self.splits])
         self.labels = np.concatenate([s.labels for s in self.splits])
-        self.captions = Lazy(len(self.labels), lambda i: self.ask("captions", i))
+        self.captions = Lazy(len(self.labels), self.caption)
 
-    def ask(self, what, i):
+    def place(self, i):
+        """-> the split of sample i, its number there."""
         part = int(np.searchsorted(self.ends, i, side="right"))
         split = self.splits[part]
-        within = int(i - self.ends[part] + len(split))
-        return split.captions[within] if what == "captions" else getattr(split, what)(within)
+        return split, int(i - self.ends[part] + len(split))
+
+    def caption(self, i):
+        split, within = self.place(i)
+        return split.captions[within]
 
     def image(self, i):
-        return self.ask("image", i)
+        split, within = self.place(i)
+        return split.image(within)
 
     def raw(self, i):
-        return self.ask("raw", i)
+        split, within = self.place(i)
+        return split.raw(within)
 
     def keys(self):
         """A sample whose key an earlier part has already gets another."""
@@ -557,14 +558,34 @@ def toy(seed=0, train=1000, test=250):
     return World(sets[len(TOY_HELD_OUT) :], heldout, Concat(pool))
 
 
+# ------------------------------------------------------------------------------- words and names
+
+
+def _count(n, thing):
+    return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
+def _twice(names):
+    return Counter(names).most_common(1)[0][0]
+
+
+def _same_form(text):
+    """File systems and people spell an accent as one character or as two."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _spelt(names, known):
+    """The names, as those of them that are known are spelt there."""
+    forms = {_same_form(name): name for name in known}
+    return [forms.get(_same_form(name), name) for name in names]
+
+
 # ------------------------------------------------------------------------------- pictures in files
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that runs programs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
             ".ppm", ".pgm", ".pbm")  # fmt: skip
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, refuses: half a gigabyte of pixels
-DECODING = (OSError, ValueError, RuntimeError, SyntaxError, MemoryError, EOFError, KeyError,
-            IndexError, TypeError, AttributeError, OverflowError, ZeroDivisionError)  # fmt: skip
 
 
 class Changed(OSError):
@@ -580,22 +601,19 @@ class Members:
     """Where the pictures of a split lie in uncompressed tars."""
 
     tars: list  # [path, what _stamp said of it]
-    tar: np.ndarray  # int32 [N]: which of the tars
-    offset: np.ndarray  # int64 [N]: of the data
-    size: np.ndarray  # int64 [N]: of the picture, in bytes
-    sparse: dict  # number of a picture stored with holes: [place in it, offset in the tar, bytes]
+    places: np.ndarray  # int64 [N, 3]: which of the tars, offset in it, bytes
+    holes: dict  # number of a picture stored with holes -> [place in it, offset in the tar, bytes]
 
     def read(self, i):
-        path, stamp = self.tars[self.tar[i]]
-        offset = int(self.offset[i])
-        size = int(self.size[i])
+        tar, offset, size = self.places[i].tolist()
+        path, stamp = self.tars[tar]
         with open(path, "rb", buffering=0) as f:
             if _stamped(os.fstat(f.fileno())) != stamp:
                 raise Changed(f"{path} has changed since it was opened: start the command again")
-            if i not in self.sparse:
+            if i not in self.holes:
                 return os.pread(f.fileno(), size, offset)
             picture = bytearray(size)
-            for place, at, length in self.sparse[i]:
+            for place, at, length in self.holes[i]:
                 picture[place : place + length] = os.pread(f.fileno(), length, at)
             return bytes(picture)
 
@@ -613,7 +631,7 @@ class Files(Split):
     def place(self, i):
         if self.members is None:
             return os.path.join(self.folder, self.paths[i])
-        return f"{self.members.tars[self.members.tar[i]][0]}: {self.paths[i]}"
+        return f"{self.members.tars[self.members.places[i, 0]][0]}: {self.paths[i]}"
 
     def raw(self, i):
         if self.members is not None:
@@ -628,7 +646,7 @@ class Files(Split):
             raise
         except TooLarge as e:
             raise ValueError(f"{self.place(i)} {e}") from None
-        except DECODING as e:
+        except Exception as e:  # decoders of torn files raise whatever they stumble over
             raise ValueError(f"{self.place(i)} does not decode as an image ({e}); "
                              "replace it or leave it out") from e  # fmt: skip
 
@@ -637,7 +655,7 @@ class Files(Split):
         if self.members is None:
             sizes = _sizes_and_times(self.folder, self.paths)[:, 0]
         else:
-            sizes = self.members.size
+            sizes = self.members.places[:, 2]
         keys = (_key(f"{_same_form(p)} {size}") for p, size in zip(self.paths, sizes.tolist()))
         return np.fromiter(keys, np.int64, len(self.paths))
 
@@ -646,9 +664,10 @@ class Files(Split):
         if self.members is None:
             arrays = [*self.paths.arrays(), _sizes_and_times(self.folder, self.paths)]
         else:
-            tars = [[os.path.basename(path), _stamp(path)[1:]] for path, _ in self.members.tars]
+            tars = [[os.path.basename(path), _stamped(os.stat(path))[1:]]
+                    for path, _ in self.members.tars]  # fmt: skip
             digest.update(json.dumps(tars).encode())
-            arrays = [*self.paths.arrays(), self.members.tar, self.members.offset]
+            arrays = [*self.paths.arrays(), self.members.places]
         for array in arrays:
             digest.update(hashlib.sha256(np.ascontiguousarray(array)).digest())
         return digest.digest()
@@ -712,69 +731,56 @@ def _stamp(path):
 
 
 def _sizes_and_times(folder, paths):
-    """Size and time of change of each file, a folder at a time -> int64 [N, 2]; -1 if not there."""
-    listings = {}
+    """Size and time of change of each file -> int64 [N, 2]; -1 if it is not there."""
     found = np.full((len(paths), 2), -1, np.int64)
     for i, path in enumerate(paths):
-        head, _, name = path.rpartition("/")
-        if head not in listings:
-            listings[head] = {}
-            place = os.path.join(folder, head)
-            if os.path.isdir(place):
-                with os.scandir(place) as entries:
-                    listings[head] = {e.name: e for e in entries}
-        if name in listings[head]:
-            stat = listings[head][name].stat()
-            found[i] = stat.st_size, stat.st_mtime_ns
+        stamp = _stamp(os.path.join(folder, path))
+        if stamp:
+            found[i] = stamp[1:]
     return found
 
 
-def _same_form(text):
-    return unicodedata.normalize("NFC", text)
-
-
 class Folder:
-    """Finds files below a folder, whichever way Unicode spells their names; a folder read once."""
+    """Finds files below a folder, whichever way Unicode spells their names; reads each once."""
 
     def __init__(self, path):
         self.path = str(path)
-        self.listings = {}  # (folder below, whether files or folders) -> names in it
-        self.forms = {}  # likewise -> NFC form of a name -> the name
+        self.listings = {}  # folder below -> name -> whether it is a file
+        self.forms = {}  # folder below, whether of files -> NFC form of a name -> the name
 
-    def listing(self, head, files=True):
-        if (head, files) not in self.listings:
-            names = set()
+    def listing(self, head):
+        if head not in self.listings:
+            self.listings[head] = {}
             place = os.path.join(self.path, head)
             if os.path.isdir(place):
                 with os.scandir(place) as entries:
-                    names = {e.name for e in entries if e.is_file() == files}
-            self.listings[head, files] = names
-        return self.listings[head, files]
+                    self.listings[head] = {e.name: e.is_file() for e in entries}
+        return self.listings[head]
 
-    def find(self, path):
-        """-> the path as it is spelt on disk, or None."""
-        head, _, name = path.rpartition("/")
-        if name in self.listing(head):
+    def find(self, path, file=True):
+        """-> the path of the file (or folder) as it is spelt on disk, or None."""
+        head, slash, name = path.rpartition("/")
+        head = head or slash  # of "/name", too
+        if self.listing(head).get(name) is file:
             return path
         if path.isascii():
             return None
-        at = ""
-        for part in path.split("/")[:-1]:
-            at = self._spelt(at, part, False)
-            if at is None:
-                return None
-        return self._spelt(at, name, True)
-
-    def _spelt(self, head, name, files):
-        names = self.listing(head, files)
-        if name not in names:
-            if (head, files) not in self.forms:
-                self.forms[head, files] = {_same_form(n): n for n in names}
-            name = self.forms[head, files].get(_same_form(name))
-        return name and posixpath.join(head, name)
+        if head.strip("/"):
+            head = self.find(head, False)
+        if head is None:
+            return None
+        if (head, file) not in self.forms:
+            names = [n for n, is_file in self.listing(head).items() if is_file is file]
+            self.forms[head, file] = {_same_form(n): n for n in names}
+        spelt = self.forms[head, file].get(_same_form(name))
+        return spelt and posixpath.join(head, spelt)
 
     def folders(self):
-        return {os.path.join(self.path, key[0]) for key in self.listings}
+        return {os.path.join(self.path, head) for head in self.listings}
+
+    def split(self, items, found, captions):
+        """-> Files of annotated items that find() found."""
+        return Files(self.path, None, found, items.labels, captions)
 
 
 # -------------------------------------------------------------------------------------------- tars
@@ -783,6 +789,8 @@ class Folder:
 
 BLOCK = 512
 NOTHING = bytes(BLOCK)
+HARD = b"1"  # kinds of links
+SYMBOLIC = b"2"
 
 
 class Sparse(Exception):
@@ -798,19 +806,32 @@ class Tar:
 
     def __init__(self, path):
         self.path = str(path)
-        self.files = {}
-        self.links = {}  # symbolic: name -> what it points to
         with open(path, "rb", buffering=0) as f:
             self.stamp = _stamped(os.fstat(f.fileno()))
             try:
-                self._scan(f.fileno(), self.stamp[1])
+                self._take(self._members(f.fileno(), self.stamp[1]))
             except Sparse:
-                self._scan_slowly()
+                self._take(self._members_slowly())
         for name in self.links:
-            if place := self.follow(name):
-                self.files.setdefault(name, place)
+            place = self.follow(name)
+            if place:
+                self.files[name] = place
 
-    def _scan(self, file, length):
+    def _take(self, members):
+        """members: kind, name, what a link points to, place of what is no link."""
+        self.files = {}
+        self.links = {}  # symbolic: name -> what it points to
+        for kind, name, target, place in members:
+            self.files.pop(name, None)  # a later one of the same name counts
+            self.links.pop(name, None)
+            if kind == SYMBOLIC:
+                self.links[name] = target
+            elif kind == HARD:
+                place = self.files.get(_cleaned(target))
+            if place:
+                self.files[name] = place
+
+    def _members(self, file, length):
         at = 0
         said = {}  # what the headers before a member say of it
         header = None
@@ -822,34 +843,34 @@ class Tar:
             if len(header) < BLOCK:
                 break
             kind = header[156:157]
-            size = self._number(header[124:136], header, said)
-            if kind in b"LKxg":
-                self._heed(kind, os.pread(file, size, at), said)
-            elif kind in b"12":
-                self._link(kind, header, said)
+            size = self._size(header)
+            if kind in b"123456":  # links, folders and devices
                 size = 0
             elif kind in b"0\x007":
                 size = int(said.get("size", size))
-                self.files[self._name(header, said)] = at, size, None
+            if not 0 <= size <= length - at:
+                raise self._truncated(self._name(header, said))
+            if kind in b"LKxg":
+                self._heed(kind, os.pread(file, size, at), said)
             elif kind == b"S":
                 raise Sparse
-            elif kind in b"3456":
-                size = 0
-            if at + size > length:
-                raise ValueError(f"{self.path} ends within {self._name(header, said)!r}: it is "
-                                 "truncated; copy or download it again")  # fmt: skip
+            elif kind in b"12":
+                target = said.get("linkpath", _decoded(header[157:257].split(b"\0", 1)[0]))
+                yield kind, self._name(header, said), target, None
+            elif kind in b"0\x007":
+                yield kind, self._name(header, said), None, (at, size, None)
             at += -(-size // BLOCK) * BLOCK
             if kind not in b"LKxg":
-                said = {k: v for k, v in said.items() if k.startswith("global ")}
+                said = {}
         if header != NOTHING:
             raise ValueError(f"{self.path} lacks the end mark of a tar: it is truncated, or no "
                              "uncompressed tar; unpack it, or download it again")  # fmt: skip
 
-    def _number(self, text, header, said):
-        """A size, as octal digits or, of large files, in binary."""
-        plain = header[257:262] == b"ustar" or _checked(header)
+    def _size(self, header):
+        """Of what follows a header: octal digits or, of large files, in binary."""
+        text = header[124:136]
         try:
-            if not plain:
+            if header[257:262] != b"ustar" and not _checked(header):
                 raise ValueError("a header's check sum is wrong")
             if text[0] & 128:
                 return int.from_bytes(text[1:], "big")
@@ -863,7 +884,6 @@ class Tar:
         if kind in b"LK":
             said["path" if kind == b"L" else "linkpath"] = _decoded(text.split(b"\0", 1)[0])
             return
-        prefix = "global " if kind == b"g" else ""
         while text.strip(b"\0"):
             length, _, _ = text.partition(b" ")
             if not length.isdigit() or not 0 < int(length) <= len(text):
@@ -872,45 +892,35 @@ class Tar:
             text = text[int(length) :]
             if key.startswith(b"GNU.sparse"):
                 raise Sparse
-            said[prefix + _decoded(key)] = _decoded(value)
+            if kind == b"x":  # those of the whole archive name no file
+                said[_decoded(key)] = _decoded(value)
 
     def _name(self, header, said):
-        name = said.get("path", said.get("global path"))
+        name = said.get("path")
         if name is None:
             name = _decoded(header[:100].split(b"\0", 1)[0])
             if header[257:263] == b"ustar\0" and header[345]:
                 name = f"{_decoded(header[345:500].split(bytes(1), 1)[0])}/{name}"
         return _cleaned(name)
 
-    def _link(self, kind, header, said):
-        target = said.get("linkpath", _decoded(header[157:257].split(b"\0", 1)[0]))
-        name = self._name(header, said)
-        if kind == b"2":
-            self.links[name] = target
-        elif _cleaned(target) in self.files:
-            self.files[name] = self.files[_cleaned(target)]
-
-    def _scan_slowly(self):
-        self.files = {}
-        self.links = {}
+    def _members_slowly(self):
         try:
             with tarfile.open(self.path, "r:", ignore_zeros=True) as tar:
                 for member in tar:
-                    name = _cleaned(member.name)
-                    if member.issym():
-                        self.links[name] = member.linkname
-                    elif member.islnk() and _cleaned(member.linkname) in self.files:
-                        self.files[name] = self.files[_cleaned(member.linkname)]
-                    elif member.isreg():
+                    place = None
+                    if member.isreg():
                         pieces = _pieces(member) if member.issparse() else None
-                        self.files[name] = member.offset_data, member.size, pieces
+                        place = member.offset_data, member.size, pieces
+                        stored = sum(n for _, _, n in pieces) if pieces else member.size
+                        if member.offset_data + stored > self.stamp[1]:
+                            raise self._truncated(member.name)
+                    yield member.type, _cleaned(member.name), member.linkname, place
         except tarfile.TarError as e:
             raise ValueError(f"{self.path} cannot be read as a tar ({e}); unpack it") from None
-        for name, (offset, size, pieces) in self.files.items():
-            end = max((at + n for _, at, n in pieces), default=0) if pieces else offset + size
-            if end > self.stamp[1]:
-                raise ValueError(f"{self.path} ends within {name!r}: it is truncated; "
-                                 "copy or download it again")  # fmt: skip
+
+    def _truncated(self, name):
+        return ValueError(f"{self.path} ends within {name!r}: it is truncated; copy or download it "
+                          "again")  # fmt: skip
 
     def follow(self, name):
         """What the name stands for when links are followed: a place, or None."""
@@ -927,29 +937,35 @@ class Tar:
             name = posixpath.normpath(name).lstrip("/")
         return self.files.get(name)
 
-    def finder(self, stem):
-        """-> function from a path within the dataset's folder to its place or None.
-
-        The tar may hold that folder, what is in it, or the folder at the end of a longer path.
-        """
-        roots = ["", f"{stem}/"]
+    @cached_property
+    def roots(self):
+        """What a dataset's paths may begin with: its folder is called as the tar is, and the tar
+        holds it, what is in it, or it at the end of a longer path."""
+        stem = Path(self.path).stem
         longer = next((n for n in self.files if f"/{stem}/" in n), None)
+        roots = [f"{stem}/", ""]
         if longer is not None:
-            roots.append(longer[: longer.index(f"/{stem}/") + len(stem) + 2])
-        forms = {}
+            roots.insert(0, longer[: longer.index(f"/{stem}/") + len(stem) + 2])
+        return roots
 
-        def find(path):
-            for root in reversed(roots):
-                if place := self.follow(root + path):
-                    return place
-            if not path.isascii():
-                forms.update({} if forms else {_same_form(n): n for n in self.files})
-                for root in reversed(roots):
-                    if name := forms.get(_same_form(root + path)):
-                        return self.files[name]
-            return None
+    @cached_property
+    def forms(self):
+        return {_same_form(name): name for name in self.files}
 
-        return find
+    def find(self, path):
+        """-> where a path within the dataset's folder lies, or None."""
+        for root in self.roots:
+            place = self.follow(root + path)
+            if place is None and not path.isascii():
+                place = self.files.get(self.forms.get(_same_form(root + path)))
+            if place:
+                return place
+        return None
+
+    def split(self, items, found, captions):
+        """-> Files of annotated items that find() found."""
+        members = _members([[self.path, self.stamp]], [0] * len(found), found)
+        return Files(self.path, members, items.keys, items.labels, captions)
 
 
 def _checked(header):
@@ -984,50 +1000,29 @@ def _pieces(member):
 # What an annotation file says is kept in one file of arrays, which the next opening reads as it
 # is. It holds for as long as every file and folder that it was made from stays as it was.
 
-INDEX = 1  # of the format: what is kept by another is made anew
+INDEX = 3  # of the format: what is kept by another is made anew
 
 
 def _keep(path, head, arrays):
-    """Write a JSON head and named arrays, each at a multiple of 64 bytes."""
-    places = {}
-    at = 0
-    for name, array in arrays.items():
-        places[name] = [array.dtype.str, list(array.shape), at]
-        at += -(-array.nbytes // 64) * 64
-    text = json.dumps({"head": head, "arrays": places, "bytes": at}).encode()
+    """Write a head, which is JSON, and named arrays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.part")
     try:
         with open(aside, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text + bytes(-(len(text) + 8) % 64))
-            for array in arrays.values():
-                f.write(np.ascontiguousarray(array).data)
-                f.write(bytes(-array.nbytes % 64))
+            np.savez(f, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def _kept(path):
-    """-> head and arrays as _keep wrote them; None if there are none or they are torn.
-
-    What is small is read at once, so that a worker has it from its parent; the rest is mapped.
-    """
+    """-> head and arrays as _keep wrote them; None if there are none or they are torn."""
     try:
-        small = os.path.getsize(path) < 2**30
-        block = np.fromfile(path, np.uint8) if small else np.memmap(path, np.uint8, "r")
-        start = 8 + int.from_bytes(block[:8].tobytes(), "little")
-        said = json.loads(block[8:start].tobytes())
-        start += -start % 64
-        if len(block) != start + said["bytes"]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        with np.load(path) as kept:
+            arrays = dict(kept)
+        return json.loads(arrays.pop("head").tobytes()), arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    arrays = {}
-    for name, (dtype, shape, at) in said["arrays"].items():
-        count = math.prod(shape)
-        arrays[name] = np.frombuffer(block, dtype, count, start + at).reshape(shape)
-    return said["head"], arrays
 
 
 def _indexed(cache, key, make):
@@ -1036,7 +1031,7 @@ def _indexed(cache, key, make):
     cache: the folder for it, None for none. The head's notes say if nothing can be kept there.
     """
     name = hashlib.sha256(json.dumps([INDEX, *key]).encode()).hexdigest()[:24]
-    path = cache and Path(cache).expanduser() / f"index-{name}.bin"
+    path = cache and Path(cache).expanduser() / f"index-{name}.npz"
     kept = _kept(path) if path else None
     if kept and all(_stamp(p) == stamp for p, stamp in kept[0]["from"]):
         return kept
@@ -1067,8 +1062,8 @@ def _packed(files, prefix):
             arrays[f"{name}{k}"] = array
     head = {"folder": files.folder}
     if files.members is not None:
-        arrays |= {name: getattr(files.members, name) for name in ("tar", "offset", "size")}
-        head |= {"tars": files.members.tars, "sparse": list(files.members.sparse.items())}
+        arrays["places"] = files.members.places
+        head |= {"tars": files.members.tars, "holes": list(files.members.holes.items())}
     return head, {prefix + name: array for name, array in arrays.items()}
 
 
@@ -1077,8 +1072,7 @@ def _unpacked(head, arrays, prefix):
              for name in ("paths", "captions")]  # fmt: skip
     members = None
     if "tars" in head:
-        places = [arrays[prefix + name] for name in ("tar", "offset", "size")]
-        members = Members(head["tars"], *places, {i: pieces for i, pieces in head["sparse"]})
+        members = Members(head["tars"], arrays[f"{prefix}places"], dict(head["holes"]))
     return Files(head["folder"], members, texts[0], arrays[f"{prefix}labels"], texts[1])
 
 
@@ -1097,10 +1091,9 @@ SPLITS = {  # the first whose pictures are there counts. The copies at 224 pixel
     "test": ("test_224", "val_224", "test", "val"),
 }
 KINDS = ("default_caption", "synthetic_merged_caption", "synthetic_caption", "primer_caption")
-CAPTIONS = {  # --captions: which kind an item is asked for first; then KINDS in turn, FoMo's rule
-    "fomo": "default_caption",
+CAPTIONS = {  # --captions: which kind an item is asked for first, then KINDS in turn
+    "default": "default_caption",  # FoMo's own rule
     "merged": "synthetic_merged_caption",
-    "default": "default_caption",
     "synthetic": "synthetic_caption",
     "prompt": "primer_caption",
 }
@@ -1124,17 +1117,20 @@ def _read_json(path, kind):
 def _is_blank(text):
     """Whether a caption says nothing: white space, or the NaN that a table left."""
     if isinstance(text, str):
-        return not text.strip() or text.strip() in ("nan", "NaN")
+        return text.strip() in ("", "nan", "NaN")
     return text is None or (isinstance(text, float) and math.isnan(text))
 
 
-def _said(place, value):
+def _said(file, key, value):
     """The texts in a caption that say something: a str, a list of str, or None."""
+    if isinstance(value, str):
+        return None if _is_blank(value) else value
     several = value if isinstance(value, list) else [value]
     texts = [text for text in several if not _is_blank(text)]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{place} is {value!r:.80}, expected text or a list of texts")
-    return texts and (texts if isinstance(value, list) else texts[0]) or None
+        raise ValueError(f"{file}: the caption of {key} is {value!r:.80}, expected text or a list "
+                         "of texts")  # fmt: skip
+    return texts or None
 
 
 class Items:
@@ -1164,14 +1160,15 @@ class Items:
                 self.prompts[target] = prompt
 
     def _caption(self, key, item, kinds):
+        """The first that says something. One of several that are blank in part is counted, too."""
         passed = False
         for kind in kinds:
             value = item.get(kind)
             if value is None:
                 continue
-            caption = _said(f"{self.file}: the caption of {key}", value)
-            partly = isinstance(value, list) and caption is not None and len(caption) < len(value)
-            passed = passed or caption is None or partly
+            caption = _said(self.file, key, value)
+            if caption is None or (isinstance(value, list) and len(caption) < len(value)):
+                passed = True
             if caption is not None:
                 self.blank += passed
                 self.bare += kind == "primer_caption"
@@ -1180,56 +1177,32 @@ class Items:
                          "expected text or a list of texts")  # fmt: skip
 
 
-class Place:
-    """Where the pictures of a dataset are: a folder or a tar, which is read when asked."""
-
-    def __init__(self, folder=None, tar=None):
-        self.folder = folder and Folder(folder)
-        self.tar = tar
-        self._finder = None
-
-    def find(self, key):
-        if self.folder is not None:
-            return self.folder.find(key)
-        if self._finder is None:
-            self.archive = Tar(self.tar)
-            self._finder = self.archive.finder(self.tar.stem)
-        return self._finder(key)
-
-    def files(self, items, found, captions):
-        """-> Files of these items, found by find()."""
-        if self.folder is not None:
-            return Files(self.folder.path, None, found, items.labels, captions)
-        members = _members([[str(self.tar), self.archive.stamp]], [0] * len(found), found)
-        return Files(self.tar, members, items.keys, items.labels, captions)
-
-    def made_from(self):
-        """Paths that change if a picture comes or goes."""
-        return self.folder.folders() if self.folder is not None else {str(self.tar)}
-
-
-def _members(tars, which, places):
-    offsets, sizes, pieces = zip(*places) if places else ((), (), ())
-    sparse = {i: p for i, p in enumerate(pieces) if p}
-    return Members(tars, np.asarray(which, np.int32), np.asarray(offsets, np.int64),
-                   np.asarray(sizes, np.int64), sparse)  # fmt: skip
+def _members(tars, which, found):
+    """Members of what Tar found of each, in the tars of these numbers."""
+    places = [(tar, offset, size) for tar, (offset, size, _) in zip(which, found)]
+    holes = {i: pieces for i, (_, _, pieces) in enumerate(found) if pieces}
+    return Members(tars, np.array(places, np.int64).reshape(-1, 3), holes)
 
 
 def _find_split(info, name, places, split, kinds):
-    """-> Items, the Place that holds their pictures, what it says of each; None: not annotated."""
+    """-> Items, the Folder or Tar of their pictures, what it finds of each; None: not annotated.
+
+    places: functions that return a Folder or Tar, since reading a tar takes time.
+    """
     absent = None
     for suffix in SPLITS[split]:
         file = info / f"{name}_{suffix}.json"
         if not file.exists():
             continue
         items = Items(file, kinds)
-        for place in places:
+        for open_place in places:
+            place = open_place()
             found = [place.find(key) for key in items.keys]
             missing = [key for key, at in zip(items.keys, found) if at is None]
             if not missing:
                 return items, place, found
             absent = FileNotFoundError(
-                f"{file} lists {missing[0]}, which is not in {place.tar or place.folder.path} "
+                f"{file} lists {missing[0]}, which is not in {place.path} "
                 f"({len(missing)} of {len(found)} are missing)"
             )
             if len(missing) < len(found):  # some are there, so these are meant
@@ -1286,30 +1259,40 @@ def _remarks(info, name, items, captions):
 def _read_dataset(root, info, name, captions, prompts_too):
     """One annotated dataset, for the index: head, arrays, and what they were made from."""
     disk = Folder(root)
-    folder = disk._spelt("", name, False)
-    tar = disk._spelt("", f"{name}.tar", True)
-    places = [Place(folder=root / folder)] if folder else []
-    places += [Place(tar=root / tar)] if tar else []
+    folder_name = disk.find(name, False)
+    tar_name = disk.find(f"{name}.tar")
+    folder = Folder(root / (folder_name or name))
+    places = [lambda: folder] if folder_name else []
+    places += [lru_cache(lambda: Tar(root / tar_name))] if tar_name else []
     kinds = {"train": dict.fromkeys([CAPTIONS[captions], *KINDS]), "test": KINDS}
     splits = {s: _find_split(info, name, places, s, kinds[s]) for s in SPLITS}
     splits = {s: found for s, found in splits.items() if found}
     file = info / f"{name}_classnames.json"
     classes, prompts = _class_names(file, reversed(splits.values()))
     head = {"classes": classes, "prompts": prompts, "notes": [], "splits": {}}
-    head["retrieval"] = not classes or not ("test" in splits and splits["test"][0].prompts)
+    filled = {split: items for split, (items, _, _) in splits.items() if items.keys}
+    scored = filled.get("test") or filled.get("train")  # train if --validation takes from it
+    head["retrieval"] = not classes or scored is None or not scored.prompts
     arrays = {}
     for split, (items, place, found) in splits.items():
         texts = items.captions
         if split == "train":
             head["notes"] += _remarks(info, name, items, captions)
             texts = _with_prompts(items, classes, prompts) if prompts_too else texts
-        said, packed = _packed(place.files(items, found, texts), f"{split}-")
+        said, packed = _packed(place.split(items, found, texts), f"{split}-")
         head["splits"][split] = said
         arrays |= packed
     annotations = [info / f"{name}_{s}.json" for s in (*SPLITS["train"], *SPLITS["test"])]
-    made_from = {str(file), *map(str, annotations), str(root / (folder or name))}
-    made_from |= {str(root / (tar or f"{name}.tar"))}
-    return head, arrays, sorted(made_from.union(*(p.made_from() for p in places)))
+    made_from = {*annotations, file, folder.path, root / (tar_name or f"{name}.tar")}
+    return head, arrays, sorted(map(str, made_from | folder.folders()))
+
+
+def _is_dataset(path):
+    """Whether it may be one: a tar, or a folder and not of JSON alone, as those of streams are."""
+    if not path.is_dir():
+        return path.suffix == ".tar"
+    names = os.listdir(path)
+    return not names or not all(name.endswith(".json") for name in names)
 
 
 def _annotated(info):
@@ -1319,7 +1302,7 @@ def _annotated(info):
     return {match[1] for match in matches if match}
 
 
-def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, cache=None):
+def _fomo_sets(root, names=None, also=(), captions="default", prompts_too=False, cache=None):
     """-> datasets by name and notes, of FoMo-in-Flux's layout."""
     root = Path(root).resolve()
     if not root.is_dir():
@@ -1331,18 +1314,16 @@ def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, ca
         raise FileNotFoundError(f"{root / '00_info'} is not there: the annotations, "
                                 "<DATASET>_train.json and so on")  # fmt: skip
     annotated = _annotated(info)
-    with os.scandir(root) as entries:
-        disk = {_same_form(e.name if e.is_dir() else e.name.removesuffix(".tar")) for e in entries
-                if e.is_dir() or e.name.endswith(".tar")}  # fmt: skip
+    disk = {_same_form(p.name.removesuffix(".tar")) for p in root.iterdir() if _is_dataset(p)}
     there = sorted(n for n in annotated if _same_form(n) in disk)
     notes = []
     absent = sorted(annotated - set(there))
     if absent and names is None:
         notes.append(f"annotated in {info} but not in {root}, so left out: {', '.join(absent)}")
-    foreign = sorted(disk - {"00_info"} - {_same_form(n) for n in annotated})
+    foreign = sorted(disk - {_same_form(n) for n in annotated})
     if foreign and names is None:
         notes.append(f"in {root} but not annotated in {info}, so left out: {', '.join(foreign)}")
-    wanted = dict.fromkeys([*(there if names is None else names), *also])
+    wanted = dict.fromkeys(_spelt([*(there if names is None else names), *also], there))
     for name in wanted:
         if name not in there:
             raise FileNotFoundError(f"no dataset {name} in {root}; "
@@ -1361,7 +1342,7 @@ def _fomo_sets(root, names=None, also=(), captions="fomo", prompts_too=False, ca
     return sets, notes
 
 
-def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, captions="fomo",
+def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, captions="default",
                  cache=None):  # fmt: skip
     """World from FoMo-in-Flux's layout.
 
@@ -1378,24 +1359,28 @@ def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, cap
 
 def _world(sets, notes, heldout=None, pool=(), names=None):
     """World of datasets by name; roles as in fomo_in_flux. names: those adapted to or scored."""
-    asked = [*(names or ()), *(heldout or ())]
+    pool = _spelt(pool, sets)
+    held = _spelt(HELD_OUT if heldout is None else heldout, sets)
+    asked = [*_spelt(names or (), sets), *(held if heldout is not None else ())]
     for name in [*pool, *asked]:
         if name not in sets:
+            shards = "; shards are named as in 'folder/*.tar'" if name in pool else ""
             there = ", ".join(sets) or "none"
-            raise FileNotFoundError(f"there is no dataset {name}; there are: {there}")
+            raise FileNotFoundError(f"there is no dataset {name}; there are: {there}{shards}")
     world = World([], [], notes=list(notes))
     for name in dict.fromkeys(asked if names is not None else [*sets, *asked]):
         d = sets[name]
         if len(d.test):
-            if d.kind == "classification":
-                _two_classes(name, d.classes)
-            held = HELD_OUT if heldout is None else heldout
             (world.heldout if name in held else world.adaptation).append(d)
         elif name in asked:
-            raise FileNotFoundError(f"{name} has no test pictures, so it cannot be scored; leave "
-                                    "it out, or score on training pictures: --validation .2")
+            raise FileNotFoundError(f"{name} has no test pictures to be scored on: leave it out, "
+                                    "or score on training pictures: --validation .2")  # fmt: skip
         elif name not in pool:
             world.notes.append(f"{name} has no test pictures to be scored on, so it is left out")
+    for d in world.adaptation + world.heldout:
+        if d.kind == "classification" and len(d.classes) == 1:
+            raise ValueError(f"{d.name} holds one class, {d.classes[0]!r}: scoring takes two or "
+                             "more, each in a folder of its own")  # fmt: skip
     if not world.adaptation and not world.heldout:
         raise ValueError("no dataset has test pictures; "
                          "--validation .2 scores on training pictures")  # fmt: skip
@@ -1406,10 +1391,11 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
     return world
 
 
-# ------------------------------------------------------------------------- people's own pictures
+# --------------------------------------------------------------------------------- class folders
 
 TEMPLATE = "A photo of a {}."
-TEST = ("test", "val", "valid", "validation")  # the first that is there
+TRAIN = ("train", "training")
+TEST = ("test", "testing", "val", "valid", "validation")  # the first that is there
 
 
 def _prompts(template, classes):
@@ -1418,25 +1404,18 @@ def _prompts(template, classes):
         fields = [f for _, f, _, _ in string.Formatter().parse(template) if f is not None]
         named = next((f for f in fields if f), None)
         fault = f"has the unknown field {{{named}}}" if named else f"has {len(fields)} times {{}}"
+        if fields == [""]:
+            return [template.format(name.replace("_", " ")) for name in classes]
     except ValueError as e:
-        fields = []
         fault = f"cannot be read ({e})"
-    if fields != [""]:
-        raise ValueError(f"the template {template!r} {fault}: it takes one {{}}, where the class "
-                         f"name stands, as in {TEMPLATE!r}")  # fmt: skip
-    return [template.format(name.replace("_", " ")) for name in classes]
-
-
-def _two_classes(where, classes):
-    if len(classes) < 2:
-        raise ValueError(f"{where} holds one class, {classes[0]!r}: scoring takes two or more; put "
-                         "the pictures of each class in a folder of its own")  # fmt: skip
+    raise ValueError(f"the template {template!r} {fault}: it takes one {{}}, where the class name "
+                     f"stands, as in {TEMPLATE!r}")  # fmt: skip
 
 
 def _pictures_below(folder):
     """Pictures in a folder and those within it, as sorted relative paths."""
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         inside = os.path.relpath(place, folder)
         kept = [f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
@@ -1444,48 +1423,71 @@ def _pictures_below(folder):
     return found
 
 
-def _class_folders(folder):
+def _subfolders(folder):
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _split_folder(folder, names):
-    return next((folder / n for n in names if (folder / n).is_dir()), None)
+def _split_folders(root):
+    """-> the names of root's folders for training and testing, None where there is none, and of
+    those that are for testing, too, and not the first."""
+    there = {name.lower(): name for name in _subfolders(root)}
+    train = next((there[n] for n in TRAIN if n in there), None)
+    tests = [there[n] for n in TEST if n in there] or [None]
+    return [train, tests[0]], tests[1:]
+
+
+def _name_of(folder):
+    """Of a dataset or class: the folder's name as text, whatever bytes and form the disk has."""
+    return _same_form(os.fsencode(folder).decode("utf-8", "replace"))
 
 
 def _folder_set(name, root, template):
     """One dataset of root/{train,test}/<class>/*."""
-    places = [_split_folder(root, ("train",)), _split_folder(root, TEST)]
-    classes = sorted({c for place in places if place for c in _class_folders(place)})
+    places = [place and root / place for place in _split_folders(root)[0]]
+    below = [_subfolders(place) if place else [] for place in places]
+    classes = sorted({_name_of(folder) for folder in chain(*below)})
     if not classes:
         raise ValueError(f"{root} has no folders of classes below train/ and test/")
     prompts = _prompts(template, classes)
     splits = []
-    for place in places:
+    for place, found in zip(places, below):
         paths = []
         labels = []
-        for c in _class_folders(place) if place else []:
-            within = [f"{c}/{path}" for path in _pictures_below(place / c)]
+        for folder in found:
+            within = [f"{folder}/{path}" for path in _pictures_below(place / folder)]
             paths += within
-            labels += [classes.index(c)] * len(within)
+            labels += [classes.index(_name_of(folder))] * len(within)
         if place and not paths:
-            raise ValueError(f"{place} holds no picture ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{place} holds no picture in a folder of its class "
+                             f"({', '.join(SUFFIXES)})")  # fmt: skip
         splits.append(Files(place or root, None, paths, labels, [prompts[k] for k in labels]))
     return Dataset(name, "classification", classes, prompts, *splits)
 
 
 def _folder_sets(root, template=TEMPLATE):
     root = Path(root).resolve()
-    if _split_folder(root, ("train", *TEST)):
-        found = {root.name: root}
-    else:
-        found = {n: root / n for n in _class_folders(root)
-                 if _split_folder(root / n, ("train", *TEST))}  # fmt: skip
-    if not found:
+    candidates = {root.name: root}
+    if not any(_split_folders(root)[0]):
+        candidates = {name: root / name for name in _subfolders(root)}
+    sets = {}
+    others = []
+    notes = []
+    for name, folder in candidates.items():
+        found, unused = _split_folders(folder)
+        if any(found):
+            sets[_name_of(name)] = _folder_set(_name_of(name), folder, template)
+        else:
+            others.append(name)
+        if unused:
+            notes.append(f"{folder}: {found[1]} is for testing, {', '.join(unused)} left out")
+    if not sets:
         raise FileNotFoundError(f"{root} holds neither train/<class>/ and test/<class>/ nor "
                                 "folders <DATASET> that do")  # fmt: skip
-    sets = {name: _folder_set(name, folder, template) for name, folder in found.items()}
-    return sets, [f"{root}: class folders; captions are prompts, {template!r}"]
+    if others:
+        notes.append(f"in {root} but without train/ or test/, so left out: {', '.join(others)}")
+    what = f"class folders, {_count(len(sets), 'dataset')}; captions are prompts, {template!r}"
+    return sets, [f"{root}: {what}", *notes]
 
 
 def folders(root, template=TEMPLATE, heldout=None, pool=()):
@@ -1496,75 +1498,106 @@ def folders(root, template=TEMPLATE, heldout=None, pool=()):
     return _world(*_folder_sets(root, template), heldout, pool)
 
 
+# ---------------------------------------------------------------------------------------- tables
+
+
 def _table_rows(path):
-    """-> the rows of a table as dicts, their column names in small letters."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    """-> a table's column names, in small letters, and its rows: line, cells by column."""
+    mark = "\t" if path.suffix.lower() == ".tsv" else ","
+    named = "tabs" if mark == "\t" else "commas"
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = csv.reader(f, delimiter=delimiter)
-            header = [name.strip().lower() for name in next(rows, [])]
-            rows = [(rows.line_num, dict(zip(header, row))) for row in rows if any(row)]
+            reader = csv.reader(f, delimiter=mark, strict=True)
+            header = [name.strip().lower() for name in next(reader, [])]
+            cells = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there") from None
-    except (UnicodeDecodeError, csv.Error) as e:
+    except UnicodeDecodeError as e:
         raise ValueError(f"{path} cannot be read as a table in UTF-8: {e}") from None
+    except csv.Error as e:
+        raise ValueError(f"{path}, line {reader.line_num}: {e}; a text that holds quotes stands in "
+                         "quotes, its own doubled") from None  # fmt: skip
     if "filepath" not in header:
         found = ", ".join(header) or "none at all"
-        mark = "tabs" if delimiter == "\t" else "commas"
         raise ValueError(f"{path} has no column filepath, but {found}; its first line should name "
-                         f"the columns, divided by {mark}")  # fmt: skip
+                         f"the columns, divided by {named}")  # fmt: skip
     if not {"title", "caption"} & set(header):
         raise ValueError(f"{path} has no column title or caption, but {', '.join(header)}: add one "
                          "with the captions")  # fmt: skip
-    if not rows:
+    if not cells:
         raise ValueError(f"{path} has no rows below its header")
-    return header, rows
+    for line, row in cells:
+        if any(row[len(header) :]):
+            raise ValueError(f"{path}, line {line} has {len(row)} cells for {len(header)} columns: "
+                             f"a text that holds {named} stands in quotes")  # fmt: skip
+    return header, [(line, dict(zip(header, row))) for line, row in cells]
+
+
+def _table_splits(path, rows):
+    """-> of each row "train", "test", or the name of a further split."""
+    said = [(row.get("split") or "train").strip().lower() for _, row in rows]
+    for (line, _), name in zip(rows, said):
+        if name not in TRAIN + TEST:
+            raise ValueError(f"{path}, line {line}: its split is {name!r}, not train or test")
+    test = next((name for name in TEST if name in said), None)
+    return ["train" if name in TRAIN else "test" if name == test else name for name in said]
+
+
+def _table_classes(path, header, rows):
+    """-> of each row its class's name, None where there is no column class."""
+    if "class" not in header:
+        return [None] * len(rows)
+    nameless = [line for line, row in rows if _is_blank(row.get("class"))]
+    if nameless:
+        raise ValueError(f"{path}, line {nameless[0]}: its class is blank ({len(nameless)} in all)")
+    return [_same_form(row["class"].strip()) for _, row in rows]
 
 
 def _table_sets(path, template=TEMPLATE, held=None):
     path = Path(path).resolve()
     header, rows = _table_rows(path)
-    notes = []
-    caption_column = "caption" if "caption" in header else "title"
+    notes = [f"{path}: a table of {_count(len(rows), 'row')}"]
+    splits = _table_splits(path, rows)
+    for name, n in Counter(splits).items():
+        if name not in ("train", "test"):
+            notes.append(f"{path}: test is for testing, {_count(n, 'row')} of {name} left out")
+    named = _table_classes(path, header, rows)
     classed = "class" in header
-    nameless = [line for line, row in rows if classed and _is_blank(row.get("class"))]
-    if nameless:
-        raise ValueError(f"{path}, line {nameless[0]}: its class is blank ({len(nameless)} in all)")
-    classes = sorted({row["class"].strip() for _, row in rows}) if classed else [path.stem]
+    classes = sorted(set(named)) if classed else [path.stem]
     prompts = _prompts(template, classes)
     number = {name: k for k, name in enumerate(classes)}
-    samples = {}  # (split, file) -> label, captions
+    columns = [name for name in ("caption", "title") if name in header]
+    samples = {"train": {}, "test": {}}  # file -> label, captions
     blank = 0
-    for line, row in rows:
-        split = (row.get("split") or "train").strip().lower()
-        if split != "train" and split not in TEST:
-            raise ValueError(f"{path}, line {line}: its split is {split!r}, not train or test")
+    for (line, row), split, name in zip(rows, splits, named):
+        if split not in samples:
+            continue
         file = (row["filepath"] or "").strip()
-        label = number[row["class"].strip()] if classed else 0
-        said = row.get(caption_column)
-        if _is_blank(said):
-            blank += 1
-            said = prompts[label] if classed else None
-        key = "train" if split == "train" else "test", file
-        known, captions = samples.setdefault(key, (label, []))
+        label = number[name] if classed else 0
+        texts = [row[c] for c in columns if not _is_blank(row.get(c))]
+        blank += _is_blank(row.get(columns[0]))
+        if classed:
+            texts.append(prompts[label])
+        known, captions = samples[split].setdefault(file, (label, []))
         if known != label:
             raise ValueError(f"{path}, line {line}: {file} is of two classes, {classes[known]} and "
                              f"{classes[label]}")  # fmt: skip
-        captions += [said] if said else []
+        captions += texts[:1]
     if blank:
-        instead = "their class prompts stand in" if classed else "these are left out"
+        instead = [f"the {name}" for name in [*columns[1:], *(["class prompt"] if classed else [])]]
+        instead = f"{' or '.join(instead)} stands in" if instead else "these are left out"
         notes.append(f"{path}: {blank} of {len(rows)} captions are blank or NaN; {instead}")
-    splits = [_table_split(path, samples, split) for split in ("train", "test")]
+    found = [_table_split(path, samples[split]) for split in samples]
     kind = "classification" if classed else "retrieval"
-    dataset = Dataset(path.stem, kind, classes, prompts, *splits)
-    if not len(dataset.test) and "split" not in header:
+    dataset = Dataset(path.stem, kind, classes, prompts, *found)
+    if "split" not in header:
         notes.append(f"{path} has no column split: a fifth of each class is for testing")
         dataset = _validated(dataset, 0.2, held)
-    return {path.stem: dataset}, [f"{path}: a table of {len(rows)} rows", *notes]
+    return {path.stem: dataset}, notes
 
 
-def _table_split(path, samples, split):
-    chosen = {file: sample for (s, file), sample in samples.items() if s == split and sample[1]}
+def _table_split(path, samples):
+    chosen = {file: sample for file, sample in samples.items() if sample[1]}
     disk = Folder(path.parent)
     found = [disk.find(file) for file in chosen]
     missing = [file for file, at in zip(chosen, found) if at is None]
@@ -1584,6 +1617,8 @@ def table(path, template=TEMPLATE, heldout=None, pool=()):
     return _world(*_table_sets(path, template), heldout, pool)
 
 
+# ------------------------------------------------------------------------ torchvision's formats
+
 # name in torchvision -> name in the paper, template, the arguments of its training and test split;
 # where there is one split only, three tenths of each class are for testing, about as in the paper
 TORCHVISION = {
@@ -1595,11 +1630,11 @@ TORCHVISION = {
                      {"split": "test"}),
     "Flowers102": ("FLOWERS102", "A photo of a {}, a type of flower.", {"split": "test"},
                    {"split": "train"}),  # the paper, too, trains on the larger
-    "SUN397": ("SUN397", "A photo of a {}.", {}, None),
-    "Caltech101": ("CALTECH101", "A photo of a {}.", {}, None),
-    "Caltech256": ("CALTECH256", "A photo of a {}.", {}, None),
+    "SUN397": ("SUN397", "A photo of a {}.", {}),
+    "Caltech101": ("CALTECH101", "A photo of a {}.", {}),
+    "Caltech256": ("CALTECH256", "A photo of a {}.", {}),
     "CIFAR10": ("CIFAR10", "A photo of a {}.", {"train": True}, {"train": False}),
-    "EuroSAT": ("EuroSAT", "A centered satellite photo of a {}.", {}, None),
+    "EuroSAT": ("EuroSAT", "A centered satellite photo of a {}.", {}),
     "FashionMNIST": ("FashionMNIST", "A black-and-white photo of a {}, a type of clothing.",
                      {"train": True}, {"train": False}),
     "Food101": ("Food101", "A photo of a {}, a type of food.", {"split": "train"},
@@ -1714,37 +1749,36 @@ def _torchvision_classes(name, dataset):
     return [c.replace("_", " ").replace("/", " ").strip() for c in classes]
 
 
+def _torchvision_dataset(root, name, download):
+    folder, template, *parts = TORCHVISION[name]
+    found = [_torchvision_set(root, name, options, download) for options in parts]
+    classes = _torchvision_classes(name, found[0])
+    prompts = _prompts(template, classes)
+    splits = [_torchvision_split(root, name, one, prompts) for one in found]
+    kind = "classification"
+    if len(splits) == 2:
+        return Dataset(folder, kind, classes, prompts, *splits)
+    return _validated(Dataset(folder, kind, classes, prompts, *splits, Subset(splits[0], [])), 0.3)
+
+
 def _torchvision_sets(root, names, download=False):
     if len(set(names)) < len(names):
         raise ValueError(f"torchvision:{','.join(names)} names two datasets {_twice(names)}")
-    sets = {}
+    sets = []
     for name in names:
         if name not in TORCHVISION:
             raise ValueError(f"torchvision:{name} is unknown; there are: {', '.join(TORCHVISION)}")
-        folder, template, train, test = TORCHVISION[name]
         try:
-            found = [_torchvision_set(root, name, options, download) for options in (train, test)
-                     if options is not None]  # fmt: skip
+            sets.append(_torchvision_dataset(root, name, download))
         except ImportError as e:
             raise ValueError(f"torchvision's {name} needs the package {e.name}") from None
-        except (RuntimeError, OSError) as e:
-            fault = str(e).splitlines()[0]
+        except (RuntimeError, OSError, ValueError, LookupError, TypeError) as e:
+            fault = str(e).partition("\n")[0] or type(e).__name__
+            advice = "is the network there?" if download else "--download fetches it"
             raise FileNotFoundError(f"torchvision's {name} cannot be read below {root} ({fault}); "
-                                    "--download fetches it") from None  # fmt: skip
-        classes = _torchvision_classes(name, found[0])
-        prompts = _prompts(template, classes)
-        splits = [_torchvision_split(root, name, d, prompts) for d in found]
-        if test is None:
-            whole = Dataset(folder, "classification", classes, prompts, splits[0],
-                            Subset(splits[0], []))  # fmt: skip
-            sets[folder] = _validated(whole, 0.3)
-        else:
-            sets[folder] = Dataset(folder, "classification", classes, prompts, *splits)
-    return sets, [f"torchvision's {', '.join(names)} below {root}; captions are prompts"]
-
-
-def _twice(names):
-    return Counter(names).most_common(1)[0][0]
+                                    f"{advice}") from None  # fmt: skip
+    notes = [f"torchvision's {', '.join(names)} below {root}; captions are prompts"]
+    return {dataset.name: dataset for dataset in sets}, notes
 
 
 def torchvision_sets(root, names, download=False, heldout=None, pool=()):
@@ -1787,7 +1821,7 @@ def _shard_caption(path, key, texts):
                     said = json.loads(said).get("caption")
             except (ValueError, AttributeError) as e:
                 raise ValueError(f"{path}: {key}.{suffix} holds no caption ({e})") from None
-            caption = _said(f"{path}: the caption of {key}", said)
+            caption = _said(path, key, said)
             if caption:
                 return caption
     return ""
@@ -1808,7 +1842,7 @@ def _read_shards(files):
         for name, place in tar.files.items():
             folder, base = posixpath.split(name)
             stem, _, suffix = base.partition(".")
-            if not base.startswith("._"):  # what macOS adds
+            if not base.startswith("."):  # as what macOS adds
                 samples.setdefault(posixpath.join(folder, stem), {})[suffix.lower()] = place
         for key, parts in samples.items():
             picture = next((s for s in parts if f".{s}" in SUFFIXES), None)
@@ -1835,6 +1869,8 @@ def _read_shards(files):
 
 def _shards(pattern, cache=None):
     files = [os.path.abspath(f) for f in _shard_files(str(pattern))]
+    if not files:
+        raise FileNotFoundError(f"the pattern {pattern} stands for no shard")
     head, arrays = _indexed(cache, ["shards", *files], lambda: _read_shards(files))
     split = _unpacked(head["split"], arrays, "")
     if not len(split):
@@ -1854,8 +1890,8 @@ def shards(pattern, cache=None):
 
 
 def _validated(dataset, share, held=None):
-    """The dataset scored on a share of each class's training pictures, not trained on these, nor on
-    any that an earlier task held."""
+    """The dataset scored on a share of each class's training pictures, at least one of a class that
+    has two, not trained on these, nor on any that an earlier task held."""
     rng = np.random.default_rng((7, zlib.crc32(dataset.name.encode())))
     labels = dataset.train.labels
     shuffled = rng.permutation(len(labels))
@@ -1864,24 +1900,24 @@ def _validated(dataset, share, held=None):
     shuffled = shuffled[by_class]
     _, starts, counts = np.unique(labels[shuffled], return_index=True, return_counts=True)
     places = np.arange(len(labels)) - np.repeat(starts, counts)  # of each within its class
-    chosen = (places < np.repeat(np.floor(counts * share), counts)) & ~known[by_class]
+    wanted = np.maximum(np.floor(counts * share), counts > 1)
+    chosen = (places < np.repeat(wanted, counts)) & ~known[by_class]
     if not chosen.any():
-        most = max(np.bincount(labels[shuffled[~known[by_class]]]), default=0)
         unheld = " that no earlier task held" if known.any() else ""
-        raise ValueError(f"{dataset.name} has at most {most} training pictures of a class{unheld}: "
-                         f"a share of {share:g} leaves none to score on")  # fmt: skip
+        raise ValueError(f"{dataset.name} has no class of two training pictures{unheld}, so that "
+                         "none can be kept to score on")  # fmt: skip
     train = Subset(dataset.train, np.sort(shuffled[~chosen]))
     test = Subset(dataset.train, np.sort(shuffled[chosen]))
     return Dataset(dataset.name, dataset.kind, dataset.classes, dataset.prompts, train, test)
 
 
-def _sets_of(spec, names, options):
+def _sets_of(spec, options):
     """-> datasets by name and notes, of one thing that --data may say."""
     template = options["template"]
     if spec.startswith("torchvision:"):
         root, _, wanted = spec.removeprefix("torchvision:").rpartition("/")
-        root = root or Path(options["cache"] or "~/.cache/fomo").expanduser() / "torchvision"
-        return _torchvision_sets(root, wanted.split(","), options["download"])
+        root = Path(root or Path(options["cache"] or "~/.cache/fomo") / "torchvision").expanduser()
+        return _torchvision_sets(root, re.split(r"\s*,\s*", wanted), options["download"])
     path = Path(spec).expanduser()
     if path.suffix.lower() in (".csv", ".tsv"):
         return _table_sets(path, template, options["held"])
@@ -1893,7 +1929,8 @@ def _sets_of(spec, names, options):
     disk = {_same_form(name.removesuffix(".tar")) for name in os.listdir(path)}
     if (path / "00_info").is_dir() or disk & above:
         fomo = options["captions"], options["prompts_too"], options["cache"]
-        return _fomo_sets(path, names, (), *fomo)
+        sets, notes = _fomo_sets(path, None, (), *fomo)
+        return sets, [f"{path}: FoMo-in-Flux's layout, {_count(len(sets), 'dataset')}", *notes]
     try:
         return _folder_sets(path, template)
     except FileNotFoundError:
@@ -1909,37 +1946,34 @@ def _all_sets(sources, options, grows):
     sets = {}
     notes = []
     for source in sources:
-        found, said = _sets_of(str(source), None, options)
+        found, said = _sets_of(str(source), options)
         notes += said
         for name, d in found.items():
-            sets[name] = _joined(name, sets[name], d, grows) if name in sets else d
+            if name in sets and not grows:
+                raise ValueError(f"{source} holds a dataset {name}, and so does another source of "
+                                 "--data: rename one, or leave one out")  # fmt: skip
+            sets[name] = _grown(sets[name], d) if name in sets else d
     return sets, notes
 
 
-def _joined(name, one, other, grows):
-    """Two datasets of one name as one, the samples of both. grows: the other may have more classes,
-    and samples that the first has too, which are left out."""
-    if grows and one.kind == other.kind:
-        return _grown(one, other)
-    if one.classes != other.classes or one.kind != other.kind:
-        raise ValueError(f"there are two datasets {name} whose classes differ, {len(one.classes)} "
-                         f"and {len(other.classes)} of them: rename one")  # fmt: skip
-    return Dataset(name, one.kind, one.classes, one.prompts, Concat([one.train, other.train]),
-                   Concat([one.test, other.test]))  # fmt: skip
-
-
 def _grown(one, other):
-    prompt = dict(zip(other.classes, other.prompts)) | dict(zip(one.classes, one.prompts))
-    classes = [*one.classes, *(c for c in other.classes if c not in one.classes)]
-    place = np.array([classes.index(c) for c in other.classes], np.int64)
+    """A dataset and what another of its name adds: classes, and samples that the first lacks."""
+    if one.kind != other.kind:
+        raise ValueError(f"there are two datasets {one.name}, one for {one.kind} and one for "
+                         f"{other.kind}: rename one")  # fmt: skip
+    new = [k for k, name in enumerate(other.classes) if name not in one.classes]
+    classes = one.classes + [other.classes[k] for k in new]
+    prompts = one.prompts + [other.prompts[k] for k in new]
+    alike = one.classes == other.classes  # names may repeat in them
+    number = None if alike else np.array([classes.index(name) for name in other.classes], np.int64)
     splits = []
-    for old, new in ((one.train, other.train), (one.test, other.test)):
+    for old, more in ((one.train, other.train), (one.test, other.test)):
         known = {key: i for i, key in enumerate(old.keys().tolist())}
-        there = [known.get(key) for key in new.keys().tolist()]
-        more = [i for i, k in enumerate(there) if k is None or old.raw(k) != new.raw(i)]
-        ids = np.array(more, np.int64)
-        splits.append(Concat([old, Subset(new, ids, place[new.labels[ids]])]) if more else old)
-    return Dataset(one.name, one.kind, classes, [prompt[c] for c in classes], *splits)
+        same = [known.get(key) for key in more.keys().tolist()]
+        ids = [i for i, k in enumerate(same) if k is None or old.raw(k) != more.raw(i)]
+        labels = None if alike else number[more.labels[ids]]
+        splits.append(Concat([old, Subset(more, ids, labels)]) if ids else old)
+    return Dataset(one.name, one.kind, classes, prompts, *splits)
 
 
 def _are_copies(sets, old, held):
@@ -1955,8 +1989,9 @@ def _are_copies(sets, old, held):
     return False
 
 
-def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, template=TEMPLATE,
-               validation=0.0, download=False, cache=None, held=None, before=()):  # fmt: skip
+def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=False,
+               template=TEMPLATE, validation=0.0, download=False, cache=None, held=None,
+               before=()):  # fmt: skip
     """World of what --data names: a source or a list of them, each of which may be
 
     a folder in FoMo-in-Flux's layout; class folders (see folders); a .csv or .tsv (see table); or
@@ -1966,13 +2001,13 @@ def open_world(spec, heldout=None, pool=(), captions="fomo", prompts_too=False, 
     datasets whose training split is the pretraining pool, and patterns of shards (*.tar). captions,
     prompts_too, cache: as in fomo_in_flux. template: of prompts that the source does not have.
     validation: score on this share of each training split, which is then not trained on; a dataset
-    without one is scored on its test split. Datasets of one name in two sources are one if their
-    classes are the same. notes of the World say what was found and what was left out.
+    without one is scored on its test split. Datasets of one name in two sources are refused. notes
+    of the World say what was found and what was left out.
 
-    held: what Mixture.held() gave of an earlier run, whose sources were `before`. Then each source
-    adds to those named before it: classes, and samples that these lack. Where spec names none of
-    these sources and holds none of their samples, those that are still there are opened too;
-    World.sources are the open ones.
+    held: what Mixture.held() gave of an earlier run, whose sources were `before`. Then datasets of
+    one name are one, and a source adds to those named before it what they lack. Where spec names
+    none of these sources and holds none of their samples, those that are still there are opened
+    too; World.sources are the open ones.
     """
     if not 0 <= validation < 1:
         raise ValueError(f"the share for validation is 0 or more and below 1, got {validation:g}")
@@ -2070,7 +2105,7 @@ def concepts(datasets, held=None):
                              "hold it out, or leave it out")  # fmt: skip
         names = [d.classes[c] for c in labels]
         if len(set(map(_same_form, names))) < len(names):
-            twice = Counter(map(_same_form, names)).most_common(1)[0][0]
+            twice = _twice(map(_same_form, names))
             raise ValueError(f"{d.name} names {twice!r} more than once, and a stream cannot tell "
                              "them apart: rename one, or hold the dataset out")  # fmt: skip
         found += [(d.name, name) for name in names]
@@ -2163,10 +2198,14 @@ def times(concepts):
 
 
 def trainable(stream, world):
-    """-> the stream without what nobody may or can train on, and notes of what went."""
-    names = {d.name for d in world.adaptation}
-    held = {d.name for d in world.heldout}
-    kept = [concept for concept in stream if concept[0] in names]
+    """-> the stream, spelt as the world's names are, without what nobody may or can train on; notes
+    of what went."""
+    stream = [(_same_form(name), _same_form(c)) for name, c in stream]
+    names = {_same_form(d.name) for d in world.adaptation}
+    held = {_same_form(d.name) for d in world.heldout}
+    own = {(_same_form(d.name), _same_form(c)): (d.name, c)
+           for d in world.adaptation for c in d.classes}  # fmt: skip
+    kept = [own.get(concept, concept) for concept in stream if concept[0] in names]
     heldout = sum(name in held for name, _ in stream)
     absent = sorted({name for name, _ in stream} - names - held)
     notes = []
@@ -2183,10 +2222,11 @@ def trainable(stream, world):
 def tasks(concepts, n):
     """n contiguous chunks, the first len mod n of them one concept longer."""
     if not concepts:
-        raise ValueError("the stream is empty: no concept of a dataset to adapt to has a sample")
+        raise ValueError("the stream is empty: no concept of a dataset to adapt to has a sample "
+                         "(--heldout says which are not, by default the paper's)")  # fmt: skip
     if not 1 <= n <= len(concepts):
-        raise ValueError(f"{len(concepts)} concepts cannot make {n} tasks; "
-                         f"take 1 to {len(concepts)} (--tasks)")  # fmt: skip
+        raise ValueError(f"{_count(len(concepts), 'concept')} cannot make {_count(n, 'task')}: "
+                         f"take 1 to {len(concepts):,} (--tasks)")  # fmt: skip
     size, longer = divmod(len(concepts), n)
     ends = [i * size + min(i, longer) for i in range(n + 1)]
     return [concepts[a:b] for a, b in pairwise(ends)]
@@ -2372,8 +2412,7 @@ def _groups(datasets, held=None):
 
 def _check_stream(stream, groups, names, again):
     if len(set(stream)) < len(stream):
-        twice = Counter(stream).most_common(1)[0][0]
-        raise ValueError(f"the stream names {'+++'.join(twice)} more than once; "
+        raise ValueError(f"the stream names {'+++'.join(_twice(stream))} more than once; "
                          "tasks must be disjoint")  # fmt: skip
     for concept in stream:
         name = "+++".join(concept)
@@ -2393,11 +2432,11 @@ def _check_stream(stream, groups, names, again):
 TRIES = 100  # broken pictures in a row after which it is no accident
 
 
-def train_crop(image, size, resize="shortest", interpolation="bicubic"):
+def train_crop(image, size, interpolation="bicubic"):
     """RandomResizedCrop as in sec. 3.2 and R, without flip -> uint8 [3, S, S].
 
     image: PIL or uint8 [H, W, 3]. Drawn from torch's generator. The box is cut out before it is
-    resized; `resize` is about test pictures, and says nothing here.
+    resized.
     """
     pixels = _tensor(image)
     top, left, height, width = v2.RandomResizedCrop.get_params(pixels, (0.9, 1.0), (3 / 4, 4 / 3))
@@ -2472,7 +2511,10 @@ def _batches(make, items, workers, broken):
     own = torch.Generator()  # else it draws from torch's global one
     forks = workers and "fork" in multiprocessing.get_all_start_methods()  # `make` does not pickle
     how = {"num_workers": workers, "multiprocessing_context": "fork"} if forks else {}
-    for result in DataLoader(_Lazily(make, items), batch_size=None, generator=own, **how):
+    gc.freeze()  # a collection in a worker would write to, and so copy, all that is shared with it
+    results = iter(DataLoader(_Lazily(make, items), batch_size=None, generator=own, **how))
+    gc.unfreeze()
+    for result in results:
         if isinstance(result, Exception):
             raise result
         batch, faults = result
@@ -2505,6 +2547,7 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0,
 
     broken: called in this process with sentences about pictures that cannot be read; each is
     replaced by the next of its source that can. Without it the first raises ValueError or OSError.
+    resize: as in test_loader, so that both take a checkpoint's geometry; it changes nothing here.
     """
     splits = {d.name: d.train for d in world.adaptation} | {"pool": world.pool}
     rank, processes = part
@@ -2528,7 +2571,7 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0,
                 choice = candidates(ids, step, slot)
                 split, i, image = _first_sound(choice, faults, broken is not None)
                 torch.default_generator.manual_seed(chance[slot][0])
-                images.append(train_crop(image, image_size, resize, interpolation))
+                images.append(train_crop(image, image_size, interpolation))
                 several = split.captions[i]
                 several = [several] if isinstance(several, str) else several
                 captions.append(several[chance[slot][1] % len(several)])
@@ -2575,6 +2618,8 @@ def broken_pictures(split, workers=0, chunk=64):
         for i in range(first, min(first + chunk, len(split))):
             try:
                 split.image(i)
+            except Changed:
+                raise
             except (ValueError, OSError) as e:
                 faults.append(str(e))
         return faults, None

@@ -33,7 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 # Similarities nearer than this are equal. Rounding differs with the batch's size and the number of
 # threads, so that without it equal captions, or classes of one name, would be ranked by chance.
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
-TILE = 4096  # similarities are formed in squares of this side, 64 MiB in float32
+TILE = 2048  # similarities are formed in squares of this side, 16 MiB in float32
 
 
 def classifier(encode_text, prompts, templates=None):
@@ -81,7 +81,6 @@ def classification(image, classifier, labels):
     better, equal = _class_ranks(image, classifier, labels)
     hits = _hit(1, better, equal)
     per_class = _per_class(hits, labels, len(classifier))
-    there = [score for score in per_class if score is not None]
     top1 = _percent(hits)
     return {
         "metric": "top-1",
@@ -89,7 +88,7 @@ def classification(image, classifier, labels):
         "score": top1,
         "top1": top1,
         "top5": _percent(_hit(5, better, equal)),
-        "mean_per_class": math.fsum(there) / len(there),
+        "mean_per_class": _mean(per_class),
         "per_class": per_class,
         "chance": 100 / len(classifier),
     }
@@ -134,7 +133,7 @@ def retrieval(image, text, owner, labels=None, classes=None):
     return numbers
 
 
-def part(image, text, owner, ids):
+def selected(image, text, owner, ids):
     """Features of some of N pictures, `ids` [n], ascending -> (image [n, D], text, owner), the
     texts being those of these. A classifier, whose owner is None, stays as it is."""
     ids = torch.as_tensor(ids)
@@ -266,18 +265,28 @@ def balanced_subset(labels, seed):
 def knowledge_accumulation(per_dataset):
     """KA: the mean over all adaptation datasets, seen or not, each weighing the same; None of none.
     per_dataset: name -> percent."""
-    return math.fsum(per_dataset.values()) / len(per_dataset) if per_dataset else None
+    return _mean(per_dataset.values())
 
 
 def zero_shot_retention(per_dataset):
     """ZS: the mean over all held-out datasets, each weighing the same; None of none.
     per_dataset: name -> percent."""
-    return math.fsum(per_dataset.values()) / len(per_dataset) if per_dataset else None
+    return _mean(per_dataset.values())
 
 
 def geometric_mean(ka, zs):
     """GM = sqrt(KA ZS); None without one of them."""
     return None if ka is None or zs is None else math.sqrt(ka * zs)
+
+
+def _mean(values):
+    """The mean of those that are not None; None where all are. fsum rounds once, in any order."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _minus(a, b):
+    return None if a is None or b is None else a - b
 
 
 def summary(scores, adaptation, heldout):
@@ -304,8 +313,7 @@ def forgetting(history):
     """Mean over datasets of (best score so far - last score), >= 0. history: list over time of
     {name: percent}. Chaudhry et al. 2018 (arXiv 1801.10112), eq. 3, on every dataset instead of
     every task."""
-    lost = dataset_forgetting(history)
-    return math.fsum(lost.values()) / len(lost)
+    return _mean(dataset_forgetting(history).values())
 
 
 def dataset_forgetting(history):
@@ -326,18 +334,14 @@ def by_concept(per_class, when, tasks, now):
     table = {}
     means = {"seen": [], "unseen": []}
     for name, numbers in when.items():
-        groups = {"seen": [], "unseen": []}
-        row = [[] for _ in range(tasks)]
+        taught = [[] for _ in range(tasks)]
         for score, task in zip(per_class[name], numbers, strict=True):
-            if score is not None and task:
-                row[task - 1].append(score)
-                groups["seen" if task <= now else "unseen"].append(score)
-        table[name] = [math.fsum(s) / len(s) if s else None for s in row]
-        for group, scores in groups.items():
-            if scores:
-                means[group].append(math.fsum(scores) / len(scores))
-    mean = {group: math.fsum(m) / len(m) if m else None for group, m in means.items()}
-    return {"seen": mean["seen"], "unseen": mean["unseen"], "by_task": table}
+            if task:
+                taught[task - 1].append(score)
+        table[name] = [_mean(scores) for scores in taught]
+        means["seen"].append(_mean(itertools.chain(*taught[:now])))
+        means["unseen"].append(_mean(itertools.chain(*taught[now:])))
+    return {group: _mean(of_sets) for group, of_sets in means.items()} | {"by_task": table}
 
 
 def transfer(history):
@@ -350,18 +354,10 @@ def transfer(history):
     last = len(history) - 1
     moves = {}
     for name in history[-1]:
-        scores = [row.get(name, []) for row in history]
-
-        def change(after, before, task, scores=scores):
-            old, new = ((scores[t] + [None] * task)[task - 1] for t in (before, after))
-            return [] if old is None or new is None else [new - old]
-
-        backward = [d for i in range(1, last) for d in change(last, i, i)]
-        forward = [d for i in range(2, last + 1) for d in change(i - 1, 0, i)]
-        moves[name] = {
-            "backward": math.fsum(backward) / len(backward) if backward else None,
-            "forward": math.fsum(forward) / len(forward) if forward else None,
-        }
+        R = [[*row.get(name, ()), *[None] * last] for row in history]  # a row may know fewer tasks
+        backward = [_minus(R[last][i - 1], R[i][i - 1]) for i in range(1, last)]
+        forward = [_minus(R[i - 1][i - 1], R[0][i - 1]) for i in range(2, last + 1)]
+        moves[name] = {"backward": _mean(backward), "forward": _mean(forward)}
     return moves
 
 
@@ -388,7 +384,7 @@ def rows_before(results):
 
 def alike(row, other):
     """Whether the means of two rows are over the same datasets, these scored on the same data."""
-    return all(row.get(key) == other.get(key) for key in ("samples", "scored_on")) and (
+    return all(row.get(key) == other.get(key) for key in ("samples", "replaced")) and (
         row.get("by_task", {}).keys() == other.get("by_task", {}).keys()
     )
 
@@ -414,7 +410,7 @@ def scores_on(row, other, what="datasets"):
     and last."""
 
     def samples(part, name):
-        data = part.get("scored_on", {}).get(name)  # runs of before do not say
+        data = part.get("replaced", {}).get(name)
         return data, part.get("samples_of", {}).get(name, part.get("samples"))
 
     found = {}
@@ -440,15 +436,10 @@ def over_time(results):
         moved = transfer([scores_on(row, last, "by_task") for row in rows])
     none = {"backward": None, "forward": None}
     each = {name: {"forgetting": lost[name], **moved.get(name, none)} for name in lost}
-    means = {}
-    for what in ("forgetting", "backward", "forward"):
-        there = [scores[what] for scores in each.values() if scores[what] is not None]
-        means[what] = math.fsum(there) / len(there) if there else None
+    means = {what: _mean([d[what] for d in each.values()])
+             for what in ("forgetting", "backward", "forward")}  # fmt: skip
     gaps = [task_gap(old, row) for old, row in zip(before, results["tasks"])]
-    mean_gap = {}
-    for metric in ("ka", "zs"):
-        there = [gap[metric] for gap in gaps if gap[metric] is not None]
-        mean_gap[metric] = math.fsum(there) / len(there) if there else None
+    mean_gap = {metric: _mean([gap[metric] for gap in gaps]) for metric in ("ka", "zs")}
     return {**means, "stability_gap": mean_gap, "datasets": each}
 
 
@@ -502,28 +493,43 @@ def read_results(folder):
     """The results.json of a finished run; ValueError where it is none, or only half of one."""
     path = Path(folder) / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        for row in (results["theta_0"], *results["tasks"], results["final"]):
+            row.setdefault("datasets", {})
+            for part in (row, row.get("subset", row), *row.get("within", ())):
+                percent = [part["ka"], *part.get("datasets", {}).values()]
+                percent += [part[metric] for metric in ("zs", "gm") if part[metric] is not None]
+                if not all(0 <= v <= 100 for v in percent):
+                    raise ValueError("a score is no percentage")
         numbers = [results["seconds"], results["trained_parameters"]]
         numbers += [row[key] for row in results["tasks"] for key in ("task", "steps")]
-        percent = []
-        for row in (results["theta_0"], *results["tasks"], results["final"]):
-            percent += [row["ka"], *row.setdefault("datasets", {}).values()]
-            percent += [row[metric] for metric in ("zs", "gm") if row[metric] is not None]
-        if not all(0 <= v <= 100 for v in percent) or not all(0 <= v < 1e15 for v in numbers):
-            raise ValueError("numbers out of range")
+        if not all(0 <= v < 1e15 for v in numbers):
+            raise ValueError("a count is out of range")
         for text in (results["config"]["method"], results["theta_0_sha256"]):
             if not isinstance(text, str):
                 raise TypeError("its method or theta_0 is no name")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as e:
+        for line in compare([(folder, results)]):  # what a report will make of it
+            table(summarise([line]))
+            line.within()
+        run_title(results)
+        set(results.get("heldout", ()))
+        Path((results.get("parent") or {"run": ""})["run"])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+            OSError) as e:  # fmt: skip
         raise ValueError(f"{path} is no run's results ({type(e).__name__}: {e})") from None
     return results
+
+
+def _no_number(name):
+    raise ValueError(f"{name} is in it")  # NaN and infinities are not JSON
 
 
 def read_numbers(path):
     """What `evaluate` wrote of another checkpoint."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8"))["numbers"])
-    except (ValueError, KeyError, TypeError) as e:
+        numbers = json.loads(Path(path).read_text(encoding="utf-8"))["numbers"]
+        return {name: {**n, "score": float(n["score"])} for name, n in numbers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         fault = type(e).__name__
         raise ValueError(f"{path} is no scores.json of fomo.py evaluate ({fault})") from e
 
@@ -752,12 +758,8 @@ def above_line(point, theta_0, joint):
     (left, left_ka), (right, right_ka) = sorted([tuple(theta_0), tuple(joint)])
     if point[0] >= right:
         return point[1] - right_ka
-    share = max(0.0, (point[0] - left) / (right - left))
+    share = (point[0] - left) / (right - left) if point[0] > left else 0.0
     return point[1] - (left_ka + share * (right_ka - left_ka))
-
-
-def _minus(a, b):
-    return None if a is None or b is None else a - b
 
 
 def _spread(values):
@@ -874,7 +876,7 @@ def run_row(task, steps, scores, before=None, whole=None):
         cells.append(_number(scores[metric], SCORE))
         cells.append("" if change is None else f"({CHANGE.format(change)})")
     row = ROW.format(task, steps, *cells).rstrip()
-    if whole and scores.get("scored_on") != whole.get("scored_on"):
+    if whole and scores.get("replaced") != whole.get("replaced"):
         row += "   on the test data of then"
     elif whole and scores["samples"] < whole["samples"]:
         row += f"   on a class-balanced {scores['samples']:,} of {whole['samples']:,} test samples"
@@ -923,11 +925,13 @@ def score_table(scores, roles, baseline=None):
 
 def class_table(numbers, classes, baseline=None):
     """Scores per class, the worst first. classes: their names; the rest as in score_table()."""
-    rows = [["class", "score"] + (["before", "change"] if baseline else [])]
+    before = (baseline or {}).get("per_class") or ()
+    with_before = len(before) == len(classes)
+    rows = [["class", "score"] + (["before", "change"] if with_before else [])]
     scores = [(score, c) for c, score in enumerate(numbers["per_class"]) if score is not None]
     for score, c in sorted(scores):
         row = [classes[c], f"{score:.1f}"]
-        rows.append(row + (_beside(score, baseline["per_class"][c]) if baseline else []))
+        rows.append(row + (_beside(score, before[c]) if with_before else []))
     return aligned(rows)
 
 
@@ -1052,9 +1056,11 @@ def _ticks(low, high, step):
 class Legend:
     """Names beside their marks, long ones on several lines: nothing is cut, nothing overlaps."""
 
-    def __init__(self, tracks, styles, within=()):
+    def __init__(self, tracks, styles, over_tasks=False, within=()):
         self.entries = [("theta_0", INK, "star")]
-        if "joint" in tracks:
+        if "joint" in tracks and over_tasks:
+            self.entries += [("joint", GOLD, None)]
+        elif "joint" in tracks:
             self.entries += [("joint", GOLD, "star"), ("linear trade-off", GREY, None)]
         for name, style in styles.items():
             seeds = f", {len(tracks[name])} seeds" if len(tracks[name]) > 1 else ""
@@ -1120,6 +1126,15 @@ def _deviation(track):
     return track.std(axis=0, ddof=1) if len(track) > 1 else np.zeros(track.shape[1:])
 
 
+def _band(track):
+    """The mean over the seeds, less and plus a standard deviation."""
+    return track.mean(axis=0) - _deviation(track), track.mean(axis=0) + _deviation(track)
+
+
+def _opacity(styles):
+    return 0.2 if len(styles) <= FEW else 0.08
+
+
 def draw_plane(tracks):
     """ZS to the right and KA upwards, a point of one as long as a point of the other."""
     styles = _styles(tracks)
@@ -1139,7 +1154,7 @@ def draw_plane(tracks):
         sheet.dashes(*stars.values(), GREY)
         _shade_track(sheet, axes, tracks["joint"][:, -1:], GOLD, 0.2)
     for name, (colour, _) in styles.items():
-        _shade_track(sheet, axes, tracks[name], colour, 0.2 if len(styles) <= FEW else 0.08)
+        _shade_track(sheet, axes, tracks[name], colour, _opacity(styles))
     for name, (colour, _) in styles.items():
         sheet.line([axes.at(*p) for p in tracks[name].mean(axis=0)], colour, 3)
     taken = [(*place, 15) for place in stars.values()]  # x, y, radius of what must stay readable
@@ -1161,10 +1176,9 @@ def _plane_axes(tracks):
     """Axes around all points and their deviations, of one scale: pixels a point of ZS or KA."""
     sides = []
     for axis in (0, 1):
-        means = [track.mean(axis=0)[:, axis] for track in tracks.values()]
-        spreads = [_deviation(track)[:, axis] for track in tracks.values()]
-        low = min((m - s).min() for m, s in zip(means, spreads))
-        high = max((m + s).max() for m, s in zip(means, spreads))
+        bands = [_band(track[..., axis]) for track in tracks.values()]
+        low = min(low.min() for low, _ in bands)
+        high = max(high.max() for _, high in bands)
         pad = max(0.06 * (high - low), 1.0)
         sides.append((low - pad, high + pad))
     across, up = (high - low for low, high in sides)
@@ -1218,7 +1232,7 @@ def draw_curves(tracks, within=None):
     task [(finished tasks, ZS, KA), ...], of the weights in training: thin lines."""
     styles = _styles(tracks)
     within = {name: tasks for name, tasks in (within or {}).items() if any(map(len, tasks))}
-    legend = Legend(tracks, styles, within)
+    legend = Legend(tracks, styles, True, within)
     metrics = {"KA (%)": lambda points: points[..., -1]}
     if _has_zs(tracks):
         metrics["ZS (%)"] = lambda points: points[..., -2]
@@ -1228,27 +1242,22 @@ def draw_curves(tracks, within=None):
     last = max([1, *(tracks[name].shape[1] - 1 for name in styles)])
     for i, (metric, score) in enumerate(metrics.items()):
         values = {name: score(track) for name, track in tracks.items()}
-        thin = {
-            name: [[(x, score(np.array([zs, ka]))) for x, zs, ka in task] for task in tasks]
-            for name, tasks in within.items()
-        }
-        spans = [(v.mean(axis=0) - _deviation(v), v.mean(axis=0) + _deviation(v))
-                 for v in values.values()]  # fmt: skip
-        inside = [y for tasks in thin.values() for task in tasks for _, y in task]
-        low = min([*inside, *(low.min() for low, _ in spans)])
-        high = max([*inside, *(high.max() for _, high in spans)])
-        pad = max(0.06 * (high - low), 0.5)
+        thin = [(styles[name][0], [(x, score(np.array([zs, ka]))) for x, zs, ka in task])
+                for name, tasks in within.items() for task in tasks]  # fmt: skip
+        known = [y for _, points in thin for _, y in points]
+        known += [y for track in values.values() for edge in _band(track) for y in edge]
+        pad = max(0.06 * (max(known) - min(known)), 0.5)
         top = 46 + each * i
-        axes = Axes(60, top, 680, top + each - 76, (0, last), (low - pad, high + pad))
+        y = min(known) - pad, max(known) + pad
+        axes = Axes(60, top, 680, top + each - 76, (0, last), y)
         y_ticks = _ticks(*axes.y, _step(axes.y[1] - axes.y[0], 6))
         x_name = "finished tasks" if i == len(metrics) - 1 else ""
         axes.grid(sheet, _ticks(0, last, max(1, _step(last, 12))), y_ticks, x_name, metric)
-        for name, tasks in thin.items():
-            for task in tasks:
-                places = [axes.at(*point) for point in task]
-                sheet.line(places, styles[name][0], 1)
-                for place in places:
-                    sheet.mark("circle", place, 3, styles[name][0])
+        for colour, points in thin:
+            places = [axes.at(*point) for point in points]
+            sheet.line(places, colour, 1)
+            for place in places:
+                sheet.mark("circle", place, 3, colour)
         _draw_curve_lines(sheet, axes, values, styles)
     legend.draw(sheet, 704, 46)
     return sheet
@@ -1260,11 +1269,9 @@ def _draw_curve_lines(sheet, axes, values, styles):
         sheet.dashes(axes.at(0, level), axes.at(axes.x[1], level), GOLD)
     for name, (colour, _) in styles.items():
         if len(values[name]) > 1 and values[name].shape[1] > 1:
-            mean = values[name].mean(axis=0)
-            spread = _deviation(values[name])
-            low = [axes.at(t, v) for t, v in enumerate(mean - spread)]
-            high = [axes.at(t, v) for t, v in enumerate(mean + spread)]
-            sheet.shade([low + high[::-1]], colour, 0.2 if len(styles) <= FEW else 0.08)
+            below, above = _band(values[name])
+            around = [*enumerate(below), *reversed([*enumerate(above)])]
+            sheet.shade([[axes.at(t, v) for t, v in around]], colour, _opacity(styles))
     for name, (colour, mark) in styles.items():
         places = [axes.at(t, v) for t, v in enumerate(values[name].mean(axis=0))]
         sheet.line(places, colour, 3)
@@ -1285,7 +1292,7 @@ def draw_heat(maps, heldout=()):
     most = np.nanmax(np.abs(np.concatenate([change.ravel() for *_, change in maps])))
     limit = min(40, 5 * math.ceil(max(most, 1) / 5))
     columns = max(len(tasks) for _, _, tasks, _ in maps)
-    cell = max(3, min(40, 640 // columns))
+    cell = max(3, min(40, (640 if len(maps) <= FEW else 220) // columns))
     panel = max(cell * columns, 130) + 26
     titles = [textwrap.wrap(_printable(name), panel // 9) for name, *_ in maps]
     head = 21 * max(map(len, titles)) + 30

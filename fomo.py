@@ -78,7 +78,7 @@ PAPER = {
     "batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None,
 }  # fmt: skip
 TINY = {
-    "batch_size": 64, "lr": 5e-4, "tasks": 8, "merge_weight": 0.6, "replay": 2000, "budget": 3000.0,
+    "batch_size": 64, "lr": 3e-4, "tasks": 8, "merge_weight": 0.77, "replay": 0, "budget": 3000.0,
 }  # fmt: skip
 
 
@@ -153,8 +153,9 @@ class Config:
     stream: str = option("data", None, "JSON list of DATASET+++class, in place of --order")
     order: str = option("data", "random", "of the concepts (sec. 3.3)", ORDERS)
     reverse: bool = option("data", False, "that order backwards")
-    captions: str = option("data", "fomo", "which kind to train on first, where FoMo-in-Flux has"
-                           " several", CAPTIONS)
+    captions: str = option("data", "default", "which kind to train on where FoMo-in-Flux has"
+                           " several; default is its rule: default captions, else merged ones",
+                           CAPTIONS)
     prompts_too: bool = option("data", False, "a training picture's class prompt is one of its"
                                " captions, where these name none")
     template: str = option("data", TEMPLATE, "of the prompts of classes that have none")
@@ -250,7 +251,6 @@ class Stage:
     scaler: torch.amp.GradScaler = None
     when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
     chunks: list = None  # the concepts that each task teaches
-    scored_on: dict = None  # dataset -> what tells its test data from others
     saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
 
 
@@ -331,7 +331,7 @@ def run(config):
         results = costs | {
             "theta_0": None, "before": None, "tasks": [], "steps_per_task": steps,
             "chance": evaluate.chance(world.adaptation, world.heldout),
-            "heldout": [d.name for d in world.heldout],
+            "heldout": [d.name for d in world.heldout], "scored_on": scored_on(found, world),
             "theta_0_sha256": fingerprint(theta_0), "trained_parameters": 0,
         }  # fmt: skip
         if tasks:
@@ -343,7 +343,6 @@ def run(config):
             stage.score_within = partial(score_within, stage, shown, folder)
         stage.when = first_tasks(world, chunks)
         stage.chunks = chunks
-        stage.scored_on = scored_on(found, world)
         go_on(stage, past)
         folder.restore(stage)
         learner.broken = shown.broken = folder.name_broken
@@ -357,9 +356,6 @@ def run(config):
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
 FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
-UPDATING = ["tasks", "budget", "steps", "score_all", "eval_every", "gate", "mixture", "replay",
-            "stream", "order", "reverse", "lr", "schedule", "meta", "cooldown"]  # for the stream
-TRAINING = ["batch_size", "micro_batch", "warmup", "floor", "weight_decay", "clip_norm"]
 MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
 
 
@@ -387,6 +383,7 @@ def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
             given[name] = tuple(map(os.path.expanduser, given[name]))
     config = continued(given) if "continue_" in given else Config(**given)
     refuse_unused(config, given)
+    config.cache = os.path.expanduser(config.cache)  # the default's ~, too
     return config
 
 
@@ -406,8 +403,9 @@ def add_option(group, f):
         text += f" (default {f.default})"
     choices = f.metadata["choices"]
     many = f.type == tuple[str, ...]
+    flags = [flag(f.name)] + (["-o"] if f.name == "out" else [])
     group.add_argument(
-        flag(f.name), type=str if many else f.type, nargs="*" if many else None, choices=choices,
+        *flags, type=str if many else f.type, nargs="*" if many else None, choices=choices,
         help=text.replace("%", "%%"), dest=f.name,
         metavar=None if choices else f.name.upper().rstrip("_"))  # fmt: skip
 
@@ -436,8 +434,9 @@ def refuse_unused(c, given):
         if name != "seed" and name not in methods.used(trains):
             reasons[name] = f"--method {c.method} has no such option"
     if c.method == "zero-shot":
-        idle = [f.name for f in fields(Config) if f.metadata["group"] in ("method", "merging")]
-        idle += UPDATING if c.weights is None else UPDATING + TRAINING
+        idle = [f.name for f in fields(Config)
+                if f.metadata["group"] in ("schedule", "method", "merging")]  # fmt: skip
+        idle += ["eval_every", "gate"]
         reasons |= dict.fromkeys(idle, "--method zero-shot trains nothing")
     for name in given:
         if reasons.get(name):
@@ -1162,7 +1161,7 @@ class ExpertFiles:
         return len(self.hashes)
 
     def __getitem__(self, i):
-        tensors = clip.read_tensors(self.path(i))
+        tensors = clip.read_tensors(self.path(i), mapped=True)
         tensors.path = str(self.path(i))  # merge names it where a tensor is not what it should be
         return tensors
 
@@ -1266,7 +1265,7 @@ def score_all(stage, shown, folder, everything, name, finished):
         everywhere[d.name] = measure(d, ids, *features)
         on_subset[d.name] = everywhere[d.name]
         if len(subset) < len(ids) and not shown.c.score_all:
-            on_subset[d.name] = measure(d, subset, *evaluate.part(*features, subset))
+            on_subset[d.name] = measure(d, subset, *evaluate.selected(*features, subset))
         folder.pause(stage)
     shown.model.cpu()
     row = row_of(stage, world, everywhere, finished)
@@ -1276,13 +1275,13 @@ def score_all(stage, shown, folder, everything, name, finished):
 
 def row_of(stage, world, numbers, finished):
     """{"ka", "zs", "gm", "datasets": {name: percent}, "samples": in all, "samples_of": {name: how
-    many}, "scored_on": {name: what tells its test data from others}} and what evaluate.by_concept
-    says. numbers: what measure() gives, of every dataset; finished: tasks so far, this one too."""
+    many}} and what evaluate.by_concept says. numbers: what measure() gives, of every dataset;
+    finished: tasks so far, this one too."""
     per_class = {name: n.get("per_class") for name, n in numbers.items()}
     when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
     samples = {name: n["samples"] for name, n in numbers.items()}
     return {**summary(world, {name: n["score"] for name, n in numbers.items()}),
-            "samples": sum(samples.values()), "samples_of": samples, "scored_on": stage.scored_on,
+            "samples": sum(samples.values()), "samples_of": samples,
             **evaluate.by_concept(per_class, when, len(stage.chunks), finished)}  # fmt: skip
 
 
@@ -1442,19 +1441,21 @@ def go_on(stage, past):
     if not past["chunks"]:
         return
     results = past["results"]
-    then = results["tasks"][-1]["scored_on"]
-    new = [name for name, now in stage.scored_on.items() if then.get(name) != now]
+    now = stage.results["scored_on"]
+    new = [name for name in now if results["scored_on"].get(name) != now[name]]
     stage.task = len(past["chunks"])
-    stage.results["tasks"] = results["tasks"]
     if results["before"]:  # it is the row before the first of that run, which has it from now on
         results["tasks"][results["parent"]["task"]]["before"] = results["before"]
+    for row in results["tasks"] if new else ():
+        mark_replaced(row, dict.fromkeys(new, stage.task + 1))
+    stage.results["tasks"] = results["tasks"]
     parent = Path(stage.learner.c.continue_).absolute()
     stage.results["parent"] = {"run": str(parent), **past["version"]}
     stage.results["lineage"] = [*results.get("lineage", []), past["version"]["weights"]]
     stage.results["seconds"] = results["seconds"]
     stage.results["gflops_spent"] += results["gflops_spent"]
     since = results.get("scored_since", {}) | dict.fromkeys(new, stage.task + 1)
-    stage.results["scored_since"] = {n: t for n, t in since.items() if n in stage.scored_on}
+    stage.results["scored_since"] = {n: t for n, t in since.items() if n in now}
     if new:
         stage.learner.crew.say("new classes or test pictures, scored as they are now from task"
                                f" {stage.task + 1} on: {', '.join(new)}")
@@ -1463,6 +1464,15 @@ def go_on(stage, past):
     stage.method.load_state(past["method"])
     if past["model"]:
         stage.learner.model.load_state_dict(past["model"])
+
+
+def mark_replaced(row, new):
+    """Writes into a row, and those in it, whose test data are others from which task on: scores of
+    these datasets compare with none that has another mark."""
+    row["replaced"] = new | row.get("replaced", {})
+    for part in ("subset", "before"):
+        if part in row:
+            mark_replaced(row[part], new)
 
 
 def kept_for_the_next(stage):
@@ -1795,6 +1805,8 @@ class Folder:
         if failed:
             self.crew.say(f"the gate fails ({'; '.join(failed)}): model.safetensors has the weights"
                           " before this update, model-refused.safetensors the new ones")
+        elif self.c.gate:
+            self.crew.say(f"the gate holds: {self.c.gate}")
         self.crew.say(f"{self.path}: results.json, log.jsonl, picture.png, model.safetensors"
                       f" ({self.seconds():.0f} s)")
         return results
@@ -1863,12 +1875,13 @@ def check_file(path, inputs=()):
 
 
 def is_ours(path):
-    """Whether an existing file is a picture or scores that fomo.py wrote."""
+    """Whether an existing file is a picture, scores or a stream that fomo.py wrote."""
     try:
         if str(path).endswith(".png"):
             with PIL.Image.open(path) as image:
                 return image.format == "PNG" and image.info.get("Software") == "fomo"
-        return "chance" in json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return "chance" in json.loads(text) or text.startswith('[\n "')  # as streams are written
     except (OSError, ValueError, TypeError):
         return False
 
@@ -1926,7 +1939,8 @@ def evaluate_command(argv):
     extra = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     extra.add_argument("--templates", help="file of templates with {}, one a line, to average over")
     extra.add_argument("--per-class", action="store_true", help="the scores of each class too")
-    extra.add_argument("--baseline", help="a scores.json to put beside")
+    extra.add_argument("--baseline", help="what to put beside: a scores.json, or a run or weights,"
+                       " which are scored now")  # fmt: skip
     more, argv = extra.parse_known_args(argv)
     c = parse(argv, "fomo.py evaluate", description, EVALUATE, [extra])
     if c.weights is None:
@@ -1937,12 +1951,9 @@ def evaluate_command(argv):
     world = load_world(c, crew)
     learner = load_learner(c, crew, world)
     templates = more.templates and evaluate.read_templates(os.path.expanduser(more.templates))
-    before = more.baseline and evaluate.read_numbers(os.path.expanduser(more.baseline))
-    learner.model.to(learner.device).eval()
-    numbers = {}
+    before = more.baseline and baseline(learner, more.baseline, templates)
+    numbers = score_now(learner, templates)
     datasets = world.adaptation + world.heldout
-    for d in Lines(datasets, "scoring", len(datasets), 0, learner):
-        numbers[d.name] = score(learner, d, range(len(d.test)), templates)
     scores = summary(world, {name: n["score"] for name, n in numbers.items()})
     if crew.leads:
         samples = sum(len(d.test) for d in datasets)
@@ -1952,10 +1963,29 @@ def evaluate_command(argv):
     crew.say(evaluate.score_table(numbers, roles, before))
     for d in datasets if more.per_class else ():
         if numbers[d.name].get("per_class"):
-            baseline = before and before.get(d.name)
-            crew.say(f"\n{d.name}\n{evaluate.class_table(numbers[d.name], d.classes, baseline)}")
+            table = evaluate.class_table(numbers[d.name], d.classes, (before or {}).get(d.name))
+            crew.say(f"\n{d.name}\n{table}")
     means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     crew.say(f"{'  '.join(means)} (all of it in {out})")
+
+
+def score_now(learner, templates=None):
+    """{dataset: its numbers} on all test data."""
+    learner.model.to(learner.device).eval()
+    datasets = learner.world.adaptation + learner.world.heldout
+    return {d.name: score(learner, d, range(len(d.test)), templates)
+            for d in Lines(datasets, "scoring", len(datasets), 0, learner)}  # fmt: skip
+
+
+def baseline(learner, path, templates):
+    """The numbers of what --baseline names: a file of them, or a run or weights to score now."""
+    path = os.path.expanduser(path)
+    if path.endswith(".json"):
+        return evaluate.read_numbers(path)
+    if os.path.exists(os.path.join(path, "results.json")):
+        path = os.path.join(path, "model.safetensors")
+    c = dataclasses.replace(learner.c, weights=path, model=None)
+    return score_now(load_learner(c, learner.crew, learner.world), templates)
 
 
 def merge_command(argv):
@@ -1994,7 +2024,7 @@ def merge_command(argv):
     paths = [clip.fetch(os.path.expanduser(path)) for path in (base, *experts)]
     quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[activation]
     known = clip.agree(paths, quick_gelu)  # what load needs to know of the result
-    files = [clip.read_tensors(path) for path in paths]
+    files = [clip.read_tensors(path, mapped=True) for path in paths]
     metadata = {"format": "pt"} | files[0].metadata | known
     files = [clip.openai_names(f) for f in files]  # whatever their layouts
     began = time.time()
@@ -2021,11 +2051,6 @@ class Watched(clip.Tensors):
         self.bar.update()
         return super().__getitem__(name)
 
-    def stored(self, name):
-        stored = super().stored(name)
-        self.bar.update(stored is not None)
-        return stored
-
 
 WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "download",
          "weights", "model", "activation", "bpe", "out", "seed", "device", "precision", "threads",
@@ -2049,6 +2074,8 @@ def inspect_command(argv):
     description = ("Reads every picture of --data once, names those that are broken, and draws"
                    " sheets of pictures with captions into the folder --out (default inspect).")
     c = parse(argv, "fomo.py inspect", description, WORLD)
+    if c.workers < 0:
+        c.workers = os.cpu_count() or 1  # nothing else wants the cores
     out = Path(c.out or "inspect")
     check_folder(out, "--out")
     c, crew = resolve(c, trains=False)

@@ -31,9 +31,9 @@ tall-mask    strictness tuned a task   agree=2                               -
 TIME's yaml *prunes* .8, which is our density .2; the defaults of its code prune .2 offline and .7
 over time. Its scalars (logit_scale) go with the vector; ours: see merge().
 
-Memory: the result and, of one tensor, the base, one expert and a few sums. Experts are streamed,
-as twenty token embeddings outweigh a ViT-B-16; the largest tensors go first, while the result is
-empty; pieces fit the cache.
+Memory: the result and, of one tensor, the base, one expert and a few sums, if the mappings read (or
+map) a tensor when it is asked for. Twenty token embeddings outweigh a ViT-B-16, so experts follow
+one another; the largest tensors go first, while the result is empty; pieces fit the cache.
 """
 
 import hashlib
@@ -45,7 +45,6 @@ from typing import NamedTuple
 import torch
 
 PIECE = 2**18  # entries worked on at a time: 1 MB in float32
-ONCE = 2**16  # entries read at a time, where every entry is used once
 
 
 # ----------------------------------------------------------------------------------------- merging
@@ -83,17 +82,17 @@ def merge(technique, base, experts, weights=None, **options):
     merged = {}
     for v in tensors:
         if v.n == 0 or not v.stored.is_floating_point:
-            for i in range(len(experts)):
-                v.theta(i)  # checks its shape
+            v.check()
             out = base[v.name].detach().clone()
         else:
-            if v.n == 1 and technique not in LINEAR:
+            scalar = v.n == 1 and technique not in LINEAR
+            if scalar:
                 out = mean_change(v, weights)  # tau
             else:
                 out = TECHNIQUES[technique](v, weights, **options)  # [n]: theta or tau
             if technique not in THETA:
                 out.mul_(scale * layers.get(v.name, 1.0))
-            if technique not in THETA or v.n == 1 and technique not in LINEAR:
+            if scalar or technique not in THETA:
                 for part, theta_0 in v.base():
                     out[part].add_(theta_0)
         merged[v.name] = out.to(v.stored).reshape(v.shape)
@@ -164,7 +163,7 @@ def linear(v, weights):
 
         theta = (weights * experts).sum(0)
     """
-    return _total(v, weights, v.theta_once)
+    return _total(v, weights, v.theta)
 
 
 def slerp(v, weights):
@@ -266,7 +265,7 @@ def breadcrumbs(v, weights, *, top, bottom, elect, whole, function):
         few, most = _crumbs(v.n, top, bottom)
         loud, outliers = whole[i] if whole else _cuts([v], [most, few], [i])[0]
         for part, tau in v.tau(i):
-            yield part, loud.trim(tau) - outliers.trim(tau)
+            yield part, loud.trim(tau) - (outliers.trim(tau) if outliers else 0)
 
     return _elect(v, weights, masked, function) if elect else _total(v, weights, masked)
 
@@ -370,8 +369,6 @@ def layer_scales(names, alpha=0.5, beta=0.5, how="linear"):
     block l of L, alpha for all others. A block is the first number in a name; L is counted for each
     tower, i.e. what precedes the number, on its own. -> dict from name to factor. (TIME's takes the
     place of scale; ours is a factor beside it.)"""
-    if how not in CURVES:
-        raise ValueError(f"lines must end in one of {', '.join(CURVES)}, got {how!r}")
     places = {}  # name -> tower, block
     last = {}  # tower -> L - 1, or 1: a single block has the position 0
     for name in names:
@@ -380,12 +377,9 @@ def layer_scales(names, alpha=0.5, beta=0.5, how="linear"):
             tower, block = found.groups()
             places[name] = tower, int(block)
             last[tower] = max(last.get(tower, 1), int(block))
-    scales = {}
-    for name in names:
-        scales[name] = alpha
-        if name in places:
-            tower, block = places[name]
-            scales[name] += beta * CURVES[how](block / last[tower])
+    scales = dict.fromkeys(names, alpha)
+    for name, (tower, block) in places.items():
+        scales[name] += beta * CURVES[how](block / last[tower])
     return scales
 
 
@@ -424,6 +418,11 @@ class Vectors:
     def close(self):
         self.theta_0 = self.theta_i = self.i = None
 
+    def check(self):
+        """For tensors that nobody goes over."""
+        for i in range(len(self.experts)):
+            self._read(i)
+
     def zeros(self, dtype=None):
         return torch.zeros(self.n, dtype=dtype or self.dtype, device=self.device)
 
@@ -435,33 +434,30 @@ class Vectors:
 
     def theta(self, i):
         """Yields (slice, theta_i[slice]); may be a view of the expert: not to be written."""
-        if self.i != i:
-            self.theta_i = None  # let go of one expert before the next is read
-            tensor = self.experts[i][self.name].detach()
-            self._check(tensor, i)
-            _check_finite(tensor, self.name, self._who(i))
-            self.theta_i = tensor.reshape(-1)
-            self.i = i
-        return self._pieces(self.theta_i)
-
-    def theta_once(self, i):
-        """theta(i) for one pass alone: from a file, where stored(name).pieces(n) can, piece by
-        piece into the same memory, which takes half the time."""
-        stored = None
-        if hasattr(self.experts[i], "stored"):
-            stored = self.experts[i].stored(self.name)
-        if stored is None:
-            yield from self.theta(i)
-            return
-        self._check(stored, i)
-        for k, piece in enumerate(stored.pieces(ONCE)):
-            _check_finite(piece, self.name, self._who(i))
-            yield slice(k * ONCE, (k + 1) * ONCE), piece.to(self.device, self.dtype)
+        fresh = self.i != i
+        if fresh:
+            self._read(i)
+        for part, theta in self._pieces(self.theta_i):
+            if fresh:
+                _check_finite(theta, self.name, self._who(i))
+            yield part, theta
 
     def tau(self, i):
         """Yields (slice, tau_i[slice]), fresh tensors."""
         for (part, theta), (_, theta_0) in zip(self.theta(i), self.base()):
             yield part, theta - theta_0
+
+    def _read(self, i):
+        self.theta_i = None  # let go of one expert before the next is read
+        tensor = self.experts[i][self.name].detach()
+        floats = tensor.dtype.is_floating_point == self.stored.is_floating_point
+        if tensor.shape != self.shape or not floats:
+            here = f"{tensor.dtype} {[*tensor.shape]}"
+            there = f"{self.stored} {[*self.shape]}"
+            who = self._who(i)
+            raise ValueError(f"tensor {self.name} is {here} in {who}, but {there} in the base")
+        self.theta_i = tensor.reshape(-1)
+        self.i = i
 
     def _pieces(self, flat):
         for start in range(0, self.n, PIECE):
@@ -471,14 +467,6 @@ class Vectors:
     def _who(self, i):
         path = getattr(self.experts[i], "path", None)
         return f"expert {i}" if path is None else f"expert {i}, {path}"
-
-    def _check(self, tensor, i):
-        floats = tensor.dtype.is_floating_point == self.stored.is_floating_point
-        if (*tensor.shape,) != (*self.shape,) or not floats:
-            here = f"{tensor.dtype} {[*tensor.shape]}"
-            there = f"{self.stored} {[*self.shape]}"
-            who = self._who(i)
-            raise ValueError(f"tensor {self.name} is {here} in {who}, but {there} in the base")
 
 
 def _check_finite(tensor, name, who):
@@ -585,18 +573,12 @@ class Cut:
         return trimmed
 
 
-class Nothing:
-    """The Cut of no entries."""
-
-    def trim(self, tau):
-        return 0
-
-
 def _cuts(vectors, sizes, experts):
-    """-> for each expert a list of Cuts, of all vectors together to each of `sizes` entries."""
+    """-> for each expert a list of Cuts, of all vectors together to each of `sizes` entries; None
+    for no entries."""
     dtype = torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32
-    cuts = [[Cut(k, dtype) if k else Nothing() for k in sizes] for _ in experts]
-    running = [(i, cut) for i, row in zip(experts, cuts) for cut in row if isinstance(cut, Cut)]
+    cuts = [[Cut(k, dtype) if k else None for k in sizes] for _ in experts]
+    running = [(i, cut) for i, row in zip(experts, cuts) for cut in row if cut]
     more = bool(vectors and running)
     while more:
         for v in vectors:
@@ -702,8 +684,6 @@ def expert_weights(tasks, how="uniform", reverse=False, include_base=False):
     """Weights of the experts of `tasks` tasks, oldest first, that sum to one: they grow as
     GROWTHS[how](1, 2, ...), or with reverse shrink so. With include_base theta_0 comes before the
     first and has the first weight. (TIME.)"""
-    if how not in GROWTHS:
-        raise ValueError(f"expert weights must be one of {', '.join(GROWTHS)}, got {how!r}")
     raw = [GROWTHS[how](i) for i in range(1, tasks + include_base + 1)]
     return [w / sum(raw) for w in (reversed(raw) if reverse else raw)]
 

@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import pickle
 import random
 import re
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -208,6 +210,35 @@ def test_every_config_has_open_clips_parameters_and_published_counts():
                 assert round(sum(map(math.prod, ours.values())) / 1e6, 2) == millions[name]
 
 
+def clip_examples():
+    """The indented code of clip.py's docstring, up to what needs a network, and of backward's."""
+    model = clip.__doc__.split("\n\n")[2]
+    step = clip.backward.__doc__.split("\n\n")[-1]
+    return textwrap.dedent(model), textwrap.dedent(step)
+
+
+def test_the_file_alone_runs_its_docstrings_examples(tmp_path):
+    """The step from pieces leaves the gradient of the whole batch's loss."""
+    shutil.copy(clip.__file__, tmp_path)
+    model, step = clip_examples()
+    assert "contrastive_loss" in model and "piece=" in step
+    code = f"""
+import torch.nn.functional as F
+{model}
+loss.backward()
+whole = {{name: p.grad for name, p in model.named_parameters()}}
+model.zero_grad()
+tokens = tokenizer(["a red square", "two dots"], context_length=64)
+optimizer = torch.optim.SGD(model.parameters())
+{step.replace("piece=64", "piece=1")}
+for name, p in model.named_parameters():
+    torch.testing.assert_close(p.grad, whole[name], atol=1e-5, rtol=1e-3)  # float32, other order
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path[0] = '.'\n{code}"],
+                         cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
 # ---------------------------------------------------------------------------------------- layouts
 
 
@@ -310,9 +341,12 @@ def test_shards_with_an_index_are_one_mapping(tmp_path):
     os.unlink(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     assert clip_same(clip.load(tmp_path), model)
-    where["lost"] = "model-00001-of-00002.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(ValueError, match="shards lack 1 tensors, first lost"):
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(OSError, match="model-00002-of-00002"):
+        clip.load(tmp_path)
+    one = {name: file for name, file in where.items() if "00001" in file}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": one}))
+    with pytest.raises(ValueError, match="its tensors make no CLIP|not a CLIP"):
         clip.load(tmp_path)
 
 
@@ -325,6 +359,42 @@ def test_names_of_any_layout_meet_for_merging(tmp_path):
         named = clip.openai_names(clip.read_tensors(tmp_path / path))
         assert named.keys() == model.state_dict().keys()
         assert all(torch.equal(named[k], v) for k, v in model.state_dict().items())
+
+
+def clip_layouts(model, folder):
+    """-> paths of the same weights in every layout as other programs save them, some in 16 bits."""
+    state = model.state_dict()
+    half = {name: tensor.half() for name, tensor in state.items()}
+    folder.mkdir()
+    clip.save(model, folder / "openai.pt", "openai")
+    scalars = {n: t for n, t in clip.read_tensors(folder / "openai.pt").items() if n not in state}
+    torch.save(half | scalars, folder / "openai.pt")
+    clip.save(model, folder / "ours.safetensors")
+    clip.save(model, folder / "open_clip")
+    (folder / "open_clip" / clip.WEIGHTS[0]).unlink()
+    text = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+    custom = {f"module.{'text.' * n.startswith(text)}{n}": t for n, t in half.items()}
+    torch.save({"epoch": 3, "state_dict": custom}, folder / "open_clip/open_clip_pytorch_model.bin")
+    clip.save(model, folder / "hf", "hf")
+    tensors = {n: t.bfloat16() for n, t in clip.read_tensors(folder / "hf").items()}
+    clip.write_tensors(tensors, folder / "hf" / clip.WEIGHTS[1])
+    return [folder / name for name in ("openai.pt", "ours.safetensors", "open_clip", "hf")]
+
+
+def test_any_layout_merges_with_any_other_and_the_result_loads(tmp_path):
+    one = clip_random(SMALL, 1)
+    two = clip_random(SMALL, 2)
+    two.logit_scale.data.fill_(3)
+    pairs = itertools.product(clip_layouts(one, tmp_path / "1"), clip_layouts(two, tmp_path / "2"))
+    for i, (base, expert) in enumerate(pairs):
+        out = tmp_path / f"{i}.safetensors"
+        argv = ["--technique", "task-arithmetic", "--scale", "0.5", "-o", str(out)]
+        fomo.merge_command([str(base), str(expert), *argv])
+        merged = clip.load(out)
+        assert merged.config == SMALL and merged.preprocess == clip.Preprocess(size=32)
+        for name, tensor in merged.state_dict().items():
+            want = (one.state_dict()[name] + two.state_dict()[name]) / 2
+            assert torch.allclose(tensor, want, atol=2e-2), (base, expert, name)  # bfloat16's
 
 
 def test_activation_and_heads_come_from_where_they_are_said_or_are_asked_for(tmp_path):
@@ -392,13 +462,13 @@ def test_mismatches_and_foreign_models_list_their_keys(tmp_path):
     }
     clip.write_tensors(other, tmp_path / "a.safetensors")
     with (
-        pytest.raises(ValueError, match=r"ln_final.bias missing \(1 in all\)"),
+        pytest.raises(ValueError, match=r"Missing key.*ln_final.bias"),
         pytest.warns(UserWarning, match=r"left out: the tensors of head \(1\)"),
     ):
         clip.load(tmp_path / "a.safetensors", config=SMALL)
     clip.write_tensors(state, tmp_path / "b.safetensors")
     with pytest.raises(
-        ValueError, match=r"visual.positional_embedding \[17, 128\], not \[65, 128\]"
+        ValueError, match=r"visual.positional_embedding: .*\[17, 128\].*\[65, 128\]"
     ):
         clip.load(tmp_path / "b.safetensors", config=dataclasses.replace(SMALL, image_size=64))
     clip.write_tensors(
@@ -425,7 +495,7 @@ def test_positions_are_resized_as_open_clip_does(tmp_path):
         torch.zeros(1, 3, 56, 56)
     ).shape == (1, 24)
     for size in (4, "64"):
-        with pytest.raises(ValueError, match="image_size is pixels, from a patch's 8"):
+        with pytest.raises(ValueError, match="a.safetensors: its tensors make no CLIP"):
             clip.load(tmp_path / "a.safetensors", image_size=size)
 
 
@@ -494,6 +564,22 @@ def test_preprocessing_survives_every_layout(tmp_path):
 
 CLIP_PIXELS = {  # what people's preprocessor_config.json hold -> ours, or words of the refusal
     "defaults": ({"size": 32, "crop_size": 32}, clip.Preprocess(size=32)),
+    "numbers for three": (
+        {"size": 32, "crop_size": 32, "image_mean": 0.5, "image_std": 0.25, "resample": "bilinear"},
+        clip.Preprocess((0.5,) * 3, (0.25,) * 3, interpolation="bilinear", size=32),
+    ),
+    "crop said to be nothing": (
+        {"size": 32, "crop_size": 32, "do_center_crop": None}, "do_center_crop None",
+    ),
+    "a kind that reads one number otherwise": (
+        {"image_processor_type": "SiglipImageProcessor", "size": 32, "resample": 2,
+         "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "size 32",
+    ),
+    "a part of the short side": (
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32},
+         "crop_pct": 0.875, "resample": 3, "image_mean": 0.5, "image_std": 0.5,
+         "do_center_crop": True, "crop_size": 32}, "crop_pct 0.875",
+    ),
     "dicts": (
         {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2},
         clip.Preprocess(interpolation="bilinear", size=32),
@@ -513,10 +599,10 @@ CLIP_PIXELS = {  # what people's preprocessor_config.json hold -> ours, or words
                  "rescale_factor 0.007"),
     "not cropped": ({"size": 32, "do_center_crop": False}, "do_center_crop False"),
     "a smaller crop": ({"size": 40, "crop_size": 32}, "crop_size 32"),
-    "nearest": ({"size": 32, "crop_size": 32, "resample": 0}, "resample 0"),
+    "nearest": ({"size": 32, "crop_size": 32, "resample": 0}, "interpolation 0"),
     "padded": ({"size": 32, "crop_size": 32, "do_pad": True}, "do_pad True"),
     "another size": ({}, "image_size 224 for its pictures, not 32"),
-    "two channels": ({"size": 32, "crop_size": 32, "image_mean": [0.5, 0.5]}, "three channels"),
+    "two channels": ({"size": 32, "crop_size": 32, "image_mean": [0.5, 0.5]}, r"mean \(0.5, 0.5\)"),
     "another kind, unsaid": ({"image_processor_type": "ViTImageProcessor", "size": 32}, "resample"),
     "two edges": ({"size": {"shortest_edge": 32, "longest_edge": 64}, "crop_size": 32}, "longest_"),
 }  # fmt: skip
@@ -542,8 +628,8 @@ def test_hugging_faces_preprocessing_is_read_or_refused_by_name(tmp_path, case, 
     ({"resize_mode": "longest"}, "resize longest"),
     ({"interpolation": "random"}, "interpolation random"),
     ({"size": 48}, "image_size 48 for its pictures, not 32"),
-    ({"size": [32, 48]}, "not a square"),
-    ({"std": [0, 0, 0]}, "three channels"),
+    ({"size": [32, 48]}, r"size \[32, 48\]"),
+    ({"std": [0, 0, 0]}, "std "),
     ({"mode": "L"}, "mode"),
 ])  # fmt: skip
 def test_open_clips_preprocessing_that_cannot_be_done_is_refused_by_name(tmp_path, said, words):
@@ -678,7 +764,7 @@ def test_what_may_change_the_features_is_not_left_out(tmp_path):
         "text_projection.bias",
     ):
         torch.save({"model": state | {name: torch.ones(3)}}, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=f"{name} unexpected"):
+        with pytest.raises(ValueError, match=f"Unexpected key.*{name}"):
             clip.load(tmp_path / "a.pt", config=SMALL)
     torch.save(
         {"student": state, "tutor": state | {"logit_scale": torch.ones(())}}, tmp_path / "a.pt"
@@ -687,7 +773,7 @@ def test_what_may_change_the_features_is_not_left_out(tmp_path):
         clip.load(tmp_path / "a.pt", config=SMALL)
 
 
-def test_describe_reads_no_weights_and_agree_finds_what_differs(tmp_path, monkeypatch):
+def test_files_that_agree_give_what_load_needs_and_others_are_named(tmp_path):
     quick = clip_random(SMALL)
     plain = clip_random(dataclasses.replace(SMALL, quick_gelu=False))
     wide = clip_random(SMALL)
@@ -700,18 +786,6 @@ def test_describe_reads_no_weights_and_agree_finds_what_differs(tmp_path, monkey
     (tmp_path / "bare").mkdir()
     clip.write_tensors(quick.state_dict(), tmp_path / "bare/a.safetensors")
     clip.write_tensors({"w": torch.ones(3)}, tmp_path / "bare/other.safetensors")
-    read = []
-    call = clip.Stored.__call__
-    monkeypatch.setattr(clip.Stored, "__call__", lambda self: read.append(self.shape) or call(self))
-    said = clip.describe(tmp_path / "hf")
-    assert said == dataclasses.asdict(SMALL) | {"preprocess": quick.preprocess, "tokenizer": {}}
-    bare = clip.describe(tmp_path / "bare/a.safetensors")
-    assert bare.keys() == {*dataclasses.asdict(SMALL)} - {
-        "quick_gelu",
-        "vision_heads",
-        "text_heads",
-    }
-    assert clip.describe(tmp_path / "bare/other.safetensors") == {}
     for paths in (
         ["openai.pt", "quick.safetensors"],
         ["bare/a.safetensors", "hf"],
@@ -720,18 +794,72 @@ def test_describe_reads_no_weights_and_agree_finds_what_differs(tmp_path, monkey
         metadata = clip.agree([tmp_path / path for path in paths])
         clip.write_tensors(quick.state_dict(), tmp_path / "merged", metadata)
         assert clip.load(tmp_path / "merged").config == SMALL
-    assert clip.agree([tmp_path / "bare/a.safetensors"]) == {}
-    read = [shape for shape in read if shape != ()]
-    assert not [s for s in read[: -3 * len(quick.state_dict())] if s != ()]
+    for silent in ("a", "other"):
+        assert clip.agree([tmp_path / f"bare/{silent}.safetensors"]) == {}
     for other, word in (("plain", "quick_gelu: True and False"), ("wide", "preprocess")):
         with pytest.raises(ValueError, match=f"hf and .*{other}.safetensors differ in {word}"):
             clip.agree([tmp_path / "hf", tmp_path / f"{other}.safetensors"])
     assert clip.agree([tmp_path / "hf", tmp_path / "plain.safetensors"], quick_gelu=False)
 
 
+def test_what_a_checkpoint_says_is_read_without_its_weights(tmp_path):
+    """8 GB, a hole in a file, which take seconds to read."""
+    config = dataclasses.replace(SMALL, vocab_size=2_000_000, text_width=1024, text_heads=16)
+    with torch.device("meta"):
+        state = clip.CLIP(config).state_dict()
+    offset = 0
+    header = {"__metadata__": {"config": json.dumps(dataclasses.asdict(config))}}
+    for name, tensor in state.items():
+        header[name] = clip_entry(offset, offset + tensor.nbytes, tensor.shape)
+        offset += tensor.nbytes
+    head = clip_bytes(header, b"")
+    with open(tmp_path / "w.safetensors", "wb") as f:
+        f.write(head)
+        f.truncate(len(head) + offset)
+    began = time.process_time()
+    metadata = clip.agree([tmp_path / "w.safetensors"])
+    assert offset > 8e9 and time.process_time() - began < 1
+    assert json.loads(metadata["config"])["vocab_size"] == 2_000_000
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_tensor_that_was_read_is_the_callers_own(tmp_path, mapped):
+    """Writing to it changes neither the file nor what is read next, and no file stays open."""
+    path = tmp_path / "a.safetensors"
+    data = np.arange(3, dtype=np.float32).tobytes()
+    for padding in range(8):  # headers of other writers leave the data at any byte
+        head = json.dumps({"a": clip_entry(0, 12, (3,))}).encode() + b" " * padding
+        path.write_bytes(clip_bytes(head, data))
+        tensors = clip.read_tensors(path, mapped)
+        first = tensors["a"]
+        assert first.data_ptr() % 4 == 0
+        assert first.add_(1).tolist() == [1, 2, 3] and tensors["a"].tolist() == [0, 1, 2]
+    many = {str(i): torch.ones(1) for i in range(2000)}
+    clip.write_tensors(many, path)
+    assert len(dict(clip.read_tensors(path, mapped))) == 2000  # more than a process may open
+
+
+def test_a_file_may_be_written_again_in_place_from_what_was_read(tmp_path):
+    """A map of it would end in a bus error, with the file lost."""
+    torch.save({"a": torch.arange(50_000.0)}, tmp_path / "a.pt")
+    tensors = dict(clip.read_tensors(tmp_path / "a.pt"))
+    torch.save(tensors | {"b": torch.ones(1)}, tmp_path / "a.pt")
+    again = clip.read_tensors(tmp_path / "a.pt")
+    assert again.keys() == {"a", "b"} and torch.equal(again["a"], torch.arange(50_000.0))
+
+
+def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path):
+    clip.write_tensors({"a": torch.ones(10_000)}, tmp_path / "a.safetensors")
+    tensors = clip.read_tensors(tmp_path / "a.safetensors")
+    os.truncate(tmp_path / "a.safetensors", 100)
+    with pytest.raises(ValueError, match="a.safetensors: cannot be mapped"):
+        tensors["a"]
+
+
 # ------------------------------------------------------------------------------------------ files
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_torchscript_archive_is_read_without_running_its_code(tmp_path):
     model = clip_random(SMALL).half()
     for name, value in zip(clip.SCALARS, (32, 10, 40)):
@@ -836,14 +964,6 @@ def test_a_flipped_bit_where_a_zip_says_what_lies_where_is_seen(tmp_path):
             clip.read_tensors(tmp_path / "b.pt")
 
 
-def test_what_could_not_be_read_again_is_not_written(tmp_path):
-    for tensors, metadata in (({"__metadata__": torch.ones(1)}, {}), ({1: torch.ones(1)}, {}),
-                              ({"a": torch.ones(1)}, {"n": 1})):  # fmt: skip
-        with pytest.raises(ValueError, match="safetensors"):
-            clip.write_tensors(tensors, tmp_path / "a.safetensors", metadata)
-    assert not list(tmp_path.iterdir())
-
-
 def test_safetensors_are_written_byte_for_byte_as_the_package_does(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     g = torch.Generator().manual_seed(0)
@@ -860,7 +980,7 @@ def test_safetensors_are_written_byte_for_byte_as_the_package_does(tmp_path):
             torch.equal(read[k], v) for k, v in tensors.items()
         )
     assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
-    with pytest.raises(ValueError, match="complex64 of complex"):
+    with pytest.raises(ValueError, match="complex64"):
         clip.write_tensors(
             {"a": torch.ones(1), "complex": torch.ones(1, dtype=torch.complex64)}, tmp_path / "ours"
         )
@@ -893,14 +1013,14 @@ CLIP_FAULTS = {
     "hole": (clip_bytes({"a": clip_entry(0, 8), "b": clip_entry(12, 20)}, b"\0" * 20), "tensor b"),
     "wrong size": (clip_bytes({"a": clip_entry(0, 8, (3,))}), "tensor a"),
     "negative": (clip_bytes({"a": clip_entry(0, 8, (-1, -2))}), "tensor a"),
-    "shape of text": (clip_bytes({"a": clip_entry(0, 8, ("2",))}), "header"),
+    "shape of text": (clip_bytes({"a": clip_entry(0, 8, ("2",))}), "tensor a"),
     "shape without end": (clip_bytes({"a": clip_entry(0, 0, (0, 10**30))}, b""), "10000000000"),
     "header in UTF-16": (
         clip_bytes(json.dumps({"a": clip_entry(0, 8)}).encode("utf-16")),
         "broken safetensors header",
     ),
     "shape of floats": (clip_bytes({"a": clip_entry(0, 8, (2.0,))}), r"shape \[2.0\]"),
-    "offset is a float": (clip_bytes({"a": clip_entry(0.0, 8)}), "first byte"),
+    "offset is a float": (clip_bytes({"a": clip_entry(0.0, 8)}), "tensor a"),
     "metadata is a list": (clip_bytes({"__metadata__": [1], "a": clip_entry(0, 8)}), "header"),
     "metadata of numbers": (
         clip_bytes({"__metadata__": {"a": 1}, "a": clip_entry(0, 8)}),
@@ -940,9 +1060,9 @@ def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
     (tmp_path / "f").mkdir()
     clip.write_tensors(clip.CLIP(config).state_dict(), tmp_path / "f" / "model.safetensors")
     for text, words in {
-        "{": "config.json: not JSON",
-        "[1]": "config.json: not JSON .* a list",
-        '"x"': "a str",
+        "{": "config.json: not a JSON object",
+        "[1]": "config.json: not a JSON object",
+        '"x"': "config.json: not a JSON object",
         '{"vision_config": 3}': "config.json: not a config",
         '{"vision_cfg": {"head_width": 0}, "text_cfg": {}}': "config.json: not a config",
         '{"vision_cfg": {}}': "'text_cfg'",
@@ -958,9 +1078,9 @@ def test_folders_zips_and_configs_that_cannot_be_read_say_why(tmp_path):
 def test_an_index_of_shards_that_lists_none_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text, words in {
-        "{}": "weight_map is no list",
-        '{"weight_map": {"a": 3}}': "weight_map is no list",
-        "[]": "not JSON",
+        "{}": "no list of shards by tensor",
+        '{"weight_map": {"a": 3}}': "no list of shards by tensor",
+        "[1]": "not a JSON object",
         '{"weight_map": {"a": "model.safetensors.index.json"}}': (
             "neither a torch zip nor safetensors"
         ),
@@ -977,6 +1097,7 @@ CLIP_DAMAGE = {  # to the tensors of a whole checkpoint
     "no positions": lambda s: s | {"visual.positional_embedding": torch.ones(0, 384)},
     "no layers": lambda s: {k: v for k, v in s.items() if "resblocks" not in k},
     "scale of two": lambda s: s | {"logit_scale": torch.ones(2)},
+    "eight bits": lambda s: s | {"visual.proj": s["visual.proj"].to(torch.int8)},
     "half a head": lambda s: {
         k.replace("visual.ln_pre.bias", "vision_model.q_proj.bias"): v for k, v in s.items()
     },
@@ -996,20 +1117,16 @@ def test_tensors_of_odd_shapes_make_no_clip(tmp_path, damage):
         clip.load(path, config=config, image_size=96)
 
 
-def test_a_config_of_impossible_sizes_is_refused(tmp_path):
-    for change in (
-        {"vision_heads": 5},
-        {"text_layers": 0},
-        {"embed_dim": 8.0},
-        {"quick_gelu": 1},
-        {"text_mlp": True},
-    ):
-        with pytest.raises(ValueError, match="sizes are whole numbers|heads do not divide"):
-            dataclasses.replace(SMALL, **change)
-        clip.write_tensors(clip_random(SMALL).state_dict(), tmp_path / "w.safetensors",
-                           {"config": json.dumps(dataclasses.asdict(SMALL) | change)})  # fmt: skip
-        with pytest.raises(ValueError, match="the config in its metadata"):
-            clip.load(tmp_path / "w.safetensors")
+@pytest.mark.parametrize("change", [
+    {"vision_heads": 5}, {"vision_heads": 0}, {"text_heads": "1"}, {"text_layers": 0},
+    {"embed_dim": 8.0}, {"text_mlp": True}, {"image_size": 4}, {"depth": 3}, {"patch_size": None},
+])  # fmt: skip
+def test_a_config_of_impossible_sizes_is_refused(tmp_path, change):
+    path = tmp_path / "w.safetensors"
+    config = dataclasses.asdict(SMALL) | change
+    clip.write_tensors(clip_random(SMALL).state_dict(), path, {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        clip.load(path)
 
 
 def test_pickles_that_lie_about_their_tensors_are_named(tmp_path):
@@ -1090,7 +1207,7 @@ def clip_hostile(path):
     elif kind == "deflated":
         clip_zip(
             path,
-            b"\x80\x04\x8d" + (2**30).to_bytes(8, "little") + b"a" * 2**30 + b".",
+            b"\x80\x04\x8d" + (2**29).to_bytes(8, "little") + b"a" * 2**29 + b".",
             zipfile.ZIP_DEFLATED,
         )
     elif kind == "expanded":
@@ -1102,38 +1219,42 @@ def clip_hostile(path):
         header = {"a": {"dtype": "F32", "shape": [1] * 10**6, "data_offsets": [0, 4]}}
         path.write_bytes(clip_bytes(header, b"\0" * 4))
     elif kind == "merges":
-        path.write_bytes(gzip.compress(b"a" * 2**31, 1))
+        path.write_bytes(gzip.compress(b"a" * 2**29, 1))
 
 
+CLIP_KINDS = (
+    "key", "shown", "dicts", "memo", "bytes", "deflated", "expanded", "layers", "axes", "merges",
+)  # fmt: skip
 CLIP_HOSTILE = """
-import pathlib, resource, sys, clip
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    path = pathlib.Path(sys.argv[1])
-    if path.stem == "merges":
-        clip.Tokenizer(path)
-    else:
-        clip.load(path, quick_gelu=True)
-except ValueError as e:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak - before, len(str(e)), str(path) in str(e))
+import os, pathlib, signal, sys, clip
+def resident(): return next(int(line.split()[1]) for line in open("/proc/self/status")
+                            if line.startswith("VmHWM"))
+for path in map(pathlib.Path, sys.argv[1:]):
+    if os.fork() == 0:  # spares the import's seconds; the peak starts at what is resident
+        signal.alarm(20)
+        before = resident()
+        try:
+            clip.Tokenizer(path) if path.stem == "merges" else clip.load(path, quick_gelu=True)
+        except ValueError as e:
+            print(path.stem, resident() - before, len(str(e)), str(path) in str(e), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize("kind", ["key", "shown", "dicts", "memo", "bytes", "deflated", "expanded",
-                                  "layers", "axes", "merges"])  # fmt: skip
-def test_hostile_files_end_in_a_sentence_soon_and_in_little_memory(tmp_path, kind):
-    clip_hostile(tmp_path / f"{kind}.pt")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+def test_hostile_files_end_in_a_sentence_soon_and_in_little_memory(tmp_path):
+    paths = [tmp_path / f"{kind}.pt" for kind in CLIP_KINDS]
+    for path in paths:
+        clip_hostile(path)
     out = subprocess.run(
-        [sys.executable, "-c", CLIP_HOSTILE, str(tmp_path / f"{kind}.pt")],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,  # it takes the import's 5 seconds
-        cwd=Path(clip.__file__).parent,
-    )
-    kib, length, named = out.stdout.split()
-    assert int(kib) < 400_000 and int(length) < 5000 and named == "True", out.stdout
+        [sys.executable, "-c", CLIP_HOSTILE, *map(str, paths)],
+        capture_output=True, text=True, check=True, timeout=120, cwd=Path(clip.__file__).parent,
+    )  # fmt: skip
+    rows = [line.split() for line in out.stdout.splitlines()]
+    assert [row[0] for row in rows] == [*CLIP_KINDS], out.stderr
+    for kind, kib, length, named in rows:
+        assert int(kib) < 400_000 and int(length) < 5000 and named == "True", kind
 
 
 # -------------------------------------------------------------------------------------- downloads
@@ -1245,7 +1366,7 @@ def test_a_wrong_checksum_leaves_nothing(clip_server, tmp_path):
     with pytest.raises(OSError, match="404"):
         clip.fetch(f"{clip_server.url}/gone.pt", tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-    with pytest.raises(ValueError, match="sha256"):
+    with pytest.raises(OSError, match="sha256=64 hexadecimal"):
         clip.fetch("openai:ViT-B-32".replace("openai:", f"{clip_server.url}/w.pt#md5="), tmp_path)
     file, sha256 = clip.OPENAI["ViT-B-32"]
     clip_server.files[f"/{sha256}/{file}"] = b"an impostor"
@@ -1553,8 +1674,8 @@ def test_merges_are_fetched_with_downloaded_weights(clip_server, clip_bpe, tmp_p
         (b"\x1f\x8b123", "gzip"),
         (b"#version\na b c\n", "'a b c'"),
         (b"#version\nq zz\n", "'q zz'"),
-        (b"#version\n", "no merges"),
-        (b"#v\na b\na b\n", "twice"),
+        (b"#version\n", "it is empty"),
+        (b"#v\na b\na b\n", "to a new one"),
         (b"#v\n\xff\n", "Unicode"),
     ],
 )
@@ -1583,8 +1704,9 @@ def test_a_long_caption_is_cut_or_refused(clip_tokenizer):
             tokenizer(["cat dog " * 50], context_length=10, truncate=False)
         with pytest.raises(TypeError, match="NoneType"):
             tokenizer([None])
-        with pytest.raises(ValueError, match="context_length=1"):
-            tokenizer(["cat"], context_length=1)
+        for nothing_fits in (0, 1):
+            with pytest.raises(ValueError):
+                tokenizer(["cat"], context_length=nothing_fits)
         for strange in (99_999, -1):
             with pytest.raises(ValueError, match=f"got {strange}"):
                 tokenizer.decode([strange])
@@ -1645,6 +1767,20 @@ def test_tokenizer_json_gives_transformers_ids(clip_tokenizer, clip_bpe, tmp_pat
     want = theirs(texts)["input_ids"]
     assert [[ours.start, *ours.encode(text), ours.end] for text in texts] == want
     assert ours.merges == clip_tokenizer.merges
+
+
+def test_every_spelling_of_tokenizer_json_gives_the_same_ids(clip_tokenizer, clip_bpe, tmp_path):
+    """Pairs as lists or as texts, by version; "!" as padding, which is id 0, as SDXL's has it."""
+    clip_tokenizer_json(clip_tokenizer, clip_bpe, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    pairs = [m.split() if isinstance(m, str) else m for m in tree["model"]["merges"]]
+    tree["added_tokens"].append({"id": 0, "content": "!", "special": True})
+    for merges in (pairs, [" ".join(pair) for pair in pairs]):
+        tree["model"]["merges"] = merges
+        path.write_text(json.dumps(tree))
+        ours = clip.Tokenizer(path)
+        assert ours.merges == clip_tokenizer.merges and ours.end == clip_tokenizer.end
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -2319,21 +2455,24 @@ def test_training_crops_are_torchvisions_of_the_same_box():
         assert (ours.int() - theirs.int()).abs().max() <= 1  # they round between the two passes
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_a_strip_of_30000_pixels_costs_no_gigabytes():
-    program = """
-import numpy as np, data
-peak = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
-before = peak()
-for shape in ((30000, 1, 3), (1, 30000, 3)):
-    strip = np.arange(90000, dtype=np.uint8).reshape(shape)
+def memory_of_cropping(shape):
+    """MiB that the crops of a strip add to this process's peak."""
+
+    def peak():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    before = peak()
+    strip = np.arange(90_000, dtype=np.uint8).reshape(shape)
     assert data.test_crop(strip, 224).shape == data.train_crop(strip, 224).shape == (3, 224, 224)
-print((peak() - before) // 1024)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 100  # MiB; the strip resized as a whole takes 4.5 GB
+    return (peak() - before) // 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("shape", [(30_000, 1, 3), (1, 30_000, 3)])
+def test_a_strip_of_30000_pixels_costs_no_gigabytes(shape):
+    with multiprocessing.get_context("fork").Pool(1) as child:  # whose peak begins at its size
+        assert child.apply(memory_of_cropping, (shape,)) < 100  # resized as a whole: 4.5 GB
 
 
 # Broken pictures
@@ -2477,6 +2616,16 @@ def test_links_in_a_tar_are_followed_in_it_and_nowhere_else(tmp_path):
     assert not any(map(read, ("out", "above", "round", "and", "nowhere", "b", "etc/passwd")))
 
 
+def test_of_members_of_one_name_the_last_counts_whatever_its_kind(tmp_path):
+    path = tar_bytes(tmp_path / "a.tar", {"a": b"old", "b": b"bb"}, [("a", tarfile.SYMTYPE, "b"),
+                                                                      ("c", tarfile.SYMTYPE, "b")])
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("c")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"cccc"))
+    assert {n: place[1] for n, place in data.Tar(path).files.items()} == {"a": 2, "b": 2, "c": 4}
+
+
 @pytest.mark.parametrize("form", ["gnu", "posix"])
 def test_members_with_holes_are_read_whole(tmp_path, form):
     if shutil.which("tar") is None:
@@ -2503,7 +2652,7 @@ def test_members_with_holes_are_read_whole(tmp_path, form):
 @pytest.mark.parametrize("prefix", ["MINE/", "./MINE/", "./", "", "/data/sets/MINE/", "data/MINE/"])
 def test_a_tar_may_hold_the_folder_what_is_in_it_or_a_longer_path(tmp_path, prefix):
     files = {f"{prefix}train/MINE/a.png": b"1", f"{prefix}._a.png": b"2"}
-    find = data.Tar(tar_bytes(tmp_path / "MINE.tar", files)).finder("MINE")
+    find = data.Tar(tar_bytes(tmp_path / "MINE.tar", files)).find
     assert find("train/MINE/a.png") and find("train/a.png") is None and find("../a.png") is None
 
 
@@ -2519,6 +2668,18 @@ def test_a_truncated_tar_is_named(tmp_path, end):
     path = tar_bytes(tmp_path / "a.tar", {"a": bytes([7]) * 600, "b": b"b"})
     path.write_bytes(path.read_bytes()[:end])  # a: 512 + 1024, b: 512 + 512
     with pytest.raises(ValueError, match="a.tar .*truncated"):
+        data.Tar(path)
+
+
+@pytest.mark.parametrize("size", [b"-0000002000\0", b"\x80" + 11 * b"\xff", b"77777777777\0"])
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L"])
+def test_a_member_of_a_hostile_size_is_named_and_nothing_hangs(tmp_path, kind, size):
+    path = tar_bytes(tmp_path / "a.tar", {"a": b"1", "b": b"2"})
+    raw = bytearray(path.read_bytes())
+    raw[1024 + 124 : 1024 + 136] = size  # the header of b
+    raw[1024 + 156 : 1024 + 157] = kind
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="a.tar ends within 'b'"):
         data.Tar(path)
 
 
@@ -2600,8 +2761,8 @@ def test_a_tar_of_small_copies_alone_is_read_with_its_captions(tmp_path, how):
 
 
 @pytest.mark.parametrize("captions, expected", [
-    ("fomo", ["default"]), ("default", ["default"]), ("merged", "merged"),
-    ("synthetic", ["one", "two"]), ("prompt", "A photo of a a."),
+    ("default", ["default"]), ("merged", "merged"), ("synthetic", ["one", "two"]),
+    ("prompt", "A photo of a a."),
 ])  # fmt: skip
 def test_the_kind_of_training_captions_can_be_chosen(tmp_path, captions, expected):
     said = {"default_caption": ["default"], "synthetic_caption": ["one", "two"],
@@ -2652,6 +2813,11 @@ def test_names_match_however_unicode_spells_them(tmp_path, on_disk, tar):
         assert data.Mixture(world, [[concept]], 2, (0, 1, 0)).ends == [0, 2]
     with pytest.raises(ValueError, match="more than once"):
         data.Mixture(world, [stream], 2, (0, 1, 0))
+    for form in ("NFC", "NFD"):
+        spelt = [tuple(unicodedata.normalize(form, name) for name in stream[0])]
+        assert data.trainable(spelt, world) == ([(dataset.name, dataset.classes[0])], [])
+        named = unicodedata.normalize(form, "SÉT")
+        assert data.fomo_in_flux(root, [named], [named], [named]).heldout[0].name == dataset.name
 
 
 def test_json_with_a_byte_order_mark_is_read(tmp_path):
@@ -2804,8 +2970,8 @@ def test_a_table_is_a_dataset(tmp_path):
         'a/1.png\t"one, ""first"""\tx\ttrain',
         "a/2.png\t\ty\ttrain",
         "a/1.png\tuno\tx\ttrain",
-        "b/3.png\tthree\tx\tval",
-        f"{tmp_path}/b/4.png\tfour\ty\ttest",
+        "b/3.png\tthree\tx\ttest",
+        f"{tmp_path}/b/4.png\tfour\ty\t Test",
     ]
     (tmp_path / "MINE.tsv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
     world = data.open_world(tmp_path / "MINE.tsv")
@@ -2818,6 +2984,47 @@ def test_a_table_is_a_dataset(tmp_path):
     assert dataset.test.captions == ["three", "four"] and dataset.test.labels.tolist() == [0, 1]
     assert dataset.test.image(1)[0, 0, 0] == 30
     assert any("1 of 5 captions are blank or NaN" in note for note in world.notes)
+
+
+@pytest.mark.parametrize("change, captions, says", [
+    (lambda t: t.replace("one", '"one,\n""two"""'), ['one,\n"two"', "two"], None),
+    (lambda t: t.replace("title", " Caption "), ["one", "two"], None),
+    (lambda t: t.replace("\n", "\r"), ["one", "two"], None),
+    (lambda t: t.replace("\n", ",\n"), ["one", "two"], None),
+    (lambda t: t + "\n , ,,\n", ["one", "two"], None),
+    (lambda t: t.replace("1.png", "./@/../1.png"), ["one", "two"], None),
+    (lambda t: t.replace("split", "split,caption").replace("train", "train,nan"),
+     ["one", "two"], "4 of 4 captions are blank or NaN; the title or the class prompt"),
+    (lambda t: t + "1.png,x,a,val\n2.png,x,b,validation\n", ["one", "two"],
+     "test is for testing, 1 row of val left out"),
+])  # fmt: skip
+def test_tables_as_people_make_them(tmp_path, change, captions, says):
+    write_pictures(tmp_path, [f"{i}.png" for i in range(1, 5)])
+    (tmp_path / "@").mkdir()
+    rows = "1.png,one,a,train\n2.png,two,b,train\n3.png,three,a,test\n4.png,four,b,test\n"
+    (tmp_path / "t.csv").write_text(change(f"filepath,title,class,split\n{rows}"), newline="")
+    world = data.open_world(tmp_path / "t.csv")
+    assert world.adaptation[0].train.captions == captions and len(world.adaptation[0].test) == 2
+    assert [note for note in world.notes if says and says in note] or not says
+
+
+def test_names_in_a_table_match_across_unicode_forms(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    write_pictures(tmp_path / nfc, [f"{nfc}{i}.png" for i in range(4)])
+    places = [f"{nfd}/{nfd}0.png", f"{nfc}/{nfc}1.png", f"{tmp_path}/{nfd}/{nfd}2.png"]
+    rows = [f"{place},{c},{c},train" for place, c in zip(places, (nfc, nfd, "b"))]
+    rows.append(f"{nfc}/{nfc}3.png,b,b,test")
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title,class,split", *rows]))
+    [dataset] = data.table(tmp_path / "t.csv").adaptation
+    assert dataset.classes == ["b", nfc] and dataset.train.labels.tolist() == [1, 1, 0]
+
+
+def test_a_table_without_splits_keeps_one_picture_of_each_small_class_for_testing(tmp_path):
+    write_pictures(tmp_path, [f"{i}.png" for i in range(5)])
+    rows = [f"{i}.png,x,{'aabbc'[i]}" for i in range(5)]
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title,class", *rows]))
+    [dataset] = data.table(tmp_path / "t.csv").adaptation
+    assert dataset.test.labels.tolist() == [0, 1] and dataset.train.labels.tolist() == [0, 1, 2]
 
 
 def test_a_table_without_classes_and_splits_is_one_concept_for_retrieval(tmp_path):
@@ -2905,6 +3112,21 @@ def test_a_pickle_that_is_no_data_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("change", [
+    lambda d: d.pop("fine_labels"), lambda d: d.update(fine_labels=[0, 7]),
+    lambda d: d.update(data=d["data"][:, :5]), lambda d: d.update(fine_labels=["a", "b"]),
+])  # fmt: skip
+def test_cifars_format_with_other_content_is_named(tmp_path, change):
+    pictures = np.zeros((4, 32, 32, 3), np.uint8)
+    write_cifar100(tmp_path, ["a", "b"], pictures, np.array([0, 1, 0, 1]), 2)
+    file = tmp_path / "cifar-100-python" / "train"
+    content = pickle.loads(file.read_bytes())
+    change(content)
+    file.write_bytes(pickle.dumps(content))
+    with pytest.raises(OSError, match="torchvision's CIFAR100 cannot be read below"):
+        data.torchvision_sets(tmp_path, ["CIFAR100"])
+
+
 def test_shards_are_read_in_place(tmp_path):
     write_pictures(tmp_path, [f"{i}.png" for i in range(6)])
     for k in range(3):
@@ -2946,15 +3168,64 @@ def fixture_folder(tmp_path):
 def test_sources_come_together(tmp_path):
     names = [f"{s}/{c}/1.png" for s in ("train", "test") for c in "ab"]
     one = write_pictures(tmp_path / "1" / "SET", names)
-    two = write_pictures(tmp_path / "2" / "SET", [*names, "train/a/2.png"])
-    three = write_pictures(tmp_path / "OTHER", names)
-    world = data.open_world([one, two, three], heldout=["OTHER"])
-    [dataset] = world.adaptation
-    assert len(dataset.train) == 5 and dataset.train.labels.tolist() == [0, 1, 0, 0, 1]
-    assert len(dataset.test) == 4 and dataset.train.image(3)[0, 0, 0] == 40
-    write_pictures(two, ["train/c/1.png"])
-    with pytest.raises(ValueError, match="two datasets SET whose classes differ, 2 and 3"):
-        data.open_world([one, two])
+    two = write_pictures(tmp_path / "OTHER", names)
+    world = data.open_world([one, two], heldout=["OTHER"])
+    assert [d.name for d in world.adaptation] == ["SET"] and world.heldout[0].name == "OTHER"
+    again = write_pictures(tmp_path / "2" / "SET", names)
+    with pytest.raises(ValueError, match="2/SET holds a dataset SET, and so does another source"):
+        data.open_world([one, again])
+
+
+def test_in_an_update_datasets_of_one_name_are_joined_with_the_classes_of_both(tmp_path):
+    names = [f"{s}/{c}/1.png" for s in ("train", "test") for c in "bd"]
+    old = write_pictures(tmp_path / "1" / "SET", names)
+    new = write_pictures(tmp_path / "2" / "SET", ["train/a/1.png", "train/b/2.png", "test/a/1.png"])
+    first = data.open_world(old)
+    held = data.Mixture(first, [data.concepts(first.adaptation)], 4, (0, 0.5, 0.5)).held()
+    [dataset] = data.open_world([old, new], held=held).adaptation
+    assert dataset.classes == ["b", "d", "a"] and dataset.prompts[2] == "A photo of a a."
+    assert dataset.train.labels.tolist() == [0, 1, 2, 0]
+    assert dataset.test.labels.tolist() == [0, 1, 2]
+    assert [dataset.train.image(i)[0, 0, 0] for i in range(4)] == [0, 10, 0, 10]
+    assert data.concepts([dataset]) == [("SET", c) for c in "bda"]
+    one = write_pictures(tmp_path / "3" / "SET", ["train/d/9.png"])  # alone it has a class too few
+    assert len(data.open_world([old, one], held=held).adaptation[0].train) == 3
+
+
+@pytest.mark.parametrize("names, left_out", [
+    (["Train/a/1.png", "Train/b/1.png", "TEST/a/1.png", "TEST/b/1.png"], None),
+    (["training/a/1.png", "training/b/1.png", "testing/a/1.png", "testing/b/1.png"], None),
+    (["train/a/1.png", "train/b/1.png", "val/a/2.png", "test/a/1.png", "test/b/1.png"], "val"),
+    (["X/train/a/1.png", "X/train/b/1.png", "X/test/a/1.png", "X/test/b/1.png", "Y/a/1.png"], "Y"),
+])  # fmt: skip
+def test_split_folders_of_any_spelling_are_found_and_others_named(tmp_path, names, left_out):
+    world = data.open_world(write_pictures(tmp_path / "SET", names))
+    assert len(world.adaptation[0].train) == len(world.adaptation[0].test) == 2
+    said = [note for note in world.notes if "left out" in note]
+    assert len(said) == (left_out is not None) and all(left_out in note for note in said)
+
+
+def test_class_folders_match_across_unicode_forms_and_take_any_bytes(tmp_path):
+    forms = {s: unicodedata.normalize(f, "café") for s, f in (("train", "NFC"), ("test", "NFD"))}
+    latin = os.fsdecode(b"caf\xe9")
+    names = [f"{s}/{c}/1.png" for s in forms for c in (forms[s], latin)]
+    [dataset] = data.folders(write_pictures(tmp_path / "SET", names)).adaptation
+    assert dataset.classes == [forms["train"], "caf\ufffd"]
+    assert sorted(dataset.train.labels) == sorted(dataset.test.labels) == [0, 1]
+    assert [dataset.test.image(i).shape for i in (0, 1)] == [(8, 8, 3), (8, 8, 3)]
+    assert len(data.write_stream(data.concepts([dataset]), tmp_path / "s.json") or "") == 0
+    assert data.read_stream(tmp_path / "s.json") == data.concepts([dataset])
+
+
+def test_linked_folders_of_pictures_are_read(tmp_path):
+    names = [f"{s}/{c}/1.png" for s in ("train", "test") for c in "ab"]
+    root = write_pictures(tmp_path / "SET", names)
+    elsewhere = write_pictures(tmp_path / "more", ["1.png", "2.png"])
+    os.symlink(elsewhere, root / "train" / "c")
+    os.symlink(elsewhere, root / "train" / "a" / "deeper")
+    [dataset] = data.folders(root).adaptation
+    assert dataset.classes == ["a", "b", "c"]
+    assert np.bincount(dataset.train.labels).tolist() == [3, 1, 2]
 
 
 def test_validation_scores_on_training_pictures_that_are_then_not_trained_on(tmp_path):
@@ -2969,6 +3240,14 @@ def test_validation_scores_on_training_pictures_that_are_then_not_trained_on(tmp
     ]
     assert dataset.test.fingerprint() == two.adaptation[0].test.fingerprint()
     assert len(one.heldout[0].test) == 4 and "on their test split: HELD" in one.notes[-1]
+
+
+def test_validation_classifies_where_there_is_a_training_split_alone(tmp_path):
+    root = write_set(tmp_path, "SET", {"train": prompted(10, default_caption="x")}, ["a", "b"])
+    [dataset] = data.open_world(root, validation=0.2).adaptation
+    assert dataset.kind == "classification" and len(dataset.test) == 2
+    write_set(root, "SET", {"test": {}}, ["a", "b"])
+    assert data.open_world(root, validation=0.2).adaptation[0].kind == "classification"
 
 
 @pytest.mark.parametrize("make, says", [
@@ -2987,7 +3266,11 @@ def test_validation_scores_on_training_pictures_that_are_then_not_trained_on(tmp
     (lambda t: data.open_world(fixture_folder(t), pool=[f"{t}/*.tar"]), r"no shard .*\*.tar"),
     (lambda t: data.open_world(fixture_folder(t), validation=1.5),
      "share for validation .* got 1.5"),
-    (lambda t: data.open_world(fixture_folder(t), validation=0.2), "leaves none to score on"),
+    (lambda t: data.open_world(fixture_folder(t), validation=0.2),
+     "no class of two training pictures"),
+    (lambda t: data.open_world(f"torchvision:{t}/MNIST", download=True),
+     "MNIST cannot be read .* is the network there"),
+    (lambda t: data.shards(f"{t}/{{3..1}}.tar"), "stands for no shard"),
     (lambda t: data.open_world("torchvision:CIFAR7"), "torchvision:CIFAR7 is unknown; .*CIFAR100"),
     (lambda t: data.open_world(f"torchvision:{t}/CIFAR10,DTD"),
      "CIFAR10 cannot be read .* --download"),
@@ -3015,6 +3298,9 @@ def flux_folder(tmp_path):
     ("filepath,title,class\n1.png,a,x\n1.png,b,", "line 3: its class is blank"),
     ("filepath,title,split\n1.png,a,dev", "line 2: its split is 'dev'"),
     ("filepath,title\n1.png,\xff", "cannot be read as a table in UTF-8"),
+    ("filepath,title\n1.png,a dog, running", "line 2 has 3 cells for 2 columns"),
+    ('filepath,title\n1.png,"a\n2.png,b', "line 3: unexpected end of data"),
+    ('filepath,title\n1.png,"a" b\n2.png,b', "line 2: ',' expected after"),
 ])  # fmt: skip
 def test_tables_that_cannot_be_used_say_why(tmp_path, text, says):
     write_pictures(tmp_path, ["1.png", "2.png"])
@@ -3152,6 +3438,56 @@ def write_shard(path, pictures, captions, suffix="txt"):
                 archive.addfile(member, io.BytesIO(content))
 
 
+def lay_out(dataset, root, how):
+    """A drawn dataset's first pictures in another form -> what --data calls it."""
+    parts = {"train": dataset.train, "test": dataset.test}
+    classes = dataset.classes[:4]
+    chosen = {s: [i for i in range(len(p)) if p.labels[i] < 4] for s, p in parts.items()}
+    if how == "torchvision":
+        pixels, labels = (
+            np.concatenate([getattr(p, a)[chosen[s]] for s, p in parts.items()])
+            for a in ("pixels", "labels")
+        )
+        write_cifar100(root, classes, pixels, labels.tolist(), len(chosen["train"]))
+        return f"torchvision:{root}/CIFAR100"
+    rows = ["filepath,title,class,split"]
+    for split, part in parts.items():
+        for i in chosen[split]:
+            c = classes[part.labels[i]]
+            file = root / "PICTURES" / split / c / f"{i}.PNG"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(part.pixels[i]).save(file)
+            rows.append(f'{file.relative_to(root)},"{part.captions[i]}",{c},{split}')
+    (root / "table.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    return str(root / {"folders": "PICTURES", "table": "table.csv"}[how])
+
+
+@pytest.mark.parametrize("how", ["folders", "table", "torchvision"])
+def test_a_run_goes_from_peoples_own_pictures_to_scores(world, tmp_path, capsys, how):
+    dataset = next(d for d in world.adaptation if d.kind == "classification")
+    source = lay_out(dataset, tmp_path, how)
+    files = []
+    for i in range(16):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(world.heldout[0].train.pixels[i]).save(files[-1])
+    write_shard(tmp_path / "00.tar", files, world.heldout[0].train.captions[:16])
+    run = ["--method", "merge", "--model", "tiny", "--data", source, "--pool",
+           f"{tmp_path}/{{00..00}}.tar", "--steps", "2", "--tasks", "2", "--pretrain-steps", "2",
+           "--batch-size", "8", "--workers", "0", "--threads", "1", "--cache", str(tmp_path / "c"),
+           "--out", str(tmp_path / "run")]  # fmt: skip
+    assert fomo.main(run) == 0
+    said = capsys.readouterr().out
+    assert "nothing is held out" in said and "pool: 16 pictures" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["final"]["ka"] is not None and results["final"]["zs"] is None
+    assert [task["concepts"] for task in results["tasks"]] == [2, 2]
+    weights = ["--weights", str(tmp_path / "run" / "model.safetensors"), "--data", source]
+    scores = ["--threads", "1", "--out", str(tmp_path / "scores.json")]
+    assert fomo.main(["evaluate", *weights, *scores]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["ka"] == results["final"]["ka"]
+
+
 def bench_data(argv):
     """Pictures a second of one core against torchvision's ImageFolder with the same crop; from
     folder, tar and shards; the time and memory of opening a world of FoMo-in-Flux's size."""
@@ -3183,8 +3519,7 @@ def bench_data_speed(root, n, rounds):
     with tarfile.open(root / "DATA.tar", "w") as archive:
         archive.add(root / "folder" / "train", "DATA")
     found = data.Tar(root / "DATA.tar")
-    find = found.finder("DATA")
-    places = [find(path) for path in in_folder.paths]
+    places = [found.find(path) for path in in_folder.paths]
     members = data._members([[str(root / "DATA.tar"), found.stamp]], [0] * n, places)
     in_tar = data.Files("", members, in_folder.paths, in_folder.labels, in_folder.captions)
     crop = v2.Compose([
@@ -3440,7 +3775,7 @@ def recall_by_sorting(image, text, owner, k):
     return 100 * np.mean(t2i), 100 * np.mean(i2t)
 
 
-@pytest.mark.parametrize("tile", [4096, 100])  # 100: the last tiles are not full
+@pytest.mark.parametrize("tile", [2048, 100])  # 100: the last tiles are not full
 def test_recall_equals_a_full_ranking_with_several_texts_a_picture(tile, monkeypatch):
     monkeypatch.setattr(evaluate, "TILE", tile)
     image, text = normal(330, 4, dtype=torch.float64), normal(701, 4, seed=1, dtype=torch.float64)
@@ -3521,6 +3856,42 @@ def test_bf16_features_cost_less_than_a_tenth_of_a_point():
     assert abs(exact - rounded) < 0.1
 
 
+def scores_in(learner, monkeypatch, batch_size, workers=0, processes=1):
+    """{dataset: all its numbers}, in batches of that size, each process's share encoded alone."""
+    loader = data.test_loader
+    found = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "test_loader", lambda *args, **options: loader(
+            *args, **options | {"batch_size": batch_size, "workers": workers}))  # fmt: skip
+        patch.setattr(clip, "gather_rows", lambda mine, first, total: mine)
+        learner.crew.count = processes
+        sets = [d for d in learner.world.adaptation if d.kind == "retrieval"]
+        sets += learner.world.heldout[:2]
+        for d in reversed(sets) if workers else sets:
+            shares = []
+            for rank in range(processes):
+                learner.crew.rank = rank
+                shares.append(fomo.encode(learner, d, np.arange(len(d.test))))
+            image = torch.cat([share[0] for share in shares])
+            text = torch.cat([share[1] for share in shares])
+            found[d.name] = fomo.measure(d, np.arange(len(d.test)), image, text, shares[0][2])
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scores_do_not_depend_on_batches_workers_processes_or_the_order_of_sets(
+    precision, world, monkeypatch
+):
+    learner = tiny_learner(world, "--precision", precision)
+    expected = scores_in(learner, monkeypatch, 256)
+    for batch_size, workers, processes in ((7, 2, 1), (33, 0, 3)):
+        found = scores_in(learner, monkeypatch, batch_size, workers, processes)
+        if precision == "fp32":
+            assert found == expected
+        means = [math.fsum(n["score"] for n in each.values()) for each in (found, expected)]
+        assert abs(means[0] - means[1]) / len(expected) < 0.1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_features_that_are_not_finite_are_refused_not_scored(bad):
     image = normal(10, 4)
@@ -3585,8 +3956,8 @@ def test_a_part_of_features_scores_what_the_part_alone_scores():
     own = [j for j in range(90) if owner[j] in ids]
     place = {i: n for n, i in enumerate(ids)}
     expected = evaluate.retrieval(image[ids], text[own], [place[owner[j]] for j in own])
-    assert evaluate.retrieval(*evaluate.part(image, text, owner, ids)) == expected
-    assert torch.equal(evaluate.part(image, text, None, ids)[0], image[ids])
+    assert evaluate.retrieval(*evaluate.selected(image, text, owner, ids)) == expected
+    assert torch.equal(evaluate.selected(image, text, None, ids)[0], image[ids])
 
 
 def test_over_time_compares_rows_on_the_same_samples():
@@ -3716,6 +4087,7 @@ def test_above_the_line_is_the_ka_over_the_linear_trade_off():
     assert above((72.0, 40.0)) == pytest.approx(1.1)  # beyond an end: over that end
     assert above((60.0, 50.0)) == pytest.approx(-9.5)
     assert evaluate.above_line((70, 50), (70, 40), (70, 60)) == -10  # a line straight up
+    assert evaluate.above_line((69, 50), (70, 40), (70, 60)) == 10
     runs = [("a", made_run("joint", moves=[(10, 20)])), ("b", made_run(moves=[(5, 13)]))]
     rows = evaluate.summarise(evaluate.compare(runs))["lines"]
     assert rows[0]["above_line"] is None and rows[1]["above_line"]["mean"] == pytest.approx(3)
@@ -3801,6 +4173,43 @@ def test_a_run_that_another_continues_is_part_of_that_one(tmp_path):
     runs, unfinished = evaluate.read_runs([*folders, folders[1], tmp_path])
     assert [folder.name for folder, _ in runs] == ["y", "z"] and unfinished == [tmp_path]
     assert "y: A0 is scored as it is now from task 3 on" in evaluate.report(runs[:1])[0]
+
+
+def places_in(value, place=()):
+    """Keys and indices that lead to each part of nested JSON."""
+    if place:
+        yield place
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places_in(value[key], (*place, key))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["x", -1, math.nan, 10**400, None, [1], {"a": 1}, "nothing"], ids=lambda v: str(v)[:9]
+)
+def test_results_with_anything_wrong_in_them_are_refused_or_reported(wrong, tmp_path):
+    """Never an error that is none of ours: each part in turn is something else, or missing."""
+    whole = made_run(sets=1) | {"gflops": 3000.0, "parent": None}
+    whole["tasks"][1]["within"] = [{"step": 2, "ka": 25.0, "zs": 81.0}]
+    refused = 0
+    for place in places_in(whole):
+        results = copy.deepcopy(whole)
+        part = results
+        for key in place[:-1]:
+            part = part[key]
+        if wrong == "nothing":
+            del part[place[-1]]
+        else:
+            part[place[-1]] = wrong
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        try:
+            results = evaluate.read_results(tmp_path)
+        except ValueError as e:
+            refused += "is no run's results" in str(e)
+            continue
+        assert not isinstance(wrong, float), place
+        evaluate.report([(tmp_path, results)], style="json")
+    assert refused > 20
 
 
 def test_a_runs_last_lines_say_what_it_gained_and_lost():
@@ -4036,12 +4445,13 @@ def test_scores_within_a_task_are_of_the_weights_in_training_and_change_no_train
 ):
     """The weights after two steps of the second task are those that a stop there leaves."""
     options = flux_options(flux, tmp_path, "--method", "finetune", "--lr", "1e-2", "--steps", "5")
+    options += ["--tasks", "2"]
     plain, every, cut = (tmp_path / name for name in ("plain", "every", "cut"))
     assert fomo.main([*options, "--out", str(plain)]) == 0
     assert fomo.main([*options, "--out", str(every), "--eval-every", "2"]) == 0
     assert (plain / "model.safetensors").read_bytes() == (every / "model.safetensors").read_bytes()
     assert rows_of(every) == rows_of(plain)  # losses and gradients
-    assert [[row["step"] for row in rows] for rows in within(every)] == [[2, 4]] * 3
+    assert [[row["step"] for row in rows] for rows in within(every)] == [[2, 4]] * 2
     logged = [row for row in rows_of(every, "evaluation within") if row["task"] == 2]
     assert [{k: row[k] for k in ("step", "ka", "zs", "gm")} for row in logged] == within(every)[1]
     stop_at(monkeypatch, 1, 2)
@@ -4058,6 +4468,7 @@ def test_scores_within_a_task_are_of_the_weights_in_training_and_change_no_train
 def test_a_run_stopped_anywhere_has_each_score_within_its_tasks_once(flux, tmp_path, monkeypatch):
     """Stopped at pauses drawn at random, in the midst of scoring too, until it is finished."""
     options = flux_options(flux, tmp_path, "--method", "ewc", "--lr", "1e-2", "--eval-every", "1")
+    options += ["--tasks", "2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert fomo.main([*options, "--out", str(whole)]) == 0
     rng = random.Random(0)
@@ -4077,7 +4488,7 @@ def test_a_run_stopped_anywhere_has_each_score_within_its_tasks_once(flux, tmp_p
         left = rng.randint(2, 15)  # scoring takes three, a step one
         lives += 1
         assert fomo.main([*options, "--out", str(cut)]) in (0, 143)
-    assert lives > 4
+    assert lives > 3
     assert same_run(cut, whole)
     for event in ("step", "evaluation within"):
         assert rows_of(cut, event) == rows_of(whole, event)
@@ -4087,6 +4498,7 @@ def test_a_task_that_starts_elsewhere_than_at_what_was_scored_is_scored_at_its_s
     flux, tmp_path
 ):
     options = flux_options(flux, tmp_path, "--method", "zs-merge", "--lr", "1e-2", "--score-all")
+    options += ["--tasks", "2"]
     assert fomo.main([*options, "--eval-every", "2", "--out", str(tmp_path / "run")]) == 0
     theta_0 = scores(tmp_path / "run")["theta_0"]
     for rows in within(tmp_path / "run"):  # each task starts from theta_0 anew
@@ -4138,13 +4550,14 @@ def test_prompts_are_encoded_again_only_where_the_text_tower_changed(flux, tmp_p
     monkeypatch.setattr(
         fomo.Learner, "text_features", lambda self, t: texts.append(t) or encode(self, t)
     )
-    for method, times in (("locked-text", 1), ("finetune", 4)):
-        options = flux_options(flux, tmp_path, "--method", method, "--lr", "1e-2")
+    short = ["--lr", "1e-2", "--tasks", "2"]
+    for method, times in (("locked-text", 1), ("finetune", 3)):
+        options = flux_options(flux, tmp_path, "--method", method, *short)
         texts.clear()
         assert fomo.main([*options, "--out", str(tmp_path / method)]) == 0
         assert len(texts) == 3 * times  # three sets
     monkeypatch.setattr(fomo, "known_texts", lambda learner: {})
-    options = flux_options(flux, tmp_path, "--method", "locked-text", "--lr", "1e-2")
+    options = flux_options(flux, tmp_path, "--method", "locked-text", *short)
     assert fomo.main([*options, "--out", str(tmp_path / "anew")]) == 0
     assert same_run(tmp_path / "anew", tmp_path / "locked-text")
 
@@ -4188,32 +4601,77 @@ def test_results_tell_runs_on_other_data_apart(flux, tmp_path, capsys):
     assert "on different test data" in said and f"{runs[0]} {runs[1]}; or {runs[2]}" in said
 
 
+def test_a_baseline_is_a_file_of_scores_or_weights_or_a_run_that_are_scored_now(
+    flux, tmp_path, capsys
+):
+    for seed in range(2):
+        clip.save(clip_random(clip.CONFIGS["tiny"], seed), tmp_path / f"{seed}.safetensors")
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "1.safetensors", tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "results.json").write_text("{}")
+    command = ["evaluate", "--data", str(flux), "--heldout", "DIGITS", "--workers", "0"]
+    first = [*command, "--weights", str(tmp_path / "1.safetensors")]
+    assert fomo.main([*first, "--out", str(tmp_path / "scores.json")]) == 0
+    capsys.readouterr()
+    said = []
+    for name in ("scores.json", "1.safetensors", "run"):
+        more = ["--weights", str(tmp_path / "0.safetensors"), "--out", str(tmp_path / "o.json")]
+        more += ["--per-class", "--baseline", str(tmp_path / name)]
+        assert fomo.main([*command, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+    there = json.loads((tmp_path / "scores.json").read_text())["datasets"]
+    here = json.loads((tmp_path / "o.json").read_text())["datasets"]
+    rows = [line.split() for line in said[0].splitlines()]
+    beside = {row[0]: row[-2:] for row in rows if row and row[0] in here and len(row) > 1}
+    assert beside == {n: [f"{there[n]:.1f}", f"{here[n] - there[n]:+z.1f}"] for n in here}
+
+
 def bench_evaluate(argv):
-    """Seconds and MiB of retrieval and classification on features of width 512, in float32."""
+    """Seconds and MiB of retrieval and classification from features, in float32; and what scoring
+    the drawn world costs above encoding it with the tiny model."""
     parser = argparse.ArgumentParser("test_fomo.py evaluate", description=bench_evaluate.__doc__)
     parser.add_argument("--pictures", type=int, default=50_000)
     parser.add_argument("--texts", type=int, nargs="+", default=[50_000, 250_000])
+    parser.add_argument("--width", type=int, default=512, help="of the features")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    image = normal(args.pictures, 512)
-    weights = F.normalize(normal(1000, 512, seed=1), dim=-1)
+    image = normal(args.pictures, args.width)
+    weights = F.normalize(normal(1000, args.width, seed=1), dim=-1)
     work = {"classification, 1000 classes": lambda: evaluate.classification(
         image, weights, np.arange(args.pictures) % 1000)}  # fmt: skip
     for texts in args.texts:
         owner = np.arange(texts) % args.pictures
-        text = image[owner].add_(normal(texts, 512, seed=2), alpha=2)
+        text = image[owner].add_(normal(texts, args.width, seed=2), alpha=2)
         work[f"retrieval, {texts:,} texts"] = functools.partial(
             evaluate.retrieval, image, text, owner
         )
-    print(f"{args.pictures:,} pictures, {args.threads} threads")
+    print(f"{args.pictures:,} pictures, width {args.width}, {args.threads} threads")
     for name, run in work.items():
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (Linux)
         before = _memory("VmRSS")
         began = time.perf_counter()
+        worked = time.process_time()
         run()
         seconds = time.perf_counter() - began
-        print(f"{name:32} {seconds:7.1f} s {_memory('VmHWM') - before:7.0f} MiB above", flush=True)
+        worked = time.process_time() - worked
+        above = _memory("VmHWM") - before
+        times = f"{seconds:7.1f} s ({worked:.1f} s of CPU)"
+        print(f"{name:30}{times} {above:5.0f} MiB above the features", flush=True)
+    learner = tiny_learner(data.toy(), "--workers", "0")
+    encoding = []
+    scoring = []
+    for d in learner.world.adaptation + learner.world.heldout:
+        ids = np.arange(len(d.test))
+        began = time.process_time()  # of all threads, and whatever else runs
+        features = fomo.encode(learner, d, ids)
+        encoded = time.process_time()
+        fomo.measure(d, ids, *features)
+        encoding.append(encoded - began)
+        scoring.append(time.process_time() - began)
+    print(f"scoring the drawn world: {sum(scoring) / sum(encoding):.3f} times encoding it, at most"
+          f" {max(map(float.__truediv__, scoring, encoding)):.3f} of a set")  # fmt: skip
 
 
 def _memory(field):
@@ -4266,6 +4724,14 @@ def launch(*options):
     return subprocess.Popen(
         [sys.executable, str(HERE / "fomo.py"), *options], stdout=subprocess.DEVNULL
     )
+
+
+def test_the_default_cache_is_below_home_and_not_in_a_folder_called_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fomo.parse([]).cache == str(tmp_path / ".cache" / "fomo")
+    given = fomo.parse(["--cache", "~/c", "--data", "~/d", "--heldout", "H", "--out", "~/o"])
+    paths = [given.cache, *given.data, given.out]
+    assert paths == [str(tmp_path / name) for name in "cdo"]
 
 
 def test_a_run_writes_all_that_the_readme_promises(flux, tmp_path, capsys):
@@ -4499,7 +4965,8 @@ def test_the_mixture_is_made_of_what_the_options_say(flux, tmp_path, monkeypatch
         )
         assert fomo.main(flux_options(flux, tmp_path, *options)) == 0
     a, b = [args for args in made if len(args[1]) == 3]  # the others are theta_0's
-    assert a[2:] == (16, (0.1, 0.2, 0.7), 5, 0) and b[2:] == (16, (0.1, 0.2, 0.7), 5, 1)
+    assert a[2:] == (16, (0.1, 0.2, 0.7), 5, 0, None)
+    assert b[2:] == (16, (0.1, 0.2, 0.7), 5, 1, None)
     assert a[1] != b[1] and sorted(itertools.chain(*a[1])) == sorted(itertools.chain(*b[1]))
 
 
@@ -4878,7 +5345,7 @@ def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, ca
         patch.setattr(evaluate, "page", lambda *a: (_ for _ in ()).throw(full))
         assert fomo.main(options) == 2 and "No space left" in capsys.readouterr().err
     assert fomo.main([*options, "--lr", "1e-4"]) == 2
-    assert "--lr was 0.0005, is 0.0001" in capsys.readouterr().err
+    assert "--lr was 0.0003, is 0.0001" in capsys.readouterr().err
     # nothing was lost: the rest is done without training again
     monkeypatch.setattr(fomo.Learner, "backward", None)
     assert fomo.main(options) == 0 and same_run(tmp_path / "run", tmp_path / "whole")
@@ -4913,7 +5380,7 @@ def test_an_error_before_anything_was_kept_leaves_other_peoples_files(flux, tmp_
     def interrupt(*a):
         raise fomo.Stopped(signal.SIGINT)
 
-    monkeypatch.setattr(fomo, "score_theta_0", interrupt)
+    monkeypatch.setattr(fomo, "score_before", interrupt)
     assert fomo.main(options) == 130
     assert {p.name for p in out.iterdir()} == {"notes.txt"}
 
@@ -5529,14 +5996,14 @@ def other_model(months):
     (new_class, ["--weights", "{m}/other.safetensors"], "--weights is .*w.safetensors in"),
     (new_class, ["--method", "lora"], "--method is merge in .*cannot have lora"),
     (new_class, ["--merge-deploy", "all"], "--merge-deploy is None in"),
-    (new_class, ["--tasks", "9"], "1 concepts cannot make 9 tasks"),
+    (new_class, ["--tasks", "9"], "1 concepts? cannot make 9 tasks"),
     (new_class, ["--heldout", "A"], "A cannot be held out"),
     (new_class, ["--gate", "kb > 1"], "--gate asks for kb, which is not scored here"),
     (new_class, ["--gate", "ka up"], "--gate takes conditions as in"),
     (new_class, ["--out", "{m}/1"], "holds a finished run"),
     (new_class, ["--out", "{m}/1/next"], "lies within .*1, which is never written"),
     (new_class, ["--continue", ""], "takes the folder of a finished run, got ''"),
-    (new_class, ["--validation", ".2"], "A has at most 4 training .* no earlier task held"),
+    (new_class, ["--validation", ".2"], "B has no class of two .* that no earlier task held"),
 ])  # fmt: skip
 def test_what_cannot_be_continued_is_said_in_a_sentence(change, options, says, months, capsys):
     change(months)
@@ -6175,18 +6642,11 @@ def test_nothing_but_the_promised_packages_is_imported():
 def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
     """What is short is run; of runs the options are resolved; missing files are asked for."""
     lines = map(str.strip, (HERE / "README.md").read_text().splitlines())
-    commands = []
-    for line in lines:
-        loop = re.fullmatch(r"for m in ([\w -]+); do (python .*); done", line)
-        if loop:
-            commands += [loop[2].replace("$m", m) for m in loop[1].split()]
-        elif line.startswith(("python ", "torchrun ")):
-            commands.append(line)
+    commands = [line for line in lines if line.startswith(("python ", "torchrun "))]
     assert "python fomo.py --method merge" in commands and len(commands) > 20
-    assert "python fomo.py --threads 1 --cache mine/cache --out compare/si --method si" in commands
     outs = [w[w.index("--out") + 1] for w in map(shlex.split, commands) if "--out" in w]
     # each can be run after the others
-    assert len(outs) == len(set(outs)) > 15 and "runs/merge-0" not in outs
+    assert len(outs) == len(set(outs)) > 5 and "runs/merge-0" not in outs
     for i in range(3):
         torch.manual_seed(i)
         clip.write_tensors({"a": torch.randn(3, 4)}, tmp_path / ("BASE", "A", "B")[i])
@@ -6199,6 +6659,8 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
             assert argv[1] == "pytest" and (HERE / argv[-1]).exists()
         elif argv[0] == "test_fomo.py":
             assert argv[1] in BENCHES
+        elif argv[0] == "study/study.py":
+            assert {*argv[1:]} <= {*study.QUESTIONS, "--tables", "--list"}
         elif argv[0] in ("report", "evaluate", "stream", "inspect", "convert"):
             assert fomo.main(argv) == 2  # by a sentence, not by the parser, which would raise
         elif argv[0] in fomo.COMMANDS:
@@ -6221,6 +6683,66 @@ def test_the_readme_states_the_size_of_the_code():
     assert [int(n.replace(",", "")) for n in total] == pytest.approx(
         [sum(lines.values()), tests], rel=0.05
     )
+
+
+# ------------------------------------------------------------------------------------------ study
+
+STUDY = importlib.util.spec_from_file_location("study", HERE / "study/study.py")
+study = importlib.util.module_from_spec(STUDY)
+STUDY.loader.exec_module(study)
+
+
+def study_row(options, seed, *scores, steps=72):
+    return {"options": options, "seed": seed, "scores": list(scores), "steps": steps, "trained": 5}
+
+
+def test_the_readmes_tables_are_those_of_the_studys_rows():
+    text = study.README.read_text()
+    assert study.with_tables(text, study.read_rows()) == text
+    assert set(re.findall(r"<!-- table (\S+) -->", text)) <= set(study.QUESTIONS)
+
+
+def test_the_studys_runs_parse_and_are_told_apart_by_their_folders():
+    wanted = study.runs(study.QUESTIONS)
+    folders = [study.folder(*one) for one in wanted]
+    assert len(set(folders)) == len(folders) > 200
+    for one in wanted:
+        c, _ = fomo.resolve(fomo.parse(shlex.split(study.command(*one))[2:]))
+        assert c.seed == one[1] and c.threads == 1
+
+
+def test_the_studys_rows_are_of_its_runs_from_one_theta_0():
+    rows = study.read_rows()
+    assert len(rows) > 20 and study.ROWS.stat().st_size < 2**20
+    assert set(rows) <= set(study.runs(study.QUESTIONS))
+    assert len({row["theta_0"] for row in rows.values()}) == 1
+    for row in rows.values():
+        for ka, zs, gm in row["scores"]:
+            assert 0 < min(ka, zs) < 100 and gm == pytest.approx(math.sqrt(ka * zs), abs=0.01)
+
+
+def test_a_study_table_gives_mean_spread_and_the_distance_from_the_line_to_joint():
+    start = [40, 80, 56.6]
+    rows = [
+        study_row("--method joint", 0, start, [60, 70, 64.8]),
+        study_row("--method finetune", 0, start, [41, 75, 55], [52, 72, 61]),
+        study_row("--method finetune", 1, start, [43, 77, 57], [54, 74, 63]),
+    ]
+    lines = study.table("a", {(r["options"], r["seed"]): r for r in rows}).splitlines()
+    assert lines[2].startswith("| theta_0 | 40.0 | 80.0 | 56.6 |")
+    # at ZS 72 the line stands at KA 56, at ZS 74 at KA 52: 4 below it and 2 above it
+    assert lines[4] == (
+        "| finetune | 53.0 ± 1.4 | 73.0 ± 1.4 | 62.0 ± 1.4 | -1.0 ± 4.2 | +2.0, -4.0 | 2 x 72 | 5"
+        " | 2 |"
+    )
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("point", [(53.9, 68), (59.5, 65.4), (38.9, 70.4), (30, 90)])
+def test_the_studys_line_to_joint_is_that_of_the_report(point):
+    theta_0, joint = (38.9, 70.4), (59.5, 65.4)  # the paper's, as KA and ZS
+    ours = study.above_line(*point, theta_0, joint)
+    assert ours == pytest.approx(evaluate.above_line(point[::-1], theta_0[::-1], joint[::-1]))
 
 
 # ----------------------------------------------------------------------------------------- budget
@@ -6613,7 +7135,7 @@ def test_budget_peak_memory_of_micro_batches_is_that_of_a_whole_step(method, pre
 
 @pytest.mark.parametrize("method", ["finetune", "lora"])
 def test_budget_peak_memory_of_a_batch_whose_logits_are_what_is_large(method):
-    config, size, micro_batch = clip.CONFIGS["tiny"], 4000, 100
+    config, size, micro_batch = clip.CONFIGS["tiny"], 4000, 400
     real = budget_peak(config, size, method, False, micro_batch)
     ours = budget.peak_memory(config, size, method, "fp32", micro_batch=micro_batch)
     assert ours > 12 * size**2 and ours == pytest.approx(real, rel=0.05)
@@ -6770,7 +7292,7 @@ def test_budget_knows_every_run_of_fomo_and_the_defaults_of_every_method():
         (lambda: budget.step_flops(BUDGET_B16, 1, "lora", 513), "rank 513 is above .* 512"),
         (lambda: budget.step_flops(BUDGET_B16, 1, "lora", -4), "rank"),
         (lambda: budget.step_flops(BUDGET_B16, 1, "galore", gap=0), "gap"),
-        (lambda: budget.step_flops(object(), 1), "no field embed_dim"),
+        (lambda: budget.step_flops(object(), 1), "embed_dim must be a positive integer, not None"),
         (
             lambda: budget.step_flops(dataclasses.replace(BUDGET_B16, text_layers=0), 1),
             "text_layers",
@@ -7019,6 +7541,7 @@ class TestMergeTechniques:
         assert torch.equal(merge_one("magmax", torch.zeros(2), [a, b]), b)
         assert torch.equal(merge_one("magmax", torch.zeros(2), [b, a]), a)
 
+    @pytest.mark.filterwarnings("ignore:The density 1 is greater:UserWarning")
     @pytest.mark.parametrize("density", [0.1, 0.5, 1])
     def test_ties_agrees_with_peft(self, density):
         """Per tensor, top-k of 400 entries. Unweighted: peft elects before it weights,
@@ -7259,7 +7782,7 @@ class TestMergeTensors:
 
     def test_what_is_not_finite_in_a_file_is_refused(self, tmp_path):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            w = torch.zeros(merge.ONCE + 5, dtype=dtype)
+            w = torch.zeros(merge.PIECE + 5, dtype=dtype)
             base = {"w": w.clone()}
             w[-2] = math.inf
             path = tmp_path / f"{dtype}.safetensors"
@@ -7301,9 +7824,9 @@ class TestMergeTensors:
         )
 
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-    def test_files_read_in_pieces_merge_as_tensors_do(self, tmp_path, suffix):
+    def test_mapped_files_merge_as_tensors_do(self, tmp_path, suffix):
         g = torch.Generator().manual_seed(0)
-        models = [{"long": torch.randn(2 * merge.ONCE + 7, generator=g),
+        models = [{"long": torch.randn(2 * merge.PIECE + 7, generator=g),
                    "turned": torch.randn(5, 300, generator=g).T,
                    "half": torch.randn(9, 2, generator=g).half(),
                    "empty": torch.zeros(0, 3), "one": torch.ones(())}
@@ -7312,9 +7835,6 @@ class TestMergeTensors:
         for model, path in zip(models, files):
             torch.save(model, path) if suffix == "pt" else clip.write_tensors(model, path)
         stored = [clip.read_tensors(path) for path in files]
-        pieces = [piece.clone() for piece in stored[0].stored("long").pieces(merge.ONCE)]
-        assert [len(piece) for piece in pieces] == [merge.ONCE, merge.ONCE, 7]
-        assert torch.equal(torch.cat(pieces), models[0]["long"])
         merged = merge.merge("linear", stored[0], stored[1:])
         assert all(
             torch.equal(merged[k], v)
@@ -7322,7 +7842,7 @@ class TestMergeTensors:
         )
         os.truncate(files[2], os.path.getsize(files[2]) // 2)  # while the run reads it
         with pytest.raises(
-            ValueError, match=rf"2.{suffix}: a tensor of shape .* is not where the file puts it"
+            ValueError, match=rf"2.{suffix}: cannot be mapped"
         ):
             merge.merge("linear", stored[0], stored[1:])
 
@@ -7376,9 +7896,9 @@ class TestMergeTensors:
         )
 
     def test_peak_memory_is_below_twice_the_model(self, tmp_path):
-        """Three experts of 74 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter,
+        """Three experts of 38 MB shaped as a smaller ViT-B-16. Above the memory of the interpreter,
         each technique in a process of its own."""
-        config = clip._config(256, 224, 16, (512, 4, 8, 2048), (256, 4, 4), vocab=8000)
+        config = clip._config(192, 224, 16, (384, 4, 6, 1536), (192, 4, 3), vocab=8000)
         for i in range(4):
             torch.manual_seed(i)
             model = clip.CLIP(config).state_dict()
@@ -7388,7 +7908,7 @@ import os, sys, clip, merge, torch
 def status(field):
     return next(int(line.split()[1]) * 1024 \
 for line in open("/proc/self/status") if line.startswith(field))
-models = [clip.read_tensors(f"{sys.argv[1]}/{i}.safetensors") for i in range(4)]
+models = [clip.read_tensors(f"{sys.argv[1]}/{i}.safetensors", i % 2 > 0) for i in range(4)]
 merge.merge("ties", {"w": torch.zeros(9)}, [{"w": torch.ones(9)}], whole=True)  \
 # libraries load on first use
 for technique, options in [*((t, {}) for t in merge.TECHNIQUES), ("ties", {"whole": True}), \
@@ -7770,9 +8290,9 @@ class TestMergeTimeline:
         places = {n: t.data_ptr() for n, t in timeline.running.items()}
 
         def seconds(f):
-            began = time.perf_counter()
+            began = time.process_time()
             f()
-            return time.perf_counter() - began
+            return time.process_time() - began
 
         def copying():
             for n, t in copy.items():
@@ -7782,9 +8302,7 @@ class TestMergeTimeline:
             *[(seconds(lambda: timeline.add(theta)), seconds(copying)) for _ in range(15)]
         )
         assert {n: t.data_ptr() for n, t in timeline.running.items()} == places
-        assert min(updates) < 2 * min(
-            copies
-        )  # the best of 15: what the machine can do, whoever else is using it
+        assert min(updates) < 2 * min(copies)  # the best of 15, whoever else uses the machine
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @pytest.mark.parametrize("technique", merge.TECHNIQUES)
@@ -7891,6 +8409,7 @@ def bench_merge(argv):
                 command = [sys.executable, __file__, "merge", "--here", folder, "--cases", case]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 runs[case].append(json.loads(done.stdout))
+                print(f"{case}: {done.stdout.strip()}", file=sys.stderr)  # an interrupted one tells
     rows = {}
     for case, found in runs.items():
         seconds = statistics.median(run["cpu_seconds"] for run in found)
@@ -7904,9 +8423,9 @@ def bench_merge_case(folder, case):
     """-> seconds on the CPU, and the peak of memory above the interpreter, in bytes (Linux)."""
     torch.set_num_threads(1)
     base, *experts = [
-        clip.read_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))
+        clip.read_tensors(path, mapped=True) for path in sorted(Path(folder).glob("*.safetensors"))
     ]
-    theta = {name: experts[0][name] for name in base} if case.startswith("ema") else {}
+    theta = {name: experts[0][name].clone() for name in base} if case.startswith("ema") else {}
     if case in MERGE_BENCH:
         technique, options = MERGE_BENCH[case]
         work = functools.partial(merge.merge, technique, base, experts, **options)
@@ -7933,9 +8452,10 @@ def bench_merge_memory(field):
 
 
 def bench_merge_read(base, experts):
+    """All tensors into memory, one after the other."""
     for name in base:
         for expert in experts:
-            expert[name].sum()
+            expert[name].clone()
 
 
 def bench_merge_copy(copies, theta):
