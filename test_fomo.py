@@ -6086,14 +6086,16 @@ def test_scores_on_other_test_data_than_now_are_not_compared(months, capsys):
     """A class without a test picture: as many of these as before, and one wrong answer more."""
     month(months / "d", "A", ["emu"], range(4), ["train"])
     earlier = results_of(months / "1")
+    for part in (earlier["tasks"][0], earlier["tasks"][0].get("subset", {"datasets": {}})):
+        part["datasets"] |= {"A": 100.0, "B": 100.0}  # so that much is forgotten since
+    (months / "1" / "results.json").write_text(json.dumps(earlier))
     assert fomo.main(["--continue", str(months / "1"), "--out", str(months / "2")]) == 0
     results = results_of(months / "2")
     assert results["scored_since"] == {"A": 3}
     now = [row["datasets"] for row in (results["theta_0"], results["before"], results["final"])]
-    then = [row["datasets"] for row in (earlier["theta_0"], *earlier["tasks"])]
     lost = results["over_time"]["datasets"]
-    assert lost["A"]["forgetting"] == max(row["A"] for row in now) - now[-1]["A"]
-    assert lost["B"]["forgetting"] == max(row["B"] for row in now + then) - now[-1]["B"]
+    assert lost["A"]["forgetting"] == max(row["A"] for row in now) - now[-1]["A"] < 50
+    assert lost["B"]["forgetting"] == 100 - now[-1]["B"]
     said = capsys.readouterr().out
     rows = [line for line in said.splitlines() if re.match(r" *[123] +2 ", line)]
     assert ["of then" in row for row in rows[-3:]] == [True, True, False]
@@ -6117,8 +6119,6 @@ def test_what_no_task_has_learnt_may_become_held_out(months):
     assert fomo.main(["--continue", str(months / "a"), *held]) == 0
     results = results_of(months / "b")
     assert results["heldout"] == ["B", "H"] and results["scored_since"] == {"A": 3}
-    mean = (results["before"]["datasets"]["B"] + results["before"]["datasets"]["H"]) / 2
-    assert results["before"]["zs"] == pytest.approx(mean)
 
 
 def test_what_is_kept_of_si_for_the_next_update_is_three_models_large(months):
