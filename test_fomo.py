@@ -6653,6 +6653,7 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
     """What is short is run; of runs the options are resolved; missing files are asked for."""
     lines = map(str.strip, (HERE / "README.md").read_text().splitlines())
     commands = [line for line in lines if line.startswith(("python ", "torchrun "))]
+    commands.remove("python - <<'END'")  # a script of its own
     assert "python fomo.py --method merge" in commands and len(commands) > 20
     outs = [w[w.index("--out") + 1] for w in map(shlex.split, commands) if "--out" in w]
     # each can be run after the others
@@ -6675,6 +6676,9 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
             assert fomo.main(argv) == 2  # by a sentence, not by the parser, which would raise
         elif argv[0] in fomo.COMMANDS:
             assert fomo.main(argv) == 0, command
+        elif argv[0] == "--continue":
+            with pytest.raises(ValueError, match="is no finished run"):
+                fomo.parse(argv)
         else:
             fomo.resolve(fomo.parse(argv))
     assert (tmp_path / "OUT.safetensors").exists()
