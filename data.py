@@ -1366,7 +1366,8 @@ def _world(sets, notes, heldout=None, pool=(), names=None):
         if name not in sets:
             shards = "; shards are named as in 'folder/*.tar'" if name in pool else ""
             there = ", ".join(sets) or "none"
-            raise FileNotFoundError(f"there is no dataset {name}; there are: {there}{shards}")
+            role = " to hold out" if name in held else ""
+            raise FileNotFoundError(f"there is no dataset {name}{role}; there are: {there}{shards}")
     world = World([], [], notes=list(notes))
     for name in dict.fromkeys(asked if names is not None else [*sets, *asked]):
         d = sets[name]

@@ -785,8 +785,9 @@ def load_stream(learner, held=None):
         return kept
     found = data.concepts(world.adaptation, held)
     if held is not None and not found:
+        more = "add some, with --data" if c.data else "the drawn world has no more"
         raise ValueError(f"there is nothing new for {c.continue_}: its tasks held every sample that"
-                         " is there; add some, with --data")
+                         f" is there; {more}")
     return data.order(found, c.order, c.seed, order_key(learner, found), c.reverse)
 
 

@@ -39,6 +39,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unicodedata
 import urllib.request
 import warnings
@@ -5981,6 +5982,14 @@ def flip_a_byte(path):
     path.write_bytes(whole)
 
 
+def test_an_update_of_a_drawn_world_that_is_used_up_asks_for_no_data():
+    c = fomo.Config(continue_="runs/merge-0")
+    learner = types.SimpleNamespace(c=c, crew=None, world=data.World([], []))
+    held = data.Mixture(learner.world, [], 8, (0, 1, 0)).held()
+    with pytest.raises(ValueError, match="the drawn world has no more"):
+        fomo.load_stream(learner, held)
+
+
 def other_model(months):
     new_class(months)
     flip_a_byte(months / "1" / "model.safetensors")
@@ -5992,7 +6001,8 @@ def other_model(months):
     (lambda m: (m / "1" / "continue.pt").unlink(), [], "continue.pt is not there"),
     (lambda m: flip_a_byte(m / "1" / "continue.pt"), [], "continue.pt is not what"),
     (other_model, [], "model.safetensors is not what"),
-    (lambda m: None, [], "there is nothing new for"),
+    (lambda m: None, [], "there is nothing new for .*; add some, with --data"),
+    (lambda m: shutil.rmtree(m / "d" / "H"), [], "no dataset H to hold out; there are: A, B"),
     (new_class, ["--weights", "{m}/other.safetensors"], "--weights is .*w.safetensors in"),
     (new_class, ["--method", "lora"], "--method is merge in .*cannot have lora"),
     (new_class, ["--merge-deploy", "all"], "--merge-deploy is None in"),
