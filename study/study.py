@@ -81,7 +81,9 @@ QUESTIONS = {
         for method in ("merge", "ft-merge", "zs-merge") for w in (0.67, 0.77, 0.88)}, 3),
     "f-technique": ("techniques, from the running merge to the running merge", {
         "linear": "--method merge",
-        **{t: f"--method merge --merge-technique {t}" for t in TECHNIQUES}}, 3),
+        **{t: f"--method merge --merge-technique {t}" for t in TECHNIQUES},
+        "task-arithmetic, scale .1":
+        "--method merge --merge-technique task-arithmetic --merge-scale 0.1"}, 3),
     "e-tasks": ("number of updates T, the same total budget", {
         f"{method}, T {tasks}": f"--method {method} --tasks {tasks}" +
         (f" --merge-weight {w}" if method == "merge" else "")
