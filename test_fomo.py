@@ -5138,7 +5138,7 @@ def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp
     (["--merge-technique", "ties", "--lines", ".5", "x"], "--lines takes two numbers and a word"),
     (["--mixture", "a/b"], "--mixture is P/D/B"),
     (["--mixture", ".5/.5/.5"], "three shares that sum to 1"),
-    (["--heldout", "NOPE"], "no dataset NOPE; there are: ARROWS, DIGITS, LETTERS"),
+    (["--heldout", "NOPE"], "no dataset NOPE to hold out; there are: ARROWS, DIGITS, LETTERS"),
     (["--heldout", "DIGITS", "LETTERS", "ARROWS"], "the stream is empty: no concept"),
     (["--stream", "STREAM"], "2 concepts cannot make 3 tasks"),
     (["--stream", "BROKEN"], "is not valid JSON"),
