@@ -382,6 +382,15 @@ def rows_before(results):
     return [results["before"] if t == first else row for t, row in enumerate(rows)]
 
 
+def rows_alike(results):
+    """theta_0's row and each task's, all on the test data of the last: for the weights before an
+    update on other test data its "before"; None where their scores are of other data alone."""
+    rows = [results["theta_0"], *results["tasks"]]
+    again = [*rows_before(results), rows[-1]]
+    data = rows[-1].get("replaced")
+    return [next((r for r in pair if r.get("replaced") == data), None) for pair in zip(rows, again)]
+
+
 def alike(row, other):
     """Whether the means of two rows are over the same datasets, these scored on the same data."""
     return all(row.get(key) == other.get(key) for key in ("samples", "replaced")) and (
@@ -574,11 +583,13 @@ class Line:
     runs: list
 
     def track(self):
-        """[seeds, 1 + T, 2] (ZS, KA) over time, theta_0 first. No ZS, but NaN, unless every row has
-        one: an update may hold out what the tasks before did not, or no longer."""
-        over_time = [[run["theta_0"], *run["tasks"]] for run in self.runs]
+        """[seeds, 1 + T, 2] (ZS, KA) over time, theta_0 first; NaN where the scores are of other
+        test data than the last. No ZS unless each other row has one: an update may hold out what
+        the tasks before did not, or no longer."""
+        unknown = {"zs": math.nan, "ka": math.nan}
+        over_time = [[row or unknown for row in rows_alike(run)] for run in self.runs]
         track = np.array([[(r["zs"], r["ka"]) for r in rows] for rows in over_time], dtype=float)
-        if np.isnan(track[..., 0]).any():
+        if (np.isnan(track[..., 0]) & ~np.isnan(track[..., 1])).any():
             track[..., 0] = np.nan
         return track
 
@@ -589,8 +600,9 @@ class Line:
         for t, rows in enumerate(zip(*(run["tasks"] for run in self.runs))):
             seeds = [[(t + w["step"] / row["steps"], w["zs"], w["ka"]) for w in row["within"]]
                      for row in rows if row.get("within")]  # fmt: skip
+            known = all(rows_alike(run)[t + 1] is run["tasks"][t] for run in self.runs)
             alike = len(seeds) == len(rows) and len({len(path) for path in seeds}) == 1
-            tasks.append(np.mean(np.array(seeds, dtype=float), axis=0) if alike else [])
+            tasks.append(np.mean(np.array(seeds, dtype=float), axis=0) if known and alike else [])
         return tasks
 
     def changes(self):
@@ -920,7 +932,8 @@ def score_table(scores, roles, baseline=None):
         if baseline:
             row += _beside(numbers["score"], baseline.get(name, {}).get("score"))
         rows.append(row)
-    return aligned(rows)
+    told = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    return aligned([[row[i] for i in told] for row in rows])
 
 
 def class_table(numbers, classes, baseline=None):
@@ -1092,7 +1105,8 @@ class Legend:
 
 # ------------------------------------------------------------------------------------- the pictures
 
-# A track is an array [seeds, 1 + T, 2] of (ZS, KA) over time, theta_0 first; ZS may be NaN.
+# A track is an array [seeds, 1 + T, 2] of (ZS, KA) over time, theta_0 first; ZS may be NaN, and
+# both between first and last, where nothing is known that compares.
 
 
 def plot(runs, path):
@@ -1111,7 +1125,7 @@ def _has_zs(tracks):
 
 def _styles(tracks):
     """name -> (colour, mark) of what is drawn as a line."""
-    if not tracks or not all(np.isfinite(track[..., 1]).all() for track in tracks.values()):
+    if not tracks or not all(np.isfinite(t[:, [0, -1], 1]).all() for t in tracks.values()):
         raise ValueError("nothing to draw: a run has no point, or one that is not a number")
     drawn = [name for name in tracks if name not in ("joint", "zero-shot")]
     marks = list(SHAPES)[:-1]
@@ -1119,6 +1133,11 @@ def _styles(tracks):
         name: (COLOURS[i % len(COLOURS)], marks[i // len(COLOURS) % len(marks)])
         for i, name in enumerate(drawn)
     }
+
+
+def _known(values):
+    """Of [seeds, 1 + T, ...] the tasks, 0 for theta_0, that have a score."""
+    return np.flatnonzero(np.isfinite(values.reshape(*values.shape[:2], -1)).all(axis=(0, 2)))
 
 
 def _deviation(track):
@@ -1138,8 +1157,10 @@ def _opacity(styles):
 def draw_plane(tracks):
     """ZS to the right and KA upwards, a point of one as long as a point of the other."""
     styles = _styles(tracks)
-    if not all(np.isfinite(track).all() for track in tracks.values()):
+    if not all(np.isfinite(track[:, [0, -1]]).all() for track in tracks.values()):
         raise ValueError("nothing to draw: a run has a ZS that is not a number")
+    numbers = {name: _known(track) for name, track in tracks.items()}
+    tracks = {name: track[:, numbers[name]] for name, track in tracks.items()}
     legend = Legend(tracks, styles)
     axes = _plane_axes(tracks)
     height = max(axes.bottom + 70, axes.top + legend.height)
@@ -1165,7 +1186,7 @@ def draw_plane(tracks):
         for place in places[1:][-1:]:
             sheet.mark(mark, place, 9, colour, INK)
         if len(styles) <= 3:
-            _number_track(sheet, places, colour, taken)
+            _number_track(sheet, dict(zip(numbers[name], places)), colour, taken)
     for colour, place in stars.items():
         sheet.mark("star", place, 15, colour, INK)
     legend.draw(sheet, axes.right + 24, axes.top)
@@ -1219,11 +1240,11 @@ def _shade_track(sheet, axes, track, colour, opacity):
 
 def _number_track(sheet, places, colour, taken):
     """Tasks' numbers in their marks, from the last to the first, wherever there is room."""
-    for task in range(len(places) - 1, 0, -1):
-        place = places[task]
+    last = max(places)
+    for task, place in sorted(places.items(), reverse=True)[:-1]:  # theta_0 is a star
         if all(math.dist(place, (x, y)) >= 11 + radius for x, y, radius in taken):
             taken.append((*place, 11))
-            sheet.mark("circle", place, 11, colour, INK if task == len(places) - 1 else PAPER)
+            sheet.mark("circle", place, 11, colour, INK if task == last else PAPER)
             sheet.text(*place, str(task), 13, "mm", PAPER)
 
 
@@ -1245,7 +1266,8 @@ def draw_curves(tracks, within=None):
         thin = [(styles[name][0], [(x, score(np.array([zs, ka]))) for x, zs, ka in task])
                 for name, tasks in within.items() for task in tasks]  # fmt: skip
         known = [y for _, points in thin for _, y in points]
-        known += [y for track in values.values() for edge in _band(track) for y in edge]
+        for track in values.values():
+            known += [y for edge in _band(track[:, _known(track)]) for y in edge]
         pad = max(0.06 * (max(known) - min(known)), 0.5)
         top = 46 + each * i
         y = min(known) - pad, max(known) + pad
@@ -1267,13 +1289,15 @@ def _draw_curve_lines(sheet, axes, values, styles):
     if "joint" in values:
         level = values["joint"][:, -1].mean()
         sheet.dashes(axes.at(0, level), axes.at(axes.x[1], level), GOLD)
+    tasks = {name: _known(values[name]) for name in styles}
     for name, (colour, _) in styles.items():
-        if len(values[name]) > 1 and values[name].shape[1] > 1:
-            below, above = _band(values[name])
-            around = [*enumerate(below), *reversed([*enumerate(above)])]
+        if len(values[name]) > 1 and len(tasks[name]) > 1:
+            below, above = _band(values[name][:, tasks[name]])
+            around = [*zip(tasks[name], below), *reversed([*zip(tasks[name], above)])]
             sheet.shade([[axes.at(t, v) for t, v in around]], colour, _opacity(styles))
     for name, (colour, mark) in styles.items():
-        places = [axes.at(t, v) for t, v in enumerate(values[name].mean(axis=0))]
+        mean = values[name].mean(axis=0)
+        places = [axes.at(t, mean[t]) for t in tasks[name]]
         sheet.line(places, colour, 3)
         many = len(styles) > FEW or len(places) > 31
         for place in places[-1:] if many else places[1:]:
@@ -1369,7 +1393,9 @@ def draw_report(lines, path):
     """Writes the picture of lines at path, and beside it each of its parts alone: -> the files."""
     seeds = [len(line.runs) for line in lines]
     parts = _parts(lines, lines)
-    whole = _together(parts, f"{len(lines)} experiments, {sum(seeds)} runs")
+    counts = {"experiment": len(lines), "run": sum(seeds)}
+    title = ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items())
+    whole = _together(parts, title)
     files = report_files(path)
     for part, picture in {"": whole, **parts}.items():
         _save(picture, files[part])

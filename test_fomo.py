@@ -4306,6 +4306,31 @@ def test_a_band_spans_one_standard_deviation_over_the_seeds(tmp_path):
         assert (np.ptp(colour) > 10) == shaded, (zs, ka)
 
 
+def test_pictures_leave_out_scores_of_other_test_data_than_the_last():
+    """A third task on new test data: tasks 1 and 2 were scored on the old, 2 on the new as well."""
+    run = made_run(moves=[(0, 25), (0, 30), (0, 10)])  # which seems to fall from 30 to 10
+    for row in run["tasks"][:2]:
+        row["replaced"] = {"A0": 3}
+        row["within"] = [{"step": 2, "ka": 10.0, "zs": 80.0, "gm": 28.3}]
+    run["parent"] = {"task": 2}
+    run["before"] = {**run["theta_0"], "ka": 36.0}
+    line = evaluate.Line("a", [], [run])
+    nan = math.nan
+    np.testing.assert_equal(
+        line.track(), [[(80, 30), (nan, nan), (80, 36), (80, 40)]]
+    )
+    assert line.within() == [[], [], []]
+    axes = evaluate.Axes(60, 46, 680, 260, (0, 3), (29.4, 40.6))  # of KA, .06 of it left free
+    curves = np.asarray(evaluate.draw_curves({"a": line.track()}).reduced()).astype(int)
+    hue = rgb(evaluate.COLOURS[0])
+    for task, ka in ((1, 33), (2, 36)):  # the line goes straight from theta_0 to task 2
+        x, y = axes.at(task, ka)
+        assert solid(curves[round(y) - 3 : round(y) + 4, round(x) - 3 : round(x) + 4], hue, 2).any()
+    del run["before"]  # and without new scores of the old weights there is theta_0 and the end
+    np.testing.assert_equal(line.track(), [[(80, 30), (nan, nan), (nan, nan), (80, 40)]])
+    assert evaluate.draw_plane({"a": line.track()})
+
+
 def test_curves_show_what_was_scored_within_tasks():
     """One seed's dip to KA 10, at half of the second task, is a dot there and widens the axis."""
     runs = [made_run(seed=seed, moves=[(0, 10), (0, 20)]) for seed in range(2)]
