@@ -2650,5 +2650,7 @@ def contact_sheet(split, seed=0, rows=4, columns=6, side=160):
             draw.text((x + 4, y + 4), "cannot be read", "red", _font(14))
             continue
         picture.thumbnail((side - 8, side - 8))
+        factor = (side - 8) // max(picture.size)  # of a small one each pixel becomes a square
+        picture = picture.resize([n * factor for n in picture.size], Image.Resampling.NEAREST)
         sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
     return sheet
