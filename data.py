@@ -1591,8 +1591,10 @@ def _table_sets(path, template=TEMPLATE, held=None):
     found = [_table_split(path, samples[split]) for split in samples]
     kind = "classification" if classed else "retrieval"
     dataset = Dataset(path.stem, kind, classes, prompts, *found)
+    if not classed:
+        notes.append(f"{path} has no column class: it is one concept, for one task (--tasks 1)")
     if "split" not in header:
-        notes.append(f"{path} has no column split: a fifth of each class is for testing")
+        notes.append(f"{path} has no column split: up to a fifth of each class is for testing")
         dataset = _validated(dataset, 0.2, held)
     return {path.stem: dataset}, notes
 
@@ -2227,7 +2229,7 @@ def tasks(concepts, n):
                          "(--heldout says which are not, by default the paper's)")  # fmt: skip
     if not 1 <= n <= len(concepts):
         raise ValueError(f"{_count(len(concepts), 'concept')} cannot make {_count(n, 'task')}: "
-                         f"take 1 to {len(concepts):,} (--tasks)")  # fmt: skip
+                         f"take {len(concepts):,} at most (--tasks)")  # fmt: skip
     size, longer = divmod(len(concepts), n)
     ends = [i * size + min(i, longer) for i in range(n + 1)]
     return [concepts[a:b] for a, b in pairwise(ends)]
