@@ -247,7 +247,6 @@ class Stage:
     results: dict
     shown: "Learner" = None  # holds what is deployed, to score it; None: nothing is scored
     chunks: list = None  # the concepts that each task teaches
-    when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
     task: int = 0
     step: int = 0  # steps that the task has done; steps + 1: it is merged too, and not yet scored
     optimizer: torch.optim.Optimizer = None
@@ -345,7 +344,7 @@ def run(config):
         if tasks:
             results["trained_parameters"] = sum(p.numel() for p in method.trained.values())
         stage = Stage("stream", learner, method, timeline, mixture, first + tasks, steps, rates(c),
-                      (0.9, 0.999), results, shown, chunks, first_tasks(world, chunks))  # fmt: skip
+                      (0.9, 0.999), results, shown, chunks)  # fmt: skip
         go_on(stage, past)
         folder.restore(stage)
         learner.broken = shown.broken = folder.name_broken
@@ -372,10 +371,10 @@ def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
     groups = {}
     for f in fields(Config):
         if names is None or f.name in names:
-            group = f.metadata["group"]
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
-            add_option(groups[group], f.name, f.type, f)
+            title = f.metadata["group"]
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            add_option(groups[title], f.name, f.type, f)
     given = vars(parser.parse_args(argv))
     given = {f.name: given[f.name] for f in fields(Config) if f.name in given}
     config = continued(given) if "continue_" in given else Config(**given)
@@ -1081,8 +1080,7 @@ def start_optimizer(stage):
     stage.scaler = torch.amp.GradScaler(stage.learner.device.type, enabled=c.precision == "fp16")
     if stage.saved:
         stage.optimizer.load_state_dict(stage.saved["optimizer"])
-        if stage.saved["scaler"]:
-            stage.scaler.load_state_dict(stage.saved["scaler"])
+        stage.scaler.load_state_dict(stage.saved["scaler"])
         stage.saved = None
 
 
@@ -1242,10 +1240,12 @@ def row_of(stage, numbers, finished):
     """{"ka", "zs", "gm", "datasets": {name: percent}, "samples": in all, "samples_of": {name: how
     many}} and what evaluate.by_concept says. numbers: what measure() gives, of every dataset;
     finished: tasks so far, this one too."""
-    per_class = {name: n.get("per_class") for name, n in numbers.items()}
-    when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
+    world = stage.learner.world
+    scores = summary(world, {name: n["score"] for name, n in numbers.items()})
     samples = {name: n["samples"] for name, n in numbers.items()}
-    scores = summary(stage.learner.world, {name: n["score"] for name, n in numbers.items()})
+    per_class = {name: n.get("per_class") for name, n in numbers.items()}
+    when = {name: tasks for name, tasks in first_tasks(world, stage.chunks).items()
+            if per_class[name] is not None}  # fmt: skip
     seen = evaluate.by_concept(per_class, when, len(stage.chunks), finished)
     return {**scores, "samples": sum(samples.values()), "samples_of": samples, **seen}
 
@@ -1469,11 +1469,9 @@ class Folder:
         self.run = None  # {"id", "inputs", "accepted_changes"}, beside the options in config.json
         self.broken = set()  # sentences about pictures
         self.pending = []  # log rows whose numbers are still on the device: asking would stall it
-        self.began = time.monotonic()
-        self.before = 0.0  # seconds of the processes before this one
+        self.began = time.monotonic()  # less the seconds of the processes before this one
         self.due = self.began + c.save_every
         self.new = False  # whether the folder was made here
-        self.done = False
 
     def __enter__(self):
         try:
@@ -1517,7 +1515,6 @@ class Folder:
     def _read(self):
         """What an earlier process left: the run's options, which have to be the same, its state."""
         if (self.path / "results.json").exists():
-            self.done = True  # nothing of it is to be touched
             raise ValueError(f"{self.path} holds a finished run: name another folder with --out, or"
                              " delete it")
         config = self.path / "config.json"
@@ -1538,22 +1535,23 @@ class Folder:
 
     def _read_state(self):
         """The newest state that is whole. None where there is none yet."""
-        faults = []
-        for path in (self.path / "state.pt", self.path / "state-before.pt"):
-            if not path.exists():
-                continue
+        names = (self.path / "state.pt", self.path / "state-before.pt")
+        there = [path for path in names if path.exists()]
+        for path in there:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                if state["id"] != self.run["id"] or min(state["log_bytes"], state["step"]) < 0:
-                    raise ValueError("it is another run's")
-            except Exception as e:  # noqa: BLE001 -- whatever a torn file makes of torch
-                faults.append(f"{path} is no state of this run ({type(e).__name__})")
-                continue
-            if faults:
-                self.crew.say(f"{faults[0]}: going on from the one before, {path}")
-            return state
-        if faults:
-            raise ValueError(f"{faults[0]}: delete {self.path} to start anew")
+                sound = state["id"] == self.run["id"]
+                sound = sound and min(state["log_bytes"], state["step"]) >= 0
+            except Exception:  # noqa: BLE001 -- whatever a torn file makes of torch
+                sound = False
+            if sound:
+                return state
+            if path != there[-1]:
+                self.crew.say(f"{path} is no state of this run: going on from the one before,"
+                              f" {there[-1]}")
+        if there:
+            raise ValueError(f"{there[0]} is no state of this run: delete {self.path} to start"
+                             " anew")
         return None
 
     # -------- then: is the input the same, and where was the run
@@ -1597,11 +1595,10 @@ class Folder:
             stage.task = state["task"]
             stage.step = state["step"]
             stage.saved = state["inside"]
-            self.before = state["seconds"]
+            self.began = time.monotonic() - state["seconds"]
         except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError) as e:
             raise ValueError(f"{self.path}/state.pt is no state of this run ({type(e).__name__}:"
                              f" {e}): delete {self.path}") from e
-        self.began = time.monotonic()
         self.crew.say(f"{self.path}: going on with {title(stage)}, after {stage.step} steps of it")
         if self.crew.leads:  # rows that were written after the state go
             size = os.path.getsize(self.path / "log.jsonl")
@@ -1611,7 +1608,7 @@ class Folder:
     # -------- while it runs
 
     def seconds(self):
-        return self.before + time.monotonic() - self.began
+        return time.monotonic() - self.began
 
     def log(self, event, **row):
         if self.crew.leads:
@@ -1714,7 +1711,6 @@ class Folder:
                 torch.save(kept_for_the_next(stage), f)
             results["continue_sha256"] = file_hash(self.path / "continue.pt")
         write_json(self.path / "results.json", results)
-        self.done = True
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
             (self.path / name).unlink(missing_ok=True)
         for line in evaluate.words(results):
@@ -1755,8 +1751,8 @@ class Folder:
             return
         with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
             self.log_file.close()
-        states = (self.path / "state.pt", self.path / "state-before.pt")
-        if self.done or any(state.exists() for state in states):
+        kept = ("results.json", "state.pt", "state-before.pt")
+        if any((self.path / name).exists() for name in kept):
             return
         for name in ("config.json", "config.json.part", "log.jsonl", "state.pt.part",
                      "theta_0.safetensors"):  # fmt: skip
@@ -1965,26 +1961,21 @@ def merge_command(argv):
     readings = 3 if options.get("whole") else 2 if args.technique == "tall-mask" else 1
     total = len(files[0]) * len(args.experts) * readings
     with tqdm(desc=args.technique, total=total, unit=" tensors", leave=False, disable=None) as bar:
-        base, *experts = [Watched(f, bar, path) for f, path in zip(files, paths)]
+        for file, path in zip(files, paths):
+            file.path = path  # merge names it where a tensor is not what it should be
+            file.readers = {n: partial(reading, tensor, bar) for n, tensor in file.readers.items()}
         weights = getattr(args, "weights", None)
-        merged = merge.merge(args.technique, base, experts, weights, **options)
+        merged = merge.merge(args.technique, files[0], files[1:], weights, **options)
     clip.write_tensors(merged, out, metadata)
-    plural = "s" * (len(experts) > 1)
-    print(f"{args.technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out}"
+    plural = "s" * (len(args.experts) > 1)
+    print(f"{args.technique} of {len(args.experts)} expert{plural}: {len(merged)} tensors in {out}"
           f" ({time.time() - began:.1f} s)")  # fmt: skip
 
 
-class Watched(clip.Tensors):
-    """Tensors that move a bar when they are read."""
-
-    def __init__(self, tensors, bar, path):
-        super().__init__(tensors.readers, tensors.metadata)
-        self.bar = bar
-        self.path = path  # merge names it where a tensor is not what it should be
-
-    def __getitem__(self, name):
-        self.bar.update()
-        return super().__getitem__(name)
+def reading(tensor, bar):
+    """A tensor of a file, whose reading moves the bar."""
+    bar.update()
+    return tensor()
 
 
 WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "download",
