@@ -70,8 +70,8 @@ TIMELINES = {"merge": merge.TIMELINES["ema-merge"], **merge.TIMELINES}
 RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "joint", "zero-shot"]
 
 ACTIVATIONS = {"auto": None, "gelu": False, "quick_gelu": True}  # what clip.load calls quick_gelu
-ORDERS = list(data.ORDERS)  # these three since Config has a field called data
-CAPTIONS = list(data.CAPTIONS)
+ORDERS = data.ORDERS  # these three since Config has a field called data
+CAPTIONS = data.CAPTIONS
 TEMPLATE = data.TEMPLATE
 
 # What the paper uses (sec. 3 and 4), and what makes the same picture of the tiny model in minutes.
@@ -136,11 +136,10 @@ class Config:
                                   " has changed; results.json records what")
 
     model: str = option("theta_0", None, "architecture; tiny without --weights, else what the"
-                        " weights are", list(clip.CONFIGS))
+                        " weights are", clip.CONFIGS)
     weights: str = option("theta_0", None, "a file or folder in any CLIP layout, hf:ORG/REPO,"
                           " openai:ViT-B-32, or a URL; without, it is trained on the pool first")
-    activation: str = option("theta_0", "auto", "of --weights that do not say it",
-                             list(ACTIVATIONS))
+    activation: str = option("theta_0", "auto", "of --weights that do not say it", ACTIVATIONS)
     bpe: str = option("theta_0", None, "bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json or"
                       " openai:bpe; default beside the weights, else an installed open_clip's")
     pretrain_steps: int = option("theta_0", 1800, "of training it on the pool", least=1)
@@ -172,8 +171,7 @@ class Config:
                          " replays 2 M of 2 B", least=0)
 
     lr: float = option("schedule", None, "peak learning rate (sec. 4)", above=0)
-    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)",
-                           list(methods.SCHEDULES))
+    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)", methods.SCHEDULES)
     meta: str = option("schedule", "none", "meta-schedule over tasks (sec. 6.1)",
                        sorted(set().union(*methods.SCHEDULES.values())))
     warmup: float = option("schedule", 0.1, "share of a task's steps (sec. 4)")
@@ -194,11 +192,10 @@ class Config:
     merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs"
                                  " the old weights")
     merge_init: str = option("merging", None, "what a task starts from if not as the method says"
-                             " (TIME, 3)", list(merge.SOURCES))
+                             " (TIME, 3)", merge.SOURCES)
     merge_deploy: str = option("merging", None, "what is evaluated and shipped, likewise",
-                               list(merge.SOURCES[1:]))
-    merge_technique: str = option("merging", "linear", "how weights are merged",
-                                  list(merge.TECHNIQUES))
+                               merge.SOURCES[1:])
+    merge_technique: str = option("merging", "linear", "how weights are merged", merge.TECHNIQUES)
     density: float = of_technique("density")
     whole: bool = of_technique("whole")
     elect: bool = of_technique("elect")
@@ -211,7 +208,7 @@ class Config:
     lines: tuple[str, ...] = of_technique("lines")
     merge_scale: float = of_technique("scale")
     merge_growth: str = option("merging", "uniform", "how the experts' weights grow with time, for"
-                               " 'all'", list(merge.GROWTHS))
+                               " 'all'", merge.GROWTHS)
     merge_reverse: bool = option("merging", False, "they shrink instead")
     merge_base: bool = option("merging", False, "theta_0 counts as the first expert, for 'all'")
 
@@ -332,7 +329,7 @@ def run(config):
         experts = ExpertFiles(folder.path / "experts", crew)
         timeline = merge.Timeline(theta_0, store=experts, **merge_options(c))
         shown = Learner(copy.deepcopy(learner.model).cpu(), learner.tokenizer, c, crew, world)
-        method.prepare(learner.model.to(learner.device))
+        method.prepare(learner.model.to(learner.crew.device))
         results = costs | {
             "theta_0": None, "before": None, "tasks": [], "steps_per_task": steps,
             "chance": evaluate.chance(world.adaptation, world.heldout),
@@ -449,11 +446,9 @@ def resolve(config, trains=True):
             raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny"
                              " to train one on --pool")
         if c.model != "tiny":
-            raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or"
-                             " --model tiny")
+            raise ValueError(f"{c.model} is not trained from nothing: name its --weights")
         if trains and c.data and not c.pool and not c.continue_:
-            raise ValueError("without --weights theta_0 is trained on a pool: --pool names the"
-                             " datasets that are it")
+            raise ValueError("without --weights, --pool names the datasets to train theta_0 on")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
         if getattr(c, name) is None:
             setattr(c, name, value)
@@ -469,8 +464,7 @@ def resolve(config, trains=True):
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     crew = Crew(c)
     if c.batch_size < crew.count:
-        raise ValueError(f"a batch of {c.batch_size} has nothing for some of {crew.count}"
-                         " processes")
+        raise ValueError(f"a batch of {c.batch_size} is too small for {crew.count} processes")
     return c, crew
 
 
@@ -572,9 +566,9 @@ class Crew:
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if c.device != "cpu" else "gloo")
 
-    def say(self, text):
-        if self.leads:
-            tqdm.write(text)
+    def say(self, *lines):
+        for line in lines if self.leads else ():
+            tqdm.write(line)
 
     def share(self, n):
         """-> (first, end) of this process's part of n things."""
@@ -633,34 +627,41 @@ class Stopped(KeyboardInterrupt):
 # -------------------------------------------------------------------------------- model and batches
 
 
+@dataclass
 class Learner:
-    """A model with all that turns pictures and captions into features and gradients, on its device,
-    in its process."""
+    """A model with all that turns pictures and captions into features and gradients."""
 
-    def __init__(self, model, tokenizer, c, crew, world, merges=None):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.c = c
-        self.crew = crew
-        self.world = world
-        self.merges = merges  # path of the tokenizer's file
-        self.device = crew.device
-        self.pixels = model.preprocess
-        self.size = model.config.image_size
-        self.others = None  # features of pool pictures, for --order performance
-        self.texts = {}  # features of texts, as long as
-        self.text_tower = None  # the hash of what made them is this
-        self.broken = None  # takes sentences about pictures that cannot be read; None: an error
-        low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
-        self.autocast = partial(torch.autocast, self.device.type, dtype=low,
-                                enabled=low is not None)  # fmt: skip
+    model: clip.CLIP
+    tokenizer: clip.Tokenizer
+    c: Config
+    crew: Crew
+    world: data.World
+    merges: str = None  # path of the tokenizer's file
+    broken: "callable" = None  # takes sentences about pictures that cannot be read; None: an error
+    others: torch.Tensor = None  # features of pool pictures, for --order performance
+    texts: dict = field(default_factory=dict)  # features of texts, as long as
+    text_tower: str = None  # the hash of what made them is this
+
+    def autocast(self):
+        low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.c.precision]
+        return torch.autocast(self.crew.device.type, dtype=low, enabled=low is not None)
+
+    def scaler(self, **options):
+        device = self.crew.device.type
+        return torch.amp.GradScaler(device, enabled=self.c.precision == "fp16", **options)
+
+    def loading(self):
+        """How pictures are read, whatever they are for."""
+        pixels = self.model.preprocess
+        return {"image_size": self.model.config.image_size, "resize": pixels.resize,
+                "interpolation": pixels.interpolation, "broken": self.broken}  # fmt: skip
 
     def encode_image(self, images):
         """uint8 [b, 3, S, S] -> [b, D], normalised, in float32 whatever the tower runs in."""
-        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.crew.device, non_blocking=True)
         with self.autocast():
-            images = clip.normalise(images, self.pixels.mean, self.pixels.std)
-            features = self.model.encode_image(images)
+            pixels = clip.normalise(images, self.model.preprocess.mean, self.model.preprocess.std)
+            features = self.model.encode_image(pixels)
         return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, captions):
@@ -668,7 +669,7 @@ class Learner:
         texts = list(dict.fromkeys(captions))
         tokens = self.tokenizer(texts, self.model.config.context_length)
         longest = int(tokens.argmax(dim=1).max()) + 1  # what follows the end token changes nothing
-        tokens = tokens[:, :longest].to(self.device, non_blocking=True)
+        tokens = tokens[:, :longest].to(self.crew.device, non_blocking=True)
         with self.autocast():
             features = self.model.encode_text(tokens)
         features = F.normalize(features.float(), dim=-1)
@@ -681,7 +682,7 @@ class Learner:
         """Leaves the gradient of the global batch's loss, times the scaler's factor for float16, in
         .grad. Returns the loss, detached."""
         images, captions = batch
-        factor = scaler.scale(torch.ones((), device=self.device))
+        factor = scaler.scale(torch.ones((), device=self.crew.device))
         first, _ = self.crew.share(self.c.batch_size)
         rows = (first, self.c.batch_size) if self.crew.count > 1 else None
         loss = clip.backward(self.encode_image, self.encode_text, images, captions,
@@ -693,8 +694,7 @@ class Learner:
     def gradient(self, model, batch):
         """What a method measures after a task: the loss of a batch, detached, and its gradient in
         .grad. In float16 small entries would vanish, were it not scaled on the way."""
-        enabled = self.c.precision == "fp16"
-        scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=enabled)
+        scaler = self.scaler(init_scale=2.0**14)
         loss = self.backward(batch, scaler)
         for p in model.parameters():
             if p.grad is not None:
@@ -703,19 +703,16 @@ class Learner:
 
     def batches(self, mixture, task, steps, start=0):
         """This process's part of the batches of a task: (images, captions)."""
-        return data.loader(
-            self.world, mixture, task, steps, self.size, self.c.workers, start,
-            (self.crew.rank, self.crew.count), resize=self.pixels.resize,
-            interpolation=self.pixels.interpolation, broken=self.broken)  # fmt: skip
+        part = (self.crew.rank, self.crew.count)
+        return data.loader(self.world, mixture, task, steps, workers=self.c.workers, start=start,
+                           part=part, **self.loading())  # fmt: skip
 
     @torch.no_grad()
     def image_features(self, split, ids):
         """The pictures `ids` -> [N, D]. The processes share them out."""
         first, end = self.crew.share(len(ids))
         workers = self.c.workers if end - first > 2048 else 0
-        batches = data.test_loader(
-            split, ids[first:end], self.size, workers=workers, resize=self.pixels.resize,
-            interpolation=self.pixels.interpolation, broken=self.broken)  # fmt: skip
+        batches = data.test_loader(split, ids[first:end], workers=workers, **self.loading())
         return self._gather([self.encode_image(batch) for batch in batches], first, len(ids))
 
     @torch.no_grad()
@@ -726,7 +723,7 @@ class Learner:
         return self._gather(mine, first, len(texts))
 
     def _gather(self, mine, first, total):
-        nothing = torch.zeros(0, self.model.config.embed_dim, device=self.device)
+        nothing = torch.zeros(0, self.model.config.embed_dim, device=self.crew.device)
         return clip.gather_rows(torch.cat([nothing, *mine]), first, total)
 
 
@@ -743,11 +740,9 @@ def load_world(c, crew, past=None):
     learnt = [d.name for k, d in enumerate(world.heldout) if (origin == k).any()]
     if learnt:
         raise ValueError(f"{', '.join(learnt)} cannot be held out: {c.continue_} trained on it")
-    for note in world.notes:
-        crew.say(note)
+    crew.say(*world.notes)
     if not world.heldout:
-        crew.say("nothing is held out (--heldout), so ZS has nothing to stand on: KA alone is"
-                 " scored")
+        crew.say("nothing is held out (--heldout), so that KA alone is scored")
     return world
 
 
@@ -758,8 +753,7 @@ def load_stream(learner, held=None):
     world = learner.world
     if c.stream is not None:
         kept, notes = data.trainable(data.read_stream(c.stream), world)
-        for note in notes:
-            learner.crew.say(note)
+        learner.crew.say(*notes)
         return kept
     found = data.concepts(world.adaptation, held)
     if held is not None and not found:
@@ -784,7 +778,7 @@ def order_key(learner, found):
     if c.weights is None and not c.continue_:
         raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream"
                          " writes the order to a file)")
-    learner.model.to(learner.device).eval()
+    learner.model.to(learner.crew.device).eval()
     prompt = {(d.name, name): prompt for d in world.adaptation
               for name, prompt in zip(d.classes, d.prompts)}  # fmt: skip
     if c.order == "similarity":
@@ -874,14 +868,13 @@ def announce(learner, mixture, tasks, steps, costs):
              f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a"
              " step")
     if passes > 50:
-        crew.say(f"warning: {passes:,.0f} passes over the same samples; a smaller --budget or"
-                 " --steps may do")
+        crew.say(f"warning: {passes:,.0f} passes over the same samples: lower --budget or --steps")
 
 
 def time_two_steps(learner, mixture, task):
     """--plan: steps of a task, on weights that nobody keeps."""
     method = make_method(learner.c)
-    method.prepare(learner.model.to(learner.device))
+    method.prepare(learner.model.to(learner.crew.device))
     for batch in learner.batches(mixture, task, 2):
         began = time.perf_counter()
         loss = float(learner.backward(batch, torch.amp.GradScaler(enabled=False)))
@@ -916,8 +909,8 @@ def inputs(learner, stream, steps, past):
     packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL, "numpy": numpy}
     found |= {name: str(package.__version__) for name, package in packages.items()}
     found |= {flag(name): str(getattr(c, name)) for name in MACHINE}
-    gpu = learner.device.type == "cuda"
-    kind = torch.cuda.get_device_name(learner.device) if gpu else learner.device.type
+    device = learner.crew.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return found | {"processes": str(learner.crew.count), "device": kind}
 
 
@@ -951,8 +944,7 @@ def obtain_theta_0(learner, folder, past):
     model = learner.model
     if c.continue_:
         if fingerprint(model.state_dict()) != past["version"]["weights"]:
-            raise ValueError(f"{c.continue_}/model.safetensors is not what that run wrote: put it"
-                             " back")
+            raise ValueError(f"{c.continue_}/model.safetensors is not what it wrote: put it back")
         model.load_state_dict(past["theta_0"])
         return
     own = folder.path / "theta_0.safetensors"
@@ -962,7 +954,7 @@ def obtain_theta_0(learner, folder, past):
     if c.weights is None:
         key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr,
                       c.batch_size, c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
-                      learner.device.type, learner.world.pool.content(),
+                      learner.crew.device.type, learner.world.pool.content(),
                       torch.__version__])  # fmt: skip
         path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
         with alone(path, crew):
@@ -982,17 +974,16 @@ def obtain_theta_0(learner, folder, past):
 
 
 def pretrain(learner, folder):
-    """theta_0 by the loop above: one task, all of it pool, finetuning, CLIP's betas for a ViT
-    (arXiv 2103.00020, tab. 19)."""
+    """theta_0 by the loop above: one task, all of it pool, finetuning."""
     c = learner.c
-    model = learner.model.to(learner.device)
+    model = learner.model.to(learner.crew.device)
     method = methods.METHODS["finetune"]()
     method.prepare(model)
     mixture = data.Mixture(learner.world, [[]], c.batch_size, ratios=(1, 0, 0))
     rate = partial(methods.learning_rate, lr=c.pretrain_lr, warmup=c.warmup, floor=c.floor)
     timeline = merge.Timeline(on_cpu(model.state_dict()), **TIMELINES["finetune"])
     stage = Stage("theta_0", learner, method, timeline, mixture, 1, c.pretrain_steps, rate,
-                  (0.9, 0.98), {})  # fmt: skip
+                  betas=(0.9, 0.98), results={})  # CLIP's for a ViT (arXiv 2103.00020, tab. 19)
     folder.restore(stage)
     train(stage, folder)
 
@@ -1077,7 +1068,7 @@ def start_optimizer(stage):
     c = stage.learner.c
     stage.optimizer = stage.method.optimizer(stage.learner.model, lr=c.lr, betas=stage.betas,
                                              weight_decay=c.weight_decay)  # fmt: skip
-    stage.scaler = torch.amp.GradScaler(stage.learner.device.type, enabled=c.precision == "fp16")
+    stage.scaler = stage.learner.scaler()
     if stage.saved:
         stage.optimizer.load_state_dict(stage.saved["optimizer"])
         stage.scaler.load_state_dict(stage.saved["scaler"])
@@ -1096,14 +1087,14 @@ def look_back(stage, folder):
         yield batch, alone.batch_size
 
 
+@dataclass
 class ExpertFiles:
     """The store of a merge.Timeline that merges all experts so far: a file each, written by the
     first process. `hashes` travel with the state, so that an altered file is noticed."""
 
-    def __init__(self, folder, crew):
-        self.folder = folder
-        self.crew = crew
-        self.hashes = []
+    folder: Path
+    crew: Crew
+    hashes: list = field(default_factory=list)
 
     def path(self, i):
         return self.folder / f"expert-{i + 1:03}.safetensors"
@@ -1146,12 +1137,11 @@ class ExpertFiles:
         """ValueError unless the files are those that the state knows."""
         self.hashes = list(hashes)
         for i, known in enumerate(hashes):
-            if not self.path(i).exists():
-                raise ValueError(f"{self.path(i)} is missing: put it back, or delete the run's"
-                                 " folder")
+            file = self.path(i)
+            if not file.exists():
+                raise ValueError(f"{file} is missing: put it back, or delete the run's folder")
             if fingerprint(self[i]) != known:
-                raise ValueError(f"{self.path(i)} has changed since it was written: put it back, or"
-                                 " delete the run's folder")
+                raise ValueError(f"{file} has changed: put it back, or delete the run's folder")
 
 
 def score_before(stage, folder):
@@ -1220,7 +1210,7 @@ def score_all(stage, folder, everything, name, finished):
         shown.texts = {}
     everywhere = {}
     on_subset = {}
-    shown.model.to(shown.device).eval()
+    shown.model.to(shown.crew.device).eval()
     datasets = shown.world.adaptation + shown.world.heldout
     for d in Lines(datasets, name, len(datasets), 0, shown):
         subset = evaluate.balanced_subset(d.test.labels, shown.c.seed)
@@ -1316,8 +1306,7 @@ def finished(folder):
     """The results of a finished run, which can be continued."""
     if not os.path.exists(os.path.join(folder, "results.json")):
         if os.path.exists(os.path.join(folder, "config.json")):
-            raise ValueError(f"{folder} is not finished: start its own command again, then continue"
-                             " it")
+            raise ValueError(f"{folder} is not finished: start its own command again, first")
         raise ValueError(f"{folder} is no finished run: --continue takes the folder of one")
     results = evaluate.read_results(folder)
     method = results["config"]["method"]
@@ -1337,7 +1326,7 @@ def continued(given):
         raise ValueError("--continue takes the folder of a finished run, got ''")
     folder = Path(given["continue_"])
     results = finished(folder)
-    before = {k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items()}
+    before = results["config"]
     known = {f.name: f for f in fields(Config)}
     if set(before) != set(known) or "version" not in results:
         raise ValueError(f"{folder} is a run of another version of fomo.py: it cannot be continued")
@@ -1358,14 +1347,12 @@ def continued(given):
     beside = folder.with_name(name) if folder.name not in ("", "..") else there.with_name(name)
     options["out"] = options["out"] or str(beside)
     if there in Path(options["out"]).resolve().parents:
-        raise ValueError(f"--out {options['out']} lies within {folder}, which is never written:"
-                         " name another")
+        raise ValueError(f"--out {options['out']} lies within {folder}, which is never written")
     return Config(**options)
 
 
 def what_holds(name, value, options):
-    """The value of an option of a run with these options: its default for None; of a path, where
-    it leads."""
+    """What an option of a run with these options means: None its default, a path its place."""
     if value is not None:
         return os.path.realpath(value) if name in PATHS else value
     place = TIMELINES.get(options["method"], TIMELINES["finetune"])
@@ -1506,8 +1493,7 @@ class Folder:
         log_file = (self.path / "log.jsonl").open("a", encoding="utf-8")
         if not lock(log_file):
             log_file.close()
-            raise ValueError(f"another process is running in {self.path}: wait for it, or name"
-                             " another --out")
+            raise ValueError(f"another process is running in {self.path}: name another --out")
         self.log_file = log_file
         for torn in self.path.rglob("*.part*"):  # of processes that were killed: ours is the lock
             torn.unlink()
@@ -1515,8 +1501,7 @@ class Folder:
     def _read(self):
         """What an earlier process left: the run's options, which have to be the same, its state."""
         if (self.path / "results.json").exists():
-            raise ValueError(f"{self.path} holds a finished run: name another folder with --out, or"
-                             " delete it")
+            raise ValueError(f"{self.path} holds a finished run: delete it, or name another --out")
         config = self.path / "config.json"
         if not config.exists():
             return
@@ -1547,11 +1532,9 @@ class Folder:
             if sound:
                 return state
             if path != there[-1]:
-                self.crew.say(f"{path} is no state of this run: going on from the one before,"
-                              f" {there[-1]}")
+                self.crew.say(f"{path} is no state of this run: going on from the one before")
         if there:
-            raise ValueError(f"{there[0]} is no state of this run: delete {self.path} to start"
-                             " anew")
+            raise ValueError(f"{there[0]} is no state of this run: delete {self.path}")
         return None
 
     # -------- then: is the input the same, and where was the run
@@ -1684,8 +1667,7 @@ class Folder:
     # -------- at the end
 
     def finish(self, stage):
-        """What was deployed last becomes the run's model; results.json, which comes last, says that
-        the run is finished."""
+        """What was deployed last becomes the run's model; results.json, the last, ends the run."""
         results = stage.results
         last = (results["tasks"] or [results["theta_0"]])[-1]
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
@@ -1713,8 +1695,7 @@ class Folder:
         write_json(self.path / "results.json", results)
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
             (self.path / name).unlink(missing_ok=True)
-        for line in evaluate.words(results):
-            self.crew.say(line)
+        self.crew.say(*evaluate.words(results))
         if failed:
             self.crew.say(f"the gate fails ({'; '.join(failed)}): model.safetensors has the weights"
                           " before this update, model-refused.safetensors the new ones")
@@ -1783,8 +1764,7 @@ def whole(path, before=None):
     except RuntimeError as e:  # torch's for a write that fails
         part.unlink(missing_ok=True)
         free = shutil.disk_usage(part.parent).free
-        raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are"
-                      " free)") from e
+        raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes free)") from e
     if before and path.exists():
         os.replace(path, before)
     os.replace(part, path)
@@ -1794,23 +1774,19 @@ def check_folder(path, flag):
     """ValueError where a folder cannot be, or be made: better before the work than after it."""
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{path} cannot be written ({there} is not a folder that can be written):"
-                         f" name another with {flag}")
+        raise ValueError(f"{there} is not a folder that can be written: name another with {flag}")
 
 
 def check_file(path, inputs=()):
-    """The same for a file, whose folder has to be there, and which must not be one of the inputs or
-    hold what is not ours."""
+    """The same for a file, which must not be one of the inputs or hold what is not ours."""
     folder = os.path.dirname(os.path.abspath(path))
     can_be = os.path.isdir(folder) and os.access(folder, os.W_OK)
     if not path or os.path.isdir(path) or not can_be:
-        raise ValueError(f"--out {path!r} cannot be written: give a file's name in a folder that is"
-                         " there and can be written")
+        raise ValueError(f"--out {path!r} cannot be written: name a file in a folder that can be")
     if any(os.path.realpath(p) == os.path.realpath(path) for p in inputs):
         raise ValueError(f"--out {path!r} is one of the inputs: give another name")
     if os.path.exists(path) and not is_ours(path):
-        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: give another"
-                         " name")
+        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: name another")
 
 
 def is_ours(path):
@@ -1914,7 +1890,7 @@ def roles(world):
 
 def score_now(learner, templates=None):
     """{dataset: its numbers} on all test data."""
-    learner.model.to(learner.device).eval()
+    learner.model.to(learner.crew.device).eval()
     datasets = learner.world.adaptation + learner.world.heldout
     return {d.name: score(learner, d, range(len(d.test)), templates)
             for d in Lines(datasets, "scoring", len(datasets), 0, learner)}  # fmt: skip
@@ -2055,8 +2031,7 @@ FULL = "; free some space where --out or --cache lies and start the same command
 
 
 def main(argv=None):
-    """Runs a command. What the user can mend is one sentence on stderr, and exit status 2; 3 is a
-    gate that fails."""
+    """Runs a command. What a user can mend: a sentence, exit status 2. A gate that fails: 3."""
     refused = False
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic
