@@ -1475,8 +1475,7 @@ class Folder:
         if isinstance(error, Stopped):
             kept = "nothing was kept, for nothing was trained yet"
             if self.state:
-                kept = f"all that was trained is kept in {self.path}; the same command goes on"
-                kept += " from there"
+                kept = f"all that was trained is kept in {self.path}: the same command goes on"
             error.args = (error.args[0], kept)
         self._close()
 
@@ -1486,7 +1485,7 @@ class Folder:
         check_folder(self.path, "--out")
         names = set(os.listdir(self.path)) if self.path.exists() else set()
         beginning = {"log.jsonl", "config.json.part"}  # of a run that was killed as it began
-        if "config.json" not in names and names - beginning:
+        if names - beginning and recorded(self.path) is None:
             raise ValueError(f"{self.path} is there and is no run of fomo.py: name another --out")
         self.new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -1502,15 +1501,10 @@ class Folder:
         """What an earlier process left: the run's options, which have to be the same, its state."""
         if (self.path / "results.json").exists():
             raise ValueError(f"{self.path} holds a finished run: delete it, or name another --out")
-        config = self.path / "config.json"
-        if not config.exists():
+        self.run = recorded(self.path)
+        if self.run is None:
             return
-        try:
-            self.run = json.loads(config.read_text(encoding="utf-8"))["run"]
-            before = dict(self.run["asked"])
-        except (ValueError, TypeError, KeyError, RecursionError) as e:
-            raise ValueError(f"{config} is not the configuration of a run of this fomo.py"
-                             f" ({type(e).__name__}: {e}): name another --out") from None
+        before = self.run["asked"]
         other = [f"{flag(k)} was {before.get(k)}, is {value}" for k, value in self.asked.items()
                  if k not in FREE + MACHINE and before.get(k) != value]  # fmt: skip
         if other:
@@ -1742,6 +1736,15 @@ class Folder:
         if self.new:
             with contextlib.suppress(OSError):  # not empty
                 self.path.rmdir()
+
+
+def recorded(folder):
+    """What begin() wrote of a run into the folder's config.json, None where that is no run's."""
+    try:
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))["run"]
+        return {**run, "asked": {**run["asked"]}}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def in_words(name, old, new):
