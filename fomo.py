@@ -1201,13 +1201,9 @@ def score_within(stage, folder):
 def score_all(stage, folder, everything, name, finished):
     """-> a row of results.json, of the weights in stage.shown; see row_of. Between the first and
     the last row there may be subsets alone: then these two have theirs in "subset", to compare
-    with. A text tower that is the one of before, to the bit, encodes no text again."""
+    with."""
     shown = stage.shown
-    weights = shown.model.state_dict()
-    tower = fingerprint({n: t for n, t in weights.items() if not n.startswith("visual.")})
-    if shown.text_tower != tower:
-        shown.text_tower = tower
-        shown.texts = {}
+    known = known_texts(shown)
     everywhere = {}
     on_subset = {}
     shown.model.to(shown.crew.device).eval()
@@ -1215,7 +1211,7 @@ def score_all(stage, folder, everything, name, finished):
     for d in Lines(datasets, name, len(datasets), 0, shown):
         subset = evaluate.balanced_subset(d.test.labels, shown.c.seed)
         ids = numpy.arange(len(d.test.labels)) if everything else subset
-        features = encode(shown, d, ids, known=shown.texts)
+        features = encode(shown, d, ids, known=known)
         everywhere[d.name] = on_subset[d.name] = measure(d, ids, *features)
         if len(subset) < len(ids) and not shown.c.score_all:
             on_subset[d.name] = measure(d, subset, *evaluate.selected(*features, subset))
@@ -1274,6 +1270,17 @@ def encode(learner, dataset, ids, templates=None, known=None):
     captions = [[c] if isinstance(c, str) else c for c in (test.captions[i] for i in ids)]
     owner = [i for i, several in enumerate(captions) for _ in several]
     return image, text_features([c for several in captions for c in several]), owner
+
+
+def known_texts(learner):
+    """Features of texts by their digest, empty whenever the text tower is not the one of before, to
+    the bit: a locked tower, or theta_0's, encodes each prompt once."""
+    weights = learner.model.state_dict()
+    tower = fingerprint({n: t for n, t in weights.items() if not n.startswith("visual.")})
+    if learner.text_tower != tower:
+        learner.text_tower = tower
+        learner.texts = {}
+    return learner.texts
 
 
 def summary(world, scores):
@@ -1645,15 +1652,15 @@ class Folder:
             inside = {"optimizer": stage.optimizer.state_dict(),
                       "scaler": stage.scaler.state_dict()}  # fmt: skip
         if self.crew.leads:
+            state = {
+                "id": self.run["id"], "stage": stage.name, "task": stage.task, "step": stage.step,
+                "model": model, "method": stage.method.state(), "inside": inside,
+                "timeline": stage.timeline.state(), "results": stage.results,
+                "experts": getattr(stage.timeline.store, "hashes", []), "seconds": self.seconds(),
+                "log_bytes": os.path.getsize(self.path / "log.jsonl"),
+            }  # fmt: skip
             with whole(self.path / "state.pt", self.path / "state-before.pt") as f:
-                torch.save({
-                    "id": self.run["id"], "stage": stage.name, "task": stage.task,
-                    "step": stage.step, "model": model, "method": stage.method.state(),
-                    "timeline": stage.timeline.state(), "inside": inside, "results": stage.results,
-                    "experts": getattr(stage.timeline.store, "hashes", []),
-                    "seconds": self.seconds(),
-                    "log_bytes": os.path.getsize(self.path / "log.jsonl"),
-                }, f)  # fmt: skip
+                torch.save(state, f)
         self.state = {"stage": stage.name}
         cost = time.monotonic() - began
         self.due = time.monotonic() + max(self.c.save_every, 50 * cost)  # at most 2 % of the time
@@ -1666,9 +1673,9 @@ class Folder:
         last = (results["tasks"] or [results["theta_0"]])[-1]
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results["accepted_changes"] = self.run["accepted_changes"]
-        for name, parts in (("data_sha256", SCORED), ("training_sha256", TRAINED)):
-            found = self.run["inputs"].items()  # for a report, to tell apart runs on other data
-            results[name] = digest({k: v for k, v in found if k.endswith(parts)})
+        found = self.run["inputs"].items()  # a report tells runs on other data apart
+        results["data_sha256"] = digest({k: v for k, v in found if k.endswith(SCORED)})
+        results["training_sha256"] = digest({k: v for k, v in found if k.endswith(TRAINED)})
         results["seconds"] = results.get("seconds", 0) + self.seconds()  # and of what it continues
         results["config"] = dataclasses.asdict(self.c)
         results["over_time"] = evaluate.over_time(results)
@@ -1683,8 +1690,9 @@ class Folder:
         beside = [] if alone else evaluate.joint_beside(self.path, results)
         evaluate.page(results, self.path / "picture.png", beside)
         if self.c.method not in ("joint", "zero-shot") and not failed:
+            kept = kept_for_the_next(stage)
             with whole(self.path / "continue.pt") as f:
-                torch.save(kept_for_the_next(stage), f)
+                torch.save(kept, f)
             results["continue_sha256"] = file_hash(self.path / "continue.pt")
         write_json(self.path / "results.json", results)
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
