@@ -69,8 +69,9 @@ except ImportError:  # not POSIX: nobody is locked out
 TIMELINES = {"merge": merge.TIMELINES["ema-merge"], **merge.TIMELINES}
 RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "joint", "zero-shot"]
 
-ORDERS = list(data.ORDERS)  # these three since Config has a field called data
-CAPTIONS = list(data.CAPTIONS)
+ACTIVATIONS = {"auto": None, "gelu": False, "quick_gelu": True}  # what clip.load calls quick_gelu
+ORDERS = data.ORDERS  # these three since Config has a field called data
+CAPTIONS = data.CAPTIONS
 TEMPLATE = data.TEMPLATE
 
 # What the paper uses (sec. 3 and 4), and what makes the same picture of the tiny model in minutes.
@@ -100,7 +101,8 @@ def of_technique(name):
     """The option of some merging techniques that merge.py calls so."""
     kind = merge.OPTIONS[name]
     uses = ", ".join(t for t in merge.TECHNIQUES if name in merge.used(t))
-    return option("merging", None, f"{uses}: {kind.help} (default {kind.default})")
+    text = f"{uses}: {kind.help}; {kind.limits} (default {kind.default})"
+    return option("merging", None, text)
 
 
 @dataclass
@@ -134,11 +136,10 @@ class Config:
                                   " has changed; results.json records what")
 
     model: str = option("theta_0", None, "architecture; tiny without --weights, else what the"
-                        " weights are", list(clip.CONFIGS))
+                        " weights are", clip.CONFIGS)
     weights: str = option("theta_0", None, "a file or folder in any CLIP layout, hf:ORG/REPO,"
                           " openai:ViT-B-32, or a URL; without, it is trained on the pool first")
-    activation: str = option("theta_0", "auto", "of --weights that do not say it",
-                             ["auto", "gelu", "quick_gelu"])
+    activation: str = option("theta_0", "auto", "of --weights that do not say it", ACTIVATIONS)
     bpe: str = option("theta_0", None, "bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json or"
                       " openai:bpe; default beside the weights, else an installed open_clip's")
     pretrain_steps: int = option("theta_0", 1800, "of training it on the pool", least=1)
@@ -170,8 +171,7 @@ class Config:
                          " replays 2 M of 2 B", least=0)
 
     lr: float = option("schedule", None, "peak learning rate (sec. 4)", above=0)
-    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)",
-                           list(methods.SCHEDULES))
+    schedule: str = option("schedule", "cosine", "within a task (sec. 6.1)", methods.SCHEDULES)
     meta: str = option("schedule", "none", "meta-schedule over tasks (sec. 6.1)",
                        sorted(set().union(*methods.SCHEDULES.values())))
     warmup: float = option("schedule", 0.1, "share of a task's steps (sec. 4)")
@@ -192,11 +192,10 @@ class Config:
     merge_weight: float = option("merging", None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs"
                                  " the old weights")
     merge_init: str = option("merging", None, "what a task starts from if not as the method says"
-                             " (TIME, 3)", list(merge.SOURCES))
+                             " (TIME, 3)", merge.SOURCES)
     merge_deploy: str = option("merging", None, "what is evaluated and shipped, likewise",
-                               list(merge.SOURCES[1:]))
-    merge_technique: str = option("merging", "linear", "how weights are merged",
-                                  list(merge.TECHNIQUES))
+                               merge.SOURCES[1:])
+    merge_technique: str = option("merging", "linear", "how weights are merged", merge.TECHNIQUES)
     density: float = of_technique("density")
     whole: bool = of_technique("whole")
     elect: bool = of_technique("elect")
@@ -209,7 +208,7 @@ class Config:
     lines: tuple[str, ...] = of_technique("lines")
     merge_scale: float = of_technique("scale")
     merge_growth: str = option("merging", "uniform", "how the experts' weights grow with time, for"
-                               " 'all'", list(merge.GROWTHS))
+                               " 'all'", merge.GROWTHS)
     merge_reverse: bool = option("merging", False, "they shrink instead")
     merge_base: bool = option("merging", False, "theta_0 counts as the first expert, for 'all'")
 
@@ -242,15 +241,13 @@ class Stage:
     steps: int  # of each task
     rate: "callable"  # (step, steps, task) -> learning rate
     betas: tuple[float, float]  # AdamW's
-    score: "callable"  # (task) -> None: after each task, of what is deployed
     results: dict
-    score_within: "callable" = None  # () -> None: before each step, of what is trained
+    shown: "Learner" = None  # holds what is deployed, to score it; None: nothing is scored
+    chunks: list = None  # the concepts that each task teaches
     task: int = 0
     step: int = 0  # steps that the task has done; steps + 1: it is merged too, and not yet scored
     optimizer: torch.optim.Optimizer = None
     scaler: torch.amp.GradScaler = None
-    when: dict = None  # dataset -> for each class the task that teaches it, from 1; None: none
-    chunks: list = None  # the concepts that each task teaches
     saved: dict = None  # state of the optimizer and the scaler, after a stop within a task
 
 
@@ -272,11 +269,14 @@ def train(stage, folder):
         scaler = stage.scaler
         batches = learner.batches(stage.mixture, task, stage.steps, stage.step)
         for batch in Lines(batches, title(stage), stage.steps, stage.step, learner):
-            if stage.score_within:
-                stage.score_within()
-            rate = set_rate(optimizer, stage.rate(step=stage.step, steps=stage.steps, task=task))
+            score_within(stage, folder)  # --eval-every
+            rate = stage.rate(step=stage.step, steps=stage.steps, task=task)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             loss = learner.backward(batch, scaler)
-            add_penalty(method, model, scaler)
+            penalty = method.penalty(model)
+            if torch.is_tensor(penalty):  # once, whatever the number of pieces and processes
+                scaler.scale(penalty).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(method.trained.values(), c.clip_norm)
             if c.precision != "fp16" or norm.isfinite():  # else the scaler leaves this step out
@@ -284,7 +284,8 @@ def train(stage, folder):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            clamp_scale(model)
+            if model.logit_scale.requires_grad:
+                model.logit_scale.data.clamp_(max=clip.MAX_LOGIT_SCALE)
             folder.log_step(stage, rate, loss, norm, model.logit_scale)
             stage.step += 1
             folder.pause(stage)  # saves the state if it is time to, and stops if somebody asks
@@ -293,7 +294,7 @@ def train(stage, folder):
             timeline.add(on_cpu(method.plain(model)))
             stage.step = stage.steps + 1
         stage.optimizer = stage.scaler = optimizer = scaler = None  # free, while others score
-        stage.score(task)
+        score_task(stage, folder)
         stage.task = task + 1
         stage.step = 0
         folder.save(stage)
@@ -304,18 +305,19 @@ def run(config):
     c, crew = resolve(config)
     with Signals() as signals, Folder(c, crew, signals) as folder:
         past = read_past(c)
-        world = load_world(c, crew, past["held"])
+        world = load_world(c, crew, past)
         learner = load_learner(c, crew, world)
         stream = load_stream(learner, past["held"])
         new = data.tasks(stream, 1 if c.method == "joint" else c.tasks)
         mixture = data.Mixture(world, new, c.batch_size, ratios(c), c.replay, c.seed, past["held"])
         chunks = past["chunks"] + new
+        first = len(past["chunks"])
         tasks = 0 if c.method == "zero-shot" else len(new)
-        samples = mixture.ends[-1] - mixture.ends[len(past["chunks"])]
+        samples = mixture.ends[-1] - mixture.ends[first]
         steps, costs = budget.plan(learner.model.config, c, tasks, samples)
         announce(learner, mixture, tasks, steps, costs)
         if c.plan:
-            return time_two_steps(learner, mixture, len(past["chunks"]))
+            return time_two_steps(learner, mixture, first)
         names = [d.name for d in world.adaptation + world.heldout]
         evaluate.check_gate(c.gate, names, world.heldout)
         found = inputs(learner, stream, steps, past)
@@ -327,29 +329,26 @@ def run(config):
         experts = ExpertFiles(folder.path / "experts", crew)
         timeline = merge.Timeline(theta_0, store=experts, **merge_options(c))
         shown = Learner(copy.deepcopy(learner.model).cpu(), learner.tokenizer, c, crew, world)
-        method.prepare(learner.model.to(learner.device))
+        method.prepare(learner.model.to(learner.crew.device))
         results = costs | {
             "theta_0": None, "before": None, "tasks": [], "steps_per_task": steps,
             "chance": evaluate.chance(world.adaptation, world.heldout),
-            "heldout": [d.name for d in world.heldout], "scored_on": scored_on(found, world),
+            "heldout": [d.name for d in world.heldout], "scored_on": {
+                name: digest([found[f"{name}: {what}"] for what in SCORED])[:12] for name in names
+            },
             "theta_0_sha256": fingerprint(theta_0), "trained_parameters": 0,
         }  # fmt: skip
         if tasks:
             results["trained_parameters"] = sum(p.numel() for p in method.trained.values())
-        stage = Stage("stream", learner, method, timeline, mixture, len(past["chunks"]) + tasks,
-                      steps, rates(c), (0.9, 0.999), None, results)  # fmt: skip
-        stage.score = partial(score_task, stage, shown, folder)
-        if c.eval_every:
-            stage.score_within = partial(score_within, stage, shown, folder)
-        stage.when = first_tasks(world, chunks)
-        stage.chunks = chunks
+        stage = Stage("stream", learner, method, timeline, mixture, first + tasks, steps, rates(c),
+                      (0.9, 0.999), results, shown, chunks)  # fmt: skip
         go_on(stage, past)
         folder.restore(stage)
         learner.broken = shown.broken = folder.name_broken
-        score_before(stage, shown, folder)
+        score_before(stage, folder)
         crew.say(told_so_far(stage.results))
         train(stage, folder)
-        return folder.finish(stage, shown)
+        return folder.finish(stage)
 
 
 # --------------------------------------------------------- what a run reads before it does anything
@@ -364,23 +363,17 @@ def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
     parents: parsers of further options, for --help."""
     parser = argparse.ArgumentParser(
         program, usage=f"{program} [options]", allow_abbrev=False, description=description,
-        parents=parents,
-        argument_default=argparse.SUPPRESS,
+        parents=parents, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     groups = {}
     for f in fields(Config):
         if names is None or f.name in names:
-            group = f.metadata["group"]
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
-            add_option(groups[group], f)
+            title = f.metadata["group"]
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            add_option(groups[title], f.name, f.type, f)
     given = vars(parser.parse_args(argv))
     given = {f.name: given[f.name] for f in fields(Config) if f.name in given}
-    for name in PATHS:
-        if isinstance(given.get(name), str):
-            given[name] = os.path.expanduser(given[name])
-        elif name in given:
-            given[name] = tuple(map(os.path.expanduser, given[name]))
     config = continued(given) if "continue_" in given else Config(**given)
     refuse_unused(config, given)
     config.cache = os.path.expanduser(config.cache)  # the default's ~, too
@@ -391,74 +384,71 @@ def flag(name):
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def add_option(group, f):
-    text = f.metadata["help"]
-    if f.type is bool:
-        group.add_argument(flag(f.name), action="store_true", help=text)
-        return
-    if f.name in PAPER:
-        paper = "" if PAPER[f.name] is None else f"{PAPER[f.name]}; "
-        text += f" (default {paper}tiny {TINY[f.name]})"
-    elif f.default not in (None, ()):
-        text += f" (default {f.default})"
-    choices = f.metadata["choices"]
-    many = f.type == tuple[str, ...]
-    flags = [flag(f.name)] + (["-o"] if f.name == "out" else [])
-    group.add_argument(
-        *flags, type=str if many else f.type, nargs="*" if many else None, choices=choices,
-        help=text.replace("%", "%%"), dest=f.name,
-        metavar=None if choices else f.name.upper().rstrip("_"))  # fmt: skip
+def add_option(group, name, kind, described):
+    """Gives a parser the option of that name and type, which option() has described."""
+    text = described.metadata["help"]
+    if name in PAPER:
+        paper = "" if PAPER[name] is None else f"{PAPER[name]}; "
+        text += f" (default {paper}tiny {TINY[name]})"
+    elif described.default not in (None, ()) and kind is not bool:
+        text += f" (default {described.default})"
+    choices = described.metadata["choices"]
+    how = {"metavar": None if choices else name.upper().rstrip("_"), "type": kind}
+    if kind is bool:
+        how = {"action": "store_true"}
+    elif kind in (tuple, tuple[str, ...]):
+        how |= {"nargs": "*", "type": str}
+    if name in PATHS:
+        how["type"] = os.path.expanduser
+    if choices:
+        how["choices"] = choices
+    flags = [flag(name), *(["-o"] if name == "out" else [])]
+    group.add_argument(*flags, dest=name, help=text.replace("%", "%%"), **how)
 
 
 def refuse_unused(c, given):
     """ValueError where an option was given that this run has no use for: it would be ignored."""
-    place = timeline_place(c)
-    used = merge.timeline_used(place["init"], place["deploy"], c.merge_technique)
-    reasons = {  # option -> why it does nothing here, or ""
-        "budget": c.steps and "--steps says how many steps there are",
-        "pretrain_steps": c.weights and "--weights is theta_0",
-        "pretrain_lr": c.weights and "--weights is theta_0",
-        "activation": not c.weights and "it belongs to --weights",
-        "bpe": not c.weights and "it belongs to --weights",
-        "heldout": not c.data and "it names datasets of --data; the drawn world has its own",
-        "pool": not c.data and "it names datasets of --data; the drawn world has its own",
-        **dict.fromkeys(("captions", "prompts_too", "template", "validation", "download"),
-                        not c.data and "it belongs to --data"),
-        "order": c.stream and "--stream says the order",
-        "reverse": c.stream and "--stream says the order",
-        "cooldown": c.schedule != "rsqrt" and "it belongs to --schedule rsqrt",
-        **{field: name not in used and "no merge here uses it" for field, name in MERGING.items()},
-    }  # fmt: skip
+    place = merge_options(c)
+    merges = merge.timeline_used(place["init"], place["deploy"], c.merge_technique)
     trains = c.method if c.method in methods.METHODS else "finetune"
-    for name in methods.OPTIONS:
-        if name != "seed" and name not in methods.used(trains):
-            reasons[name] = f"--method {c.method} has no such option"
-    if c.method == "zero-shot":
-        idle = [f.name for f in fields(Config)
-                if f.metadata["group"] in ("schedule", "method", "merging")]  # fmt: skip
-        idle += ["eval_every", "gate"]
-        reasons |= dict.fromkeys(idle, "--method zero-shot trains nothing")
-    for name in given:
-        if reasons.get(name):
-            raise ValueError(f"{flag(name)} does nothing here: {reasons[name]}")
+    of_training = [f.name for f in fields(c)
+                   if f.metadata["group"] in ("schedule", "method", "merging")]  # fmt: skip
+    idle = (  # options, whether they do nothing here, and why
+        ([*of_training, "eval_every", "gate"], c.method == "zero-shot",
+         "--method zero-shot trains nothing"),
+        (set(methods.OPTIONS) - {"seed", *methods.used(trains)}, True,
+         f"--method {c.method} has no such option"),
+        ([name for name in MERGING if MERGING[name] not in ("init", "deploy", *merges)], True,
+         "no merge here uses it"),
+        (["budget"], c.steps, "--steps says how many steps there are"),
+        (["pretrain_steps", "pretrain_lr"], c.weights, "--weights is theta_0"),
+        (["activation", "bpe"], not c.weights, "it belongs to --weights"),
+        (["heldout", "pool"], not c.data,
+         "it names datasets of --data; the drawn world has its own"),
+        (["captions", "prompts_too", "template", "validation", "download"], not c.data,
+         "it belongs to --data"),
+        (["order", "reverse"], c.stream, "--stream says the order"),
+        (["cooldown"], c.schedule != "rsqrt", "it belongs to --schedule rsqrt"),
+    )  # fmt: skip
+    for names, unused, why in idle:
+        for name in names:
+            if unused and name in given:
+                raise ValueError(f"{flag(name)} does nothing here: {why}")
 
 
 def resolve(config, trains=True):
     """-> (Config with nothing left open, Crew). ValueError where options do not go together."""
     c = dataclasses.replace(config)
-    if not trains and c.weights is None:
-        c.model = "tiny"  # nothing is asked of it
-    if c.model is None and c.weights is None and not c.data:
-        c.model = "tiny"
-    if c.model is None and c.weights is None:
-        raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny to"
-                         " train one on --pool")
-    if c.weights is None and c.model != "tiny":
-        raise ValueError(f"{c.model} is not trained from nothing here: give its --weights, or"
-                         " --model tiny")
-    if trains and c.weights is None and c.data and not c.pool and not c.continue_:
-        raise ValueError("without --weights theta_0 is trained on a pool: --pool names the datasets"
-                         " that are it")
+    if c.weights is None:
+        if not trains or c.model is None and not c.data:
+            c.model = "tiny"
+        if c.model is None:
+            raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny"
+                             " to train one on --pool")
+        if c.model != "tiny":
+            raise ValueError(f"{c.model} is not trained from nothing: name its --weights")
+        if trains and c.data and not c.pool and not c.continue_:
+            raise ValueError("without --weights, --pool names the datasets to train theta_0 on")
     for name, value in (TINY if c.model == "tiny" else PAPER).items():
         if getattr(c, name) is None:
             setattr(c, name, value)
@@ -474,48 +464,38 @@ def resolve(config, trains=True):
     c.out = c.out or f"runs/{c.method}-{c.seed}"
     crew = Crew(c)
     if c.batch_size < crew.count:
-        raise ValueError(f"a batch of {c.batch_size} has nothing for some of {crew.count}"
-                         " processes")
+        raise ValueError(f"a batch of {c.batch_size} is too small for {crew.count} processes")
     return c, crew
 
 
 def check_range(f, value):
     """ValueError unless the field's value lies where its option says."""
-    least = f.metadata["least"]
-    above = f.metadata["above"]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
+    least = f.metadata["least"]
+    above = f.metadata["above"]
     if not abs(value) < (2**31 if f.type is int else math.inf):
         raise ValueError(f"{flag(f.name)} must be finite and below 2^31, got {value}")
     if least is not None and value < least:
         raise ValueError(f"{flag(f.name)} must be at least {least}, got {value}")
-    if above is not None and not value > above:
+    if above is not None and value <= above:
         raise ValueError(f"{flag(f.name)} must be above {above}, got {value}")
 
 
-def timeline_place(c):
-    """Where the run stands in TIME's grid: as its method says, and the command line otherwise."""
-    place = dict(TIMELINES.get(c.method, TIMELINES["finetune"]))
-    if c.merge_init is not None:
-        place["init"] = c.merge_init
-    if c.merge_deploy is not None:
-        place["deploy"] = c.merge_deploy
-    return place
-
-
 MERGING = {  # option -> what merge.Timeline calls it
-    "merge_technique": "technique", "merge_weight": "weight", "merge_growth": "expert_weights",
-    "merge_reverse": "reverse", "merge_base": "include_base", "merge_scale": "scale",
+    "merge_init": "init", "merge_deploy": "deploy", "merge_technique": "technique",
+    "merge_weight": "weight", "merge_growth": "expert_weights", "merge_reverse": "reverse",
+    "merge_base": "include_base", "merge_scale": "scale",
     **{name: name for name in merge.OPTIONS if name not in ("scale", "seed")},
 }  # fmt: skip
 
 
 def merge_options(c):
-    """Timeline's arguments."""
-    options = timeline_place(c)
+    """Timeline's arguments: as the method says, and the command line otherwise."""
+    options = dict(TIMELINES.get(c.method, TIMELINES["finetune"]))
     for field_name, name in MERGING.items():
         value = getattr(c, field_name)
-        if value is not None and value is not False:  # else the technique's own
+        if value is not None and value is not False:
             options[name] = lines_of(value) if name == "lines" else value
     return options
 
@@ -567,7 +547,13 @@ class Crew:
             if beside > torch.cuda.device_count():
                 raise ValueError(f"torchrun started {beside} processes where there are"
                                  f" {torch.cuda.device_count()} GPUs: take fewer, or --device cpu")
-        self.device = torch.device(check_device(device))
+        try:
+            torch.empty(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"--device {device} cannot be used here ({reason}); --device auto"
+                             " takes what there is") from None
+        self.device = torch.device(device)
         if c.precision == "auto":
             good = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
             c.precision = "bf16" if good else "fp32"
@@ -580,9 +566,9 @@ class Crew:
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if c.device != "cpu" else "gloo")
 
-    def say(self, text):
-        if self.leads:
-            tqdm.write(text)
+    def say(self, *lines):
+        for line in lines if self.leads else ():
+            tqdm.write(line)
 
     def share(self, n):
         """-> (first, end) of this process's part of n things."""
@@ -596,30 +582,16 @@ class Crew:
         dist.all_reduce(together, dist.ReduceOp.MAX)
         return together.tolist()
 
-    def told(self, value):
-        """-> the first process's value, once all have come here."""
-        box = [value]
+    def gathered(self, value):
+        """-> every process's value, once all have come here."""
+        values = [value] * self.count
         if self.count > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def check_same(self, what, value):
-        """RuntimeError unless all processes hold the same value."""
-        if self.count > 1:
-            values = [None] * self.count
             dist.all_gather_object(values, value)
-            if len(set(values)) > 1:
-                raise ValueError(f"the processes do not hold the same {what}: {values}")
+        return values
 
-
-def check_device(device):
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); --device auto takes"
-                         " what there is") from None
-    return device
+    def told(self, value=None):
+        """-> the first process's value, once all have come here."""
+        return self.gathered(value)[0]
 
 
 class Signals:
@@ -655,35 +627,40 @@ class Stopped(KeyboardInterrupt):
 # -------------------------------------------------------------------------------- model and batches
 
 
+@dataclass
 class Learner:
-    """A model with all that turns pictures and captions into features and gradients, on its device,
-    in its process."""
+    """A model with all that turns pictures and captions into features and gradients."""
 
-    def __init__(self, model, tokenizer, c, crew, world, merges=None):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.c = c
-        self.crew = crew
-        self.world = world
-        self.merges = merges  # path of the tokenizer's file
-        self.device = crew.device
-        pixels = model.preprocess
-        self.mean = pixels.mean
-        self.std = pixels.std
-        self.geometry = {"resize": pixels.resize, "interpolation": pixels.interpolation}
-        self.size = model.config.image_size
-        self.others = None  # features of pool pictures, for --order performance
-        self.texts = {}  # features of texts, as long as
-        self.text_tower = None  # the hash of what made them is this
-        self.broken = None  # takes sentences about pictures that cannot be read; None: an error
-        low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
-        self.autocast = partial(torch.autocast, self.device.type, dtype=low,
-                                enabled=low is not None)  # fmt: skip
+    model: clip.CLIP
+    tokenizer: clip.Tokenizer
+    c: Config
+    crew: Crew
+    world: data.World
+    merges: str = None  # path of the tokenizer's file
+    broken: "callable" = None  # takes sentences about pictures that cannot be read; None: an error
+    others: torch.Tensor = None  # features of pool pictures, for --order performance
+    texts: dict = field(default_factory=dict)  # features of texts, as long as
+    text_tower: str = None  # the hash of what made them is this
+
+    def autocast(self):
+        low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.c.precision]
+        return torch.autocast(self.crew.device.type, dtype=low, enabled=low is not None)
+
+    def scaler(self, **options):
+        device = self.crew.device.type
+        return torch.amp.GradScaler(device, enabled=self.c.precision == "fp16", **options)
+
+    def loading(self):
+        """How pictures are read, whatever they are for."""
+        pixels = self.model.preprocess
+        return {"image_size": self.model.config.image_size, "resize": pixels.resize,
+                "interpolation": pixels.interpolation, "broken": self.broken}  # fmt: skip
 
     def encode_image(self, images):
         """uint8 [b, 3, S, S] -> [b, D], normalised, in float32 whatever the tower runs in."""
+        images = images.to(self.crew.device, non_blocking=True)
         with self.autocast():
-            pixels = clip.normalise(images.to(self.device, non_blocking=True), self.mean, self.std)
+            pixels = clip.normalise(images, self.model.preprocess.mean, self.model.preprocess.std)
             features = self.model.encode_image(pixels)
         return F.normalize(features.float(), dim=-1)
 
@@ -692,7 +669,7 @@ class Learner:
         texts = list(dict.fromkeys(captions))
         tokens = self.tokenizer(texts, self.model.config.context_length)
         longest = int(tokens.argmax(dim=1).max()) + 1  # what follows the end token changes nothing
-        tokens = tokens[:, :longest].to(self.device, non_blocking=True)
+        tokens = tokens[:, :longest].to(self.crew.device, non_blocking=True)
         with self.autocast():
             features = self.model.encode_text(tokens)
         features = F.normalize(features.float(), dim=-1)
@@ -705,7 +682,7 @@ class Learner:
         """Leaves the gradient of the global batch's loss, times the scaler's factor for float16, in
         .grad. Returns the loss, detached."""
         images, captions = batch
-        factor = scaler.scale(torch.ones((), device=self.device))
+        factor = scaler.scale(torch.ones((), device=self.crew.device))
         first, _ = self.crew.share(self.c.batch_size)
         rows = (first, self.c.batch_size) if self.crew.count > 1 else None
         loss = clip.backward(self.encode_image, self.encode_text, images, captions,
@@ -717,8 +694,7 @@ class Learner:
     def gradient(self, model, batch):
         """What a method measures after a task: the loss of a batch, detached, and its gradient in
         .grad. In float16 small entries would vanish, were it not scaled on the way."""
-        enabled = self.c.precision == "fp16"
-        scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=enabled)
+        scaler = self.scaler(init_scale=2.0**14)
         loss = self.backward(batch, scaler)
         for p in model.parameters():
             if p.grad is not None:
@@ -728,16 +704,15 @@ class Learner:
     def batches(self, mixture, task, steps, start=0):
         """This process's part of the batches of a task: (images, captions)."""
         part = (self.crew.rank, self.crew.count)
-        return data.loader(self.world, mixture, task, steps, self.size, self.c.workers, start, part,
-                           **self.geometry, broken=self.broken)  # fmt: skip
+        return data.loader(self.world, mixture, task, steps, workers=self.c.workers, start=start,
+                           part=part, **self.loading())  # fmt: skip
 
     @torch.no_grad()
     def image_features(self, split, ids):
         """The pictures `ids` -> [N, D]. The processes share them out."""
         first, end = self.crew.share(len(ids))
         workers = self.c.workers if end - first > 2048 else 0
-        batches = data.test_loader(split, ids[first:end], self.size, workers=workers,
-                                   **self.geometry, broken=self.broken)  # fmt: skip
+        batches = data.test_loader(split, ids[first:end], workers=workers, **self.loading())
         return self._gather([self.encode_image(batch) for batch in batches], first, len(ids))
 
     @torch.no_grad()
@@ -748,15 +723,16 @@ class Learner:
         return self._gather(mine, first, len(texts))
 
     def _gather(self, mine, first, total):
-        nothing = torch.zeros(0, self.model.config.embed_dim, device=self.device)
+        nothing = torch.zeros(0, self.model.config.embed_dim, device=self.crew.device)
         return clip.gather_rows(torch.cat([nothing, *mine]), first, total)
 
 
-def load_world(c, crew, held=None):
-    """held: what earlier tasks held, where this run continues another."""
+def load_world(c, crew, past=None):
+    """past: what read_past() gave, where this run continues another."""
     if not c.data:
         return data.toy()
-    before = finished(c.continue_)["config"]["data"] if c.continue_ else ()
+    held = past and past["held"]
+    before = past["results"]["config"]["data"] if held else ()
     world = data.open_world(c.data, c.heldout, c.pool, c.captions, c.prompts_too, c.template,
                             c.validation, c.download, c.cache, held, before)  # fmt: skip
     c.data = tuple(map(str, world.sources))
@@ -764,11 +740,9 @@ def load_world(c, crew, held=None):
     learnt = [d.name for k, d in enumerate(world.heldout) if (origin == k).any()]
     if learnt:
         raise ValueError(f"{', '.join(learnt)} cannot be held out: {c.continue_} trained on it")
-    for note in world.notes:
-        crew.say(note)
+    crew.say(*world.notes)
     if not world.heldout:
-        crew.say("nothing is held out (--heldout), so ZS has nothing to stand on: KA alone is"
-                 " scored")
+        crew.say("nothing is held out (--heldout), so that KA alone is scored")
     return world
 
 
@@ -777,11 +751,9 @@ def load_stream(learner, held=None):
     held: only of those that have samples which no earlier task held."""
     c = learner.c
     world = learner.world
-    crew = learner.crew
     if c.stream is not None:
         kept, notes = data.trainable(data.read_stream(c.stream), world)
-        for note in notes:
-            crew.say(note)
+        learner.crew.say(*notes)
         return kept
     found = data.concepts(world.adaptation, held)
     if held is not None and not found:
@@ -795,24 +767,23 @@ def order_key(learner, found):
     """What --order sorts the concepts by (sec. 3.3), None where it needs no key."""
     c = learner.c
     world = learner.world
-    prompt = {(d.name, name): prompt for d in world.adaptation
-              for name, prompt in zip(d.classes, d.prompts)}  # fmt: skip
     if c.order == "frequency":
         if world.pool is None:
             raise ValueError("--order frequency counts names in the captions of a --pool: name one")
         return data.occurrences(found, world.pool.captions)
     if c.order == "time":
         return data.times(found)
-    if c.order in ("performance", "similarity") and c.weights is None and not c.continue_:
+    if c.order not in ("performance", "similarity"):
+        return None
+    if c.weights is None and not c.continue_:
         raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream"
                          " writes the order to a file)")
-    if c.order in ("performance", "similarity"):
-        learner.model.to(learner.device).eval()
+    learner.model.to(learner.crew.device).eval()
+    prompt = {(d.name, name): prompt for d in world.adaptation
+              for name, prompt in zip(d.classes, d.prompts)}  # fmt: skip
     if c.order == "similarity":
         return learner.text_features([prompt[concept] for concept in found]).cpu().numpy()
-    if c.order == "performance":
-        return [concept_loss(learner, concept, prompt[concept]) for concept in found]
-    return None
+    return [concept_loss(learner, concept, prompt[concept]) for concept in found]
 
 
 def concept_loss(learner, concept, prompt, most=32):
@@ -840,15 +811,13 @@ def load_learner(c, crew, world):
     if weights is None:
         torch.manual_seed(0)
         return Learner(clip.CLIP(clip.CONFIGS[c.model]), clip.Tokenizer(), c, crew, world)
-    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[c.activation]
-    model = load_clip(weights, None if c.continue_ else quick_gelu, c.cache)
+    model = load_clip(weights, "auto" if c.continue_ else c.activation, c.cache)
     plain = dataclasses.replace(model.config, quick_gelu=False)
     if c.model and clip.CONFIGS[c.model] != plain:
         raise ValueError(f"{weights} is no {c.model}: without --model it is what the weights are")
     c.model = next((name for name, known in clip.CONFIGS.items() if known == plain), None)
-    bytewise = model.config.vocab_size == clip.CONFIGS["tiny"].vocab_size
     merges = None
-    if not bytewise:
+    if model.config.vocab_size != clip.CONFIGS["tiny"].vocab_size:  # whose tokens are bytes
         named = c.bpe and not c.continue_
         merges = clip.fetch(c.bpe, c.cache) if named else clip.find_bpe(weights, c.cache)
     tokenizer = clip.Tokenizer(merges)
@@ -858,9 +827,9 @@ def load_learner(c, crew, world):
     return Learner(model, tokenizer, c, crew, world, merges)
 
 
-def load_clip(path, quick_gelu, cache):
+def load_clip(path, activation, cache=None):
     try:
-        return clip.load(path, None, quick_gelu, cache=cache)
+        return clip.load(path, None, ACTIVATIONS[activation], cache=cache)
     except ValueError as e:
         hint = "; on the command line: --activation" if "quick_gelu=" in str(e) else ""
         raise ValueError(f"{e}{hint}") from None
@@ -877,7 +846,6 @@ def announce(learner, mixture, tasks, steps, costs):
         return
     if c.eval_every and c.eval_every >= steps:
         raise ValueError(f"--eval-every {c.eval_every} does nothing here: a task has {steps} steps")
-    method = "finetune" if c.method == "zero-shot" else c.method
     samples = mixture.ends[-1]
     passes = tasks * steps * c.batch_size / samples
     those = "samples of the stream"
@@ -892,7 +860,7 @@ def announce(learner, mixture, tasks, steps, costs):
                  f" those that are there{gone and f', and what has gone: {gone}'}")
         if not before and ratios(c)[2]:
             crew.say("the buffer is empty: the update takes its share of each batch")
-    peak = budget.peak_memory(learner.model.config, -(-c.batch_size // crew.count), method,
+    peak = budget.peak_memory(learner.model.config, -(-c.batch_size // crew.count), c.method,
                               c.precision, c.rank or 0, c.micro_batch)  # fmt: skip
     processes = f" on {crew.count} processes" if crew.count > 1 else ""
     crew.say(f"{c.method}: {tasks} x {steps:,} steps of {c.batch_size} pairs{processes},"
@@ -900,14 +868,13 @@ def announce(learner, mixture, tasks, steps, costs):
              f" {costs['gflops_spent']:,.0f} memory-adjusted GFLOPs, {peak / 2**20:,.0f} MiB a"
              " step")
     if passes > 50:
-        crew.say(f"warning: {passes:,.0f} passes over the same samples; a smaller --budget or"
-                 " --steps may do")
+        crew.say(f"warning: {passes:,.0f} passes over the same samples: lower --budget or --steps")
 
 
 def time_two_steps(learner, mixture, task):
     """--plan: steps of a task, on weights that nobody keeps."""
     method = make_method(learner.c)
-    method.prepare(learner.model.to(learner.device))
+    method.prepare(learner.model.to(learner.crew.device))
     for batch in learner.batches(mixture, task, 2):
         began = time.perf_counter()
         loss = float(learner.backward(batch, torch.amp.GradScaler(enabled=False)))
@@ -916,6 +883,7 @@ def time_two_steps(learner, mixture, task):
 
 
 SCORED = ("class names and prompts", "test pictures and captions")  # what a dataset's scores are of
+TRAINED = ("training pictures and captions", "pool")
 
 
 def inputs(learner, stream, steps, past):
@@ -926,7 +894,7 @@ def inputs(learner, stream, steps, past):
     for d in world.adaptation + world.heldout:
         found[f"{d.name}: {SCORED[0]}"] = digest([d.kind, d.classes, d.prompts])
         found[f"{d.name}: {SCORED[1]}"] = d.test.fingerprint()
-        found[f"{d.name}: training pictures and captions"] = d.train.fingerprint()
+        found[f"{d.name}: {TRAINED[0]}"] = d.train.fingerprint()
     if world.pool is not None:
         found["pool"] = world.pool.fingerprint()
     if c.continue_:
@@ -937,26 +905,13 @@ def inputs(learner, stream, steps, past):
         found["weights"] = digest([fingerprint(model.state_dict()), *says])
     if learner.merges:
         found["tokenizer"] = file_hash(learner.merges)
-    device = learner.device
+    found["python"] = sys.version.split()[0]
+    packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL, "numpy": numpy}
+    found |= {name: str(package.__version__) for name, package in packages.items()}
+    found |= {flag(name): str(getattr(c, name)) for name in MACHINE}
+    device = learner.crew.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__),
-                "torchvision": torchvision.__version__, "pillow": PIL.__version__,
-                "numpy": numpy.__version__}  # fmt: skip
-    machine = {flag(name): str(getattr(c, name)) for name in MACHINE}
-    return found | versions | machine | {"processes": str(learner.crew.count), "device": kind}
-
-
-def data_hashes(found):
-    """Of inputs(): what a report needs to tell runs on different data apart."""
-    trained = ("training pictures and captions", "pool")
-    return {"data_sha256": digest({name: found[name] for name in found if name.endswith(SCORED)}),
-            "training_sha256": digest({n: found[n] for n in found if n.endswith(trained)})}
-
-
-def scored_on(found, world):
-    """{dataset: 12 digits that tell apart what it is scored on}, of inputs()."""
-    sets = world.adaptation + world.heldout
-    return {d.name: digest([found[f"{d.name}: {what}"] for what in SCORED])[:12] for d in sets}
+    return found | {"processes": str(learner.crew.count), "device": kind}
 
 
 def digest(value):
@@ -989,8 +944,7 @@ def obtain_theta_0(learner, folder, past):
     model = learner.model
     if c.continue_:
         if fingerprint(model.state_dict()) != past["version"]["weights"]:
-            raise ValueError(f"{c.continue_}/model.safetensors is not what that run wrote: put it"
-                             " back")
+            raise ValueError(f"{c.continue_}/model.safetensors is not what it wrote: put it back")
         model.load_state_dict(past["theta_0"])
         return
     own = folder.path / "theta_0.safetensors"
@@ -1000,7 +954,7 @@ def obtain_theta_0(learner, folder, past):
     if c.weights is None:
         key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr,
                       c.batch_size, c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
-                      learner.device.type, learner.world.pool.content(),
+                      learner.crew.device.type, learner.world.pool.content(),
                       torch.__version__])  # fmt: skip
         path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
         with alone(path, crew):
@@ -1020,17 +974,16 @@ def obtain_theta_0(learner, folder, past):
 
 
 def pretrain(learner, folder):
-    """theta_0 by the loop above: one task, all of it pool, finetuning, CLIP's betas for a ViT
-    (arXiv 2103.00020, tab. 19)."""
+    """theta_0 by the loop above: one task, all of it pool, finetuning."""
     c = learner.c
-    model = learner.model.to(learner.device)
+    model = learner.model.to(learner.crew.device)
     method = methods.METHODS["finetune"]()
     method.prepare(model)
     mixture = data.Mixture(learner.world, [[]], c.batch_size, ratios=(1, 0, 0))
     rate = partial(methods.learning_rate, lr=c.pretrain_lr, warmup=c.warmup, floor=c.floor)
     timeline = merge.Timeline(on_cpu(model.state_dict()), **TIMELINES["finetune"])
     stage = Stage("theta_0", learner, method, timeline, mixture, 1, c.pretrain_steps, rate,
-                  (0.9, 0.98), lambda task: None, {})  # fmt: skip
+                  betas=(0.9, 0.98), results={})  # CLIP's for a ViT (arXiv 2103.00020, tab. 19)
     folder.restore(stage)
     train(stage, folder)
 
@@ -1059,17 +1012,25 @@ def alone(path, crew):
         return
     check_folder(path.parent, "--cache")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as handle:
-        if fcntl:
-            with contextlib.suppress(OSError):  # a file system without locks
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    crew.say(f"another run trains theta_0: waiting for {path}")
-                    fcntl.flock(handle, fcntl.LOCK_EX)
+    with open(path.with_suffix(".lock"), "w") as file:
+        if not lock(file):
+            crew.say(f"another run trains theta_0: waiting for {path}")
+            lock(file, wait=True)
         for torn in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
             torn.unlink()
         yield
+
+
+def lock(file, wait=False):
+    """Locks an open file until it is closed. -> whether it could: another process may have it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def on_cpu(weights):
@@ -1107,31 +1068,11 @@ def start_optimizer(stage):
     c = stage.learner.c
     stage.optimizer = stage.method.optimizer(stage.learner.model, lr=c.lr, betas=stage.betas,
                                              weight_decay=c.weight_decay)  # fmt: skip
-    stage.scaler = torch.amp.GradScaler(stage.learner.device.type, enabled=c.precision == "fp16")
+    stage.scaler = stage.learner.scaler()
     if stage.saved:
         stage.optimizer.load_state_dict(stage.saved["optimizer"])
-        if stage.saved["scaler"]:
-            stage.scaler.load_state_dict(stage.saved["scaler"])
+        stage.scaler.load_state_dict(stage.saved["scaler"])
         stage.saved = None
-
-
-def set_rate(optimizer, rate):
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def add_penalty(method, model, scaler):
-    """The gradient of the method's penalty, once, whatever the number of pieces and processes."""
-    penalty = method.penalty(model)
-    if torch.is_tensor(penalty):
-        scaler.scale(penalty).backward()
-
-
-@torch.no_grad()
-def clamp_scale(model):
-    if model.logit_scale.requires_grad:
-        model.logit_scale.clamp_(max=clip.MAX_LOGIT_SCALE)
 
 
 def look_back(stage, folder):
@@ -1146,14 +1087,14 @@ def look_back(stage, folder):
         yield batch, alone.batch_size
 
 
+@dataclass
 class ExpertFiles:
     """The store of a merge.Timeline that merges all experts so far: a file each, written by the
     first process. `hashes` travel with the state, so that an altered file is noticed."""
 
-    def __init__(self, folder, crew):
-        self.folder = folder
-        self.crew = crew
-        self.hashes = []
+    folder: Path
+    crew: Crew
+    hashes: list = field(default_factory=list)
 
     def path(self, i):
         return self.folder / f"expert-{i + 1:03}.safetensors"
@@ -1171,119 +1112,128 @@ class ExpertFiles:
             self.folder.mkdir(exist_ok=True)
             clip.write_tensors(weights, self.path(len(self)))
         self.hashes.append(fingerprint(weights))
-        self.crew.told(None)  # all wait for the file
+        self.crew.told()  # all wait for the file
 
     def pop(self):
         self.hashes.pop()
 
     def adopt(self, folder, hashes):
         """The experts of the run that is continued: linked where the disk can, else copied."""
-        ExpertFiles(folder, self.crew).restore(hashes)
+        theirs = ExpertFiles(folder, self.crew)
+        theirs.restore(hashes)
         if self.crew.leads and hashes:
             self.folder.mkdir(exist_ok=True)
-            for own in (self.path(i) for i in range(len(hashes))):
-                part = own.with_suffix(".part")
+            for i in range(len(hashes)):
+                part = self.path(i).with_suffix(".part")
                 try:
-                    os.link(folder / own.name, part)
+                    os.link(theirs.path(i), part)
                 except OSError:
-                    shutil.copyfile(folder / own.name, part)
-                os.replace(part, own)
-        self.crew.told(None)
+                    shutil.copyfile(theirs.path(i), part)
+                os.replace(part, self.path(i))
+        self.crew.told()
         self.hashes = list(hashes)
 
     def restore(self, hashes):
         """ValueError unless the files are those that the state knows."""
         self.hashes = list(hashes)
         for i, known in enumerate(hashes):
-            if not self.path(i).exists():
-                raise ValueError(f"{self.path(i)} is missing: put it back, or delete the run's"
-                                 " folder")
+            file = self.path(i)
+            if not file.exists():
+                raise ValueError(f"{file} is missing: put it back, or delete the run's folder")
             if fingerprint(self[i]) != known:
-                raise ValueError(f"{self.path(i)} has changed since it was written: put it back, or"
-                                 " delete the run's folder")
+                raise ValueError(f"{file} has changed: put it back, or delete the run's folder")
 
 
-def score_before(stage, shown, folder):
+def score_before(stage, folder):
     """theta_0, and in a run that continues another what that one shipped; if not known already."""
     results = stage.results
-    for name in ("theta_0", "before") if "parent" in results else ("theta_0",):
-        if results[name] is not None:
-            continue
-        finished = 0
-        if name == "before":
-            shown.model.load_state_dict(stage.timeline.deploy())
-            finished = stage.task
-        row = score_all(stage, shown, folder, True, f"scoring {name}", finished)
-        results[name] = row
-        folder.log("evaluation", task=finished, **row)
-        folder.save(stage)
+    rows = {"theta_0": 0}  # -> tasks that the weights have learnt
+    if "parent" in results:
+        rows["before"] = stage.task
+    for name, finished in rows.items():
+        if results[name] is None:
+            if name == "before":
+                stage.shown.model.load_state_dict(stage.timeline.deploy())
+            row = score_all(stage, folder, True, f"scoring {name}", finished)
+            results[name] = row
+            folder.log("evaluation", task=finished, **row)
+            folder.save(stage)
 
 
-def score_task(stage, shown, folder, task):
+def score_task(stage, folder):
     """After a task: what is deployed is on the device just as long as it is scored."""
-    shown.model.load_state_dict(stage.timeline.deploy())
-    everything = shown.c.score_all or task == stage.tasks - 1
-    scores = score_all(stage, shown, folder, everything, f"scoring {title(stage)}", task + 1)
-    row = {"task": task + 1, "steps": stage.steps, "concepts": len(stage.chunks[task]), **scores}
+    if not stage.shown:
+        return
+    stage.shown.model.load_state_dict(stage.timeline.deploy())
+    number = stage.task + 1
+    everything = stage.learner.c.score_all or number == stage.tasks
+    scores = score_all(stage, folder, everything, f"scoring {title(stage)}", number)
+    concepts = len(stage.chunks[stage.task])
+    row = {"task": number, "steps": stage.steps, "concepts": concepts, **scores}
     results = stage.results
     if "within" in results:
         row["within"] = results.pop("within")
     results["tasks"].append(row)
     folder.log("evaluation", **row, seconds=folder.seconds())
     before = evaluate.rows_before(results)[-1]
-    shown.crew.say(evaluate.run_row(task + 1, stage.steps, scores, before, results["theta_0"]))
+    folder.crew.say(evaluate.run_row(number, stage.steps, scores, before, results["theta_0"]))
 
 
-def score_within(stage, shown, folder):
+def score_within(stage, folder):
     """--eval-every: what is trained, as it stands, into results["within"], which the task's row
     takes over. Where a task does not start from what was deployed, and hence scored, its step 0 is
     scored too. A state is saved before a step is scored or after the next, never in between."""
+    c = stage.learner.c
+    if not stage.shown or not c.eval_every:
+        return
     within = stage.results.setdefault("within", [])
     elsewhere = stage.timeline.init != stage.timeline.deployed
-    if stage.step % shown.c.eval_every or not (stage.step or elsewhere):
+    if stage.step % c.eval_every or not (stage.step or elsewhere):
         return
-    shown.model.load_state_dict(stage.method.plain(stage.learner.model))
+    stage.shown.model.load_state_dict(stage.method.plain(stage.learner.model))
     name = f"scoring {title(stage)}, step {stage.step}"
-    scores = score_all(stage, shown, folder, shown.c.score_all, name, stage.task + 1)
+    scores = score_all(stage, folder, c.score_all, name, stage.task + 1)
     row = {"step": stage.step, **{metric: scores[metric] for metric in ("ka", "zs", "gm")}}
     within.append(row)
     folder.log("evaluation within", task=stage.task + 1, **row)
 
 
-def score_all(stage, shown, folder, everything, name, finished):
-    """-> a row of results.json, of the weights in `shown`; see row_of. Between the first and the
-    last row there may be subsets alone: then these two have theirs in "subset", to compare with."""
-    world = shown.world
+def score_all(stage, folder, everything, name, finished):
+    """-> a row of results.json, of the weights in stage.shown; see row_of. Between the first and
+    the last row there may be subsets alone: then these two have theirs in "subset", to compare
+    with."""
+    shown = stage.shown
+    known = known_texts(shown)
     everywhere = {}
     on_subset = {}
-    known = known_texts(shown)
-    shown.model.to(shown.device).eval()
-    datasets = world.adaptation + world.heldout
+    shown.model.to(shown.crew.device).eval()
+    datasets = shown.world.adaptation + shown.world.heldout
     for d in Lines(datasets, name, len(datasets), 0, shown):
         subset = evaluate.balanced_subset(d.test.labels, shown.c.seed)
         ids = numpy.arange(len(d.test.labels)) if everything else subset
         features = encode(shown, d, ids, known=known)
-        everywhere[d.name] = measure(d, ids, *features)
-        on_subset[d.name] = everywhere[d.name]
+        everywhere[d.name] = on_subset[d.name] = measure(d, ids, *features)
         if len(subset) < len(ids) and not shown.c.score_all:
             on_subset[d.name] = measure(d, subset, *evaluate.selected(*features, subset))
         folder.pause(stage)
     shown.model.cpu()
-    row = row_of(stage, world, everywhere, finished)
-    part = row_of(stage, world, on_subset, finished)
+    row = row_of(stage, everywhere, finished)
+    part = row_of(stage, on_subset, finished)
     return row | ({"subset": part} if part["samples"] < row["samples"] else {})
 
 
-def row_of(stage, world, numbers, finished):
+def row_of(stage, numbers, finished):
     """{"ka", "zs", "gm", "datasets": {name: percent}, "samples": in all, "samples_of": {name: how
     many}} and what evaluate.by_concept says. numbers: what measure() gives, of every dataset;
     finished: tasks so far, this one too."""
-    per_class = {name: n.get("per_class") for name, n in numbers.items()}
-    when = {name: w for name, w in stage.when.items() if per_class[name] is not None}
+    world = stage.learner.world
+    scores = summary(world, {name: n["score"] for name, n in numbers.items()})
     samples = {name: n["samples"] for name, n in numbers.items()}
-    return {**summary(world, {name: n["score"] for name, n in numbers.items()}),
-            "samples": sum(samples.values()), "samples_of": samples,
-            **evaluate.by_concept(per_class, when, len(stage.chunks), finished)}  # fmt: skip
+    per_class = {name: n.get("per_class") for name, n in numbers.items()}
+    when = {name: tasks for name, tasks in first_tasks(world, stage.chunks).items()
+            if per_class[name] is not None}  # fmt: skip
+    seen = evaluate.by_concept(per_class, when, len(stage.chunks), finished)
+    return {**scores, "samples": sum(samples.values()), "samples_of": samples, **seen}
 
 
 def score(learner, dataset, ids, templates=None):
@@ -1304,7 +1254,6 @@ def encode(learner, dataset, ids, templates=None, known=None):
     """Features of the test samples `ids` -> (image [N, D], zero-shot classifier [C, D], None), or
     of a retrieval set (image, text [M, D], owner [M]). known: texts that need no encoding, to which
     those of now are added."""
-
     known = {} if known is None else known
 
     def text_features(texts):
@@ -1335,8 +1284,8 @@ def known_texts(learner):
 
 
 def summary(world, scores):
-    roles = [[d.name for d in sets] for sets in (world.adaptation, world.heldout)]
-    return evaluate.summary(scores, *roles)
+    return evaluate.summary(scores, [d.name for d in world.adaptation],
+                            [d.name for d in world.heldout])  # fmt: skip
 
 
 def first_tasks(world, chunks):
@@ -1363,10 +1312,9 @@ SETTLED = ("method", "merge_init", "merge_deploy")  # and the options of theta_0
 def finished(folder):
     """The results of a finished run, which can be continued."""
     if not os.path.exists(os.path.join(folder, "results.json")):
-        unfinished = os.path.exists(os.path.join(folder, "config.json"))
-        raise ValueError(f"{folder} is not finished: start its own command again, then continue it"
-                         if unfinished else f"{folder} is no finished run: --continue takes the"
-                         " folder of one")  # fmt: skip
+        if os.path.exists(os.path.join(folder, "config.json")):
+            raise ValueError(f"{folder} is not finished: start its own command again, first")
+        raise ValueError(f"{folder} is no finished run: --continue takes the folder of one")
     results = evaluate.read_results(folder)
     method = results["config"]["method"]
     if method in ("joint", "zero-shot"):
@@ -1385,7 +1333,7 @@ def continued(given):
         raise ValueError("--continue takes the folder of a finished run, got ''")
     folder = Path(given["continue_"])
     results = finished(folder)
-    before = {k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items()}
+    before = results["config"]
     known = {f.name: f for f in fields(Config)}
     if set(before) != set(known) or "version" not in results:
         raise ValueError(f"{folder} is a run of another version of fomo.py: it cannot be continued")
@@ -1406,14 +1354,12 @@ def continued(given):
     beside = folder.with_name(name) if folder.name not in ("", "..") else there.with_name(name)
     options["out"] = options["out"] or str(beside)
     if there in Path(options["out"]).resolve().parents:
-        raise ValueError(f"--out {options['out']} lies within {folder}, which is never written:"
-                         " name another")
+        raise ValueError(f"--out {options['out']} lies within {folder}, which is never written")
     return Config(**options)
 
 
 def what_holds(name, value, options):
-    """The value of an option of a run with these options: its default for None; of a path, where
-    it leads."""
+    """What an option of a run with these options means: None its default, a path its place."""
     if value is not None:
         return os.path.realpath(value) if name in PATHS else value
     place = TIMELINES.get(options["method"], TIMELINES["finetune"])
@@ -1441,25 +1387,26 @@ def go_on(stage, past):
     """A stage that continues a finished run stands where that one ended."""
     if not past["chunks"]:
         return
-    results = past["results"]
-    now = stage.results["scored_on"]
-    new = [name for name in now if results["scored_on"].get(name) != now[name]]
+    old = past["results"]
+    results = stage.results
     stage.task = len(past["chunks"])
-    if results["before"]:  # it is the row before the first of that run, which has it from now on
-        results["tasks"][results["parent"]["task"]]["before"] = results["before"]
-    for row in results["tasks"] if new else ():
-        mark_replaced(row, dict.fromkeys(new, stage.task + 1))
-    stage.results["tasks"] = results["tasks"]
-    parent = Path(stage.learner.c.continue_).absolute()
-    stage.results["parent"] = {"run": str(parent), **past["version"]}
-    stage.results["lineage"] = [*results.get("lineage", []), past["version"]["weights"]]
-    stage.results["seconds"] = results["seconds"]
-    stage.results["gflops_spent"] += results["gflops_spent"]
-    since = results.get("scored_since", {}) | dict.fromkeys(new, stage.task + 1)
-    stage.results["scored_since"] = {n: t for n, t in since.items() if n in now}
+    now = results["scored_on"]
+    new = {name: stage.task + 1 for name in now if old["scored_on"].get(name) != now[name]}
+    if old["before"]:  # it is the row before the first of that run, which has it from now on
+        old["tasks"][old["parent"]["task"]]["before"] = old["before"]
     if new:
+        for row in old["tasks"]:
+            mark_replaced(row, new)
         stage.learner.crew.say("new classes or test pictures, scored as they are now from task"
                                f" {stage.task + 1} on: {', '.join(new)}")
+    parent = Path(stage.learner.c.continue_).absolute()
+    since = old.get("scored_since", {}) | new
+    stage.results = results | {
+        "tasks": old["tasks"], "parent": {"run": str(parent), **past["version"]},
+        "lineage": [*old.get("lineage", []), past["version"]["weights"]],
+        "seconds": old["seconds"], "gflops_spent": results["gflops_spent"] + old["gflops_spent"],
+        "scored_since": {name: task for name, task in since.items() if name in now},
+    }  # fmt: skip
     stage.timeline.store.adopt(parent / "experts", past["experts"])
     stage.timeline.load_state(past["timeline"])
     stage.method.load_state(past["method"])
@@ -1516,17 +1463,15 @@ class Folder:
         self.run = None  # {"id", "inputs", "accepted_changes"}, beside the options in config.json
         self.broken = set()  # sentences about pictures
         self.pending = []  # log rows whose numbers are still on the device: asking would stall it
-        self.began = time.monotonic()
-        self.before = 0.0  # seconds of the processes before this one
+        self.began = time.monotonic()  # less the seconds of the processes before this one
         self.due = self.began + c.save_every
         self.new = False  # whether the folder was made here
-        self.done = False
 
     def __enter__(self):
         try:
             if self.crew.leads:
                 self._lock()
-            self.crew.told(None)  # the others read when it is locked
+            self.crew.told()  # the others read when it is locked
             self._read()
         except BaseException:
             self._close()
@@ -1535,7 +1480,10 @@ class Folder:
 
     def __exit__(self, kind, error, _):
         if isinstance(error, Stopped):
-            error.args = (error.args[0], self._what_is_kept())
+            kept = "nothing was kept, for nothing was trained yet"
+            if self.state:
+                kept = f"all that was trained is kept in {self.path}: the same command goes on"
+            error.args = (error.args[0], kept)
         self._close()
 
     # -------- at the start: lock, then read
@@ -1544,82 +1492,51 @@ class Folder:
         check_folder(self.path, "--out")
         names = set(os.listdir(self.path)) if self.path.exists() else set()
         beginning = {"log.jsonl", "config.json.part"}  # of a run that was killed as it began
-        if "config.json" not in names and names - beginning:
+        if names - beginning and recorded(self.path) is None:
             raise ValueError(f"{self.path} is there and is no run of fomo.py: name another --out")
         self.new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.log_file = (self.path / "log.jsonl").open("a", encoding="utf-8")
-        try:
-            if fcntl:
-                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-        except BlockingIOError:
-            self.log_file.close()
-            self.log_file = None
-            raise ValueError(f"another process is running in {self.path}: wait for it, or name"
-                             " another --out") from None
-        except OSError:  # a file system without locks
-            pass
+        log_file = (self.path / "log.jsonl").open("a", encoding="utf-8")
+        if not lock(log_file):
+            log_file.close()
+            raise ValueError(f"another process is running in {self.path}: name another --out")
+        self.log_file = log_file
         for torn in self.path.rglob("*.part*"):  # of processes that were killed: ours is the lock
             torn.unlink()
 
     def _read(self):
+        """What an earlier process left: the run's options, which have to be the same, its state."""
         if (self.path / "results.json").exists():
-            self.done = True  # nothing of it is to be touched
-            raise ValueError(f"{self.path} holds a finished run: name another folder with --out, or"
-                             " delete it")
-        config = self.path / "config.json"
-        if not config.exists():
+            raise ValueError(f"{self.path} holds a finished run: delete it, or name another --out")
+        self.run = recorded(self.path)
+        if self.run is None:
             return
-        try:
-            before = dict(json.loads(config.read_text(encoding="utf-8")))
-            self.run = before.get("run")
-        except (ValueError, TypeError, RecursionError) as e:
-            raise ValueError(f"{config} is no run's configuration ({e}): name another"
-                             " --out") from None
-        if not isinstance(self.run, dict) or "asked" not in self.run:
-            raise ValueError(f"{config} is of an older fomo.py: name another --out, or delete the"
-                             " run")
-        self._compare_options(self.run["asked"])
-        self.state = self._read_state()
-
-    def _compare_options(self, before):
-        other = [k for k, value in self.asked.items()
+        before = self.run["asked"]
+        other = [f"{flag(k)} was {before.get(k)}, is {value}" for k, value in self.asked.items()
                  if k not in FREE + MACHINE and before.get(k) != value]  # fmt: skip
         if other:
-            changes = ", ".join(f"{flag(k)} was {before.get(k)}, is {self.asked[k]}"
-                                for k in other)  # fmt: skip
-            raise ValueError(f"{self.path} holds an unfinished run of other options ({changes}):"
-                             " name another --out")
+            raise ValueError(f"{self.path} holds an unfinished run of other options"
+                             f" ({', '.join(other)}): name another --out")
+        self.state = self._read_state()
 
     def _read_state(self):
         """The newest state that is whole. None where there is none yet."""
-        faults = []
-        for name in ("state.pt", "state-before.pt"):
-            path = self.path / name
-            if not path.exists():
-                continue
+        names = (self.path / "state.pt", self.path / "state-before.pt")
+        there = [path for path in names if path.exists()]
+        for path in there:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                if state["id"] != self.run["id"] or min(state["log_bytes"], state["step"]) < 0:
-                    raise ValueError("it is another run's")
-            except Exception as e:  # noqa: BLE001 -- whatever a torn file makes of torch
-                faults.append(f"{path} is no state of this run ({type(e).__name__})")
-                continue
-            if faults:
-                self.crew.say(f"{faults[0]}: going on from the one before, {path}")
-            return state
-        if faults:
-            raise ValueError(f"{faults[0]}: delete {self.path} to start anew")
+                sound = state["id"] == self.run["id"]
+                sound = sound and min(state["log_bytes"], state["step"]) >= 0
+            except Exception:  # noqa: BLE001 -- whatever a torn file makes of torch
+                sound = False
+            if sound:
+                return state
+            if path != there[-1]:
+                self.crew.say(f"{path} is no state of this run: going on from the one before")
+        if there:
+            raise ValueError(f"{there[0]} is no state of this run: delete {self.path}")
         return None
-
-    @contextlib.contextmanager
-    def _reading_state(self):
-        try:
-            yield
-        except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError) as e:
-            fault = f"{type(e).__name__}: {e}"
-            raise ValueError(f"{self.path}/state.pt is no state of this run ({fault}): delete"
-                             f" {self.path}") from e
 
     # -------- then: is the input the same, and where was the run
 
@@ -1629,33 +1546,27 @@ class Folder:
             self.run = {"id": self.crew.told(secrets.token_hex(8)), "continues": past["version"],
                         "inputs": found, "accepted_changes": [], "asked": self.asked}  # fmt: skip
         before = self.run["inputs"]
-        changed = sorted(k for k in before.keys() | found.keys() if before.get(k) != found.get(k))
-        if changed and not self.c.accept_changes:
-            words = ", ".join(self._change(k, before, found) for k in changed)
-            raise ValueError(f"{self.path} was begun with other input ({words}): put it back, name"
-                             " another --out, or go on all the same with --accept-changes")
-        self.run["accepted_changes"] += [self._change(k, before, found) for k in changed]
+        changes = [in_words(name, before.get(name), found.get(name))
+                   for name in sorted(before.keys() | found.keys())
+                   if before.get(name) != found.get(name)]  # fmt: skip
+        if changes and not self.c.accept_changes:
+            raise ValueError(f"{self.path} was begun with other input ({', '.join(changes)}): put"
+                             " it back, name another --out, or go on all the same with"
+                             " --accept-changes")
+        self.run["accepted_changes"] += changes
         self.run["inputs"] = found
         if self.crew.leads:
             write_json(self.path / "config.json", {**dataclasses.asdict(self.c), "run": self.run})
-
-    @staticmethod
-    def _change(name, before, found):
-        old = before.get(name)
-        new = found.get(name)
-        if old is None or new is None:
-            return f"{name} {'is new' if old is None else 'has gone'}"
-        return f"{name} changed" if len(old) == 64 else f"{name} was {old}, is {new}"
 
     def restore(self, stage):
         """The stage as it was saved, if it was; from here on a signal waits for the next pause."""
         self.signals.held = True
         state = self.state
+        if state is None and self.crew.leads:
+            self.log_file.truncate(0)
         if state is None or state["stage"] != stage.name:
-            if self.crew.leads and state is None:
-                self.log_file.truncate(0)
             return
-        with self._reading_state():
+        try:
             known = stage.results.get("theta_0_sha256")
             if known != state["results"].get("theta_0_sha256"):
                 raise ValueError("it began from another theta_0")
@@ -1668,8 +1579,10 @@ class Folder:
             stage.task = state["task"]
             stage.step = state["step"]
             stage.saved = state["inside"]
-            self.before = state["seconds"]
-        self.began = time.monotonic()
+            self.began = time.monotonic() - state["seconds"]
+        except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError) as e:
+            raise ValueError(f"{self.path}/state.pt is no state of this run ({type(e).__name__}:"
+                             f" {e}): delete {self.path}") from e
         self.crew.say(f"{self.path}: going on with {title(stage)}, after {stage.step} steps of it")
         if self.crew.leads:  # rows that were written after the state go
             size = os.path.getsize(self.path / "log.jsonl")
@@ -1679,7 +1592,7 @@ class Folder:
     # -------- while it runs
 
     def seconds(self):
-        return self.before + time.monotonic() - self.began
+        return time.monotonic() - self.began
 
     def log(self, event, **row):
         if self.crew.leads:
@@ -1705,15 +1618,16 @@ class Folder:
 
     def write_steps(self):
         """ValueError where a loss or a gradient is not finite: the weights after it are lost."""
-        rows, self.pending = self.pending, []
+        rows = self.pending
+        self.pending = []
+        finite = {"loss": "loss", "grad_norm": "gradient's norm"}
+        if self.c.precision == "fp16":  # whose scaler leaves out steps of other gradients
+            del finite["grad_norm"]
         for row in rows:
             row |= {k: float(v) for k, v in row.items() if torch.is_tensor(v)}
-            numbers = {"loss": row["loss"], "gradient's norm": row["grad_norm"]}
-            if self.c.precision == "fp16":  # whose scaler leaves such steps out
-                del numbers["gradient's norm"]
-            for what, number in numbers.items():
-                if not math.isfinite(number):
-                    raise ValueError(f"the {what} is {number} at step {row['step']} of task"
+            for key, what in finite.items():
+                if not math.isfinite(row[key]):
+                    raise ValueError(f"the {what} is {row[key]} at step {row['step']} of task"
                                      f" {row['task']}: lower --lr, or --precision fp32")
             self.log(**row)
 
@@ -1726,83 +1640,64 @@ class Folder:
             raise Stopped(number)
 
     def save(self, stage):
-        """The whole state, on the disk before it takes its name; the one before it is kept."""
+        """The whole state, of which the one before is kept."""
         began = time.monotonic()
         self.write_steps()
-        self.crew.check_same("weights", self.crew.count > 1 and
-                             fingerprint(stage.learner.model.state_dict()))  # fmt: skip
-        inside = None
+        model = stage.learner.model.state_dict()
+        hashes = self.crew.gathered(self.crew.count > 1 and fingerprint(model))
+        if len(set(hashes)) > 1:
+            raise ValueError(f"the processes do not hold the same weights: {hashes}")
+        inside = stage.saved
         if stage.optimizer and stage.step <= stage.steps:
             inside = {"optimizer": stage.optimizer.state_dict(),
                       "scaler": stage.scaler.state_dict()}  # fmt: skip
-        elif stage.saved:
-            inside = stage.saved
         if self.crew.leads:
-            self._write(self.path / "state.pt", {
+            state = {
                 "id": self.run["id"], "stage": stage.name, "task": stage.task, "step": stage.step,
-                "model": stage.learner.model.state_dict(), "method": stage.method.state(),
-                "timeline": stage.timeline.state(), "inside": inside, "results": stage.results,
+                "model": model, "method": stage.method.state(), "inside": inside,
+                "timeline": stage.timeline.state(), "results": stage.results,
                 "experts": getattr(stage.timeline.store, "hashes", []), "seconds": self.seconds(),
                 "log_bytes": os.path.getsize(self.path / "log.jsonl"),
-            })  # fmt: skip
+            }  # fmt: skip
+            with whole(self.path / "state.pt", self.path / "state-before.pt") as f:
+                torch.save(state, f)
         self.state = {"stage": stage.name}
         cost = time.monotonic() - began
         self.due = time.monotonic() + max(self.c.save_every, 50 * cost)  # at most 2 % of the time
 
-    def _write(self, path, state):
-        """With torch.save; whole and on the disk before it takes its name."""
-        part = path.with_suffix(".pt.part")
-        try:
-            with open(part, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-        except RuntimeError as e:  # torch's for a write that fails
-            part.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.path).free
-            raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes are"
-                          " free)") from e
-        if path.name == "state.pt" and path.exists():
-            os.replace(path, self.path / "state-before.pt")
-        os.replace(part, path)
-
     # -------- at the end
 
-    def finish(self, stage, shown):
-        """What was deployed last becomes the run's model; results.json, which comes last, says that
-        the run is finished."""
+    def finish(self, stage):
+        """What was deployed last becomes the run's model; results.json, the last, ends the run."""
         results = stage.results
         last = (results["tasks"] or [results["theta_0"]])[-1]
         results["final"] = {k: last[k] for k in ("ka", "zs", "gm", "datasets", "samples")}
         results["accepted_changes"] = self.run["accepted_changes"]
-        results |= data_hashes(self.run["inputs"])
+        found = self.run["inputs"].items()  # a report tells runs on other data apart
+        results["data_sha256"] = digest({k: v for k, v in found if k.endswith(SCORED)})
+        results["training_sha256"] = digest({k: v for k, v in found if k.endswith(TRAINED)})
         results["seconds"] = results.get("seconds", 0) + self.seconds()  # and of what it continues
         results["config"] = dataclasses.asdict(self.c)
         results["over_time"] = evaluate.over_time(results)
         if results["tasks"]:  # which this process need not have trained
-            shown.model.load_state_dict(stage.timeline.deploy())
+            stage.shown.model.load_state_dict(stage.timeline.deploy())
         if not self.crew.leads:
             return results
         failed = evaluate.failures(self.c.gate, results["before"] or results["theta_0"], last)
         results |= {"deployed": "before" if failed else "after", "gate_failed": failed}
-        self._ship(stage, shown, failed)
-        if shown.merges:  # where `evaluate --weights` and others look for them
-            endings = {".gz": "bpe_simple_vocab_16e6.txt.gz", ".json": "tokenizer.json"}
-            name = endings.get(Path(shown.merges).suffix, "merges.txt")
-            shutil.copyfile(shown.merges, self.path / name)
-        beside = []
-        if self.c.method != "joint":
-            beside = evaluate.joint_beside(self.path, results)
+        self._ship(stage, failed)
+        alone = self.c.method == "joint"
+        beside = [] if alone else evaluate.joint_beside(self.path, results)
         evaluate.page(results, self.path / "picture.png", beside)
         if self.c.method not in ("joint", "zero-shot") and not failed:
-            self._write(self.path / "continue.pt", kept_for_the_next(stage))
+            kept = kept_for_the_next(stage)
+            with whole(self.path / "continue.pt") as f:
+                torch.save(kept, f)
             results["continue_sha256"] = file_hash(self.path / "continue.pt")
         write_json(self.path / "results.json", results)
-        self.done = True
         for name in ("state.pt", "state-before.pt", "theta_0.safetensors"):
             (self.path / name).unlink(missing_ok=True)
-        for line in evaluate.words(results):
-            self.crew.say(line)
+        self.crew.say(*evaluate.words(results))
         if failed:
             self.crew.say(f"the gate fails ({'; '.join(failed)}): model.safetensors has the weights"
                           " before this update, model-refused.safetensors the new ones")
@@ -1812,27 +1707,26 @@ class Folder:
                       f" ({self.seconds():.0f} s)")
         return results
 
-    def _ship(self, stage, shown, failed):
-        """model.safetensors: the new weights, or those before where the gate fails."""
-        results = stage.results
-        new = shown.model.state_dict()
-        version = {"task": stage.task, "weights": fingerprint(new),
-                   "theta_0": results["theta_0_sha256"],
+    def _ship(self, stage, failed):
+        """model.safetensors: the new weights, or those before where the gate fails; beside it the
+        tokenizer's file, where `evaluate --weights` and others look for it."""
+        model = stage.shown.model
+        version = {"task": stage.task, "weights": fingerprint(model.state_dict()),
+                   "theta_0": stage.results["theta_0_sha256"],
                    "parent": (self.run["continues"] or {}).get("weights")}  # fmt: skip
-        results["version"] = version
+        stage.results["version"] = version
         name = "model-refused.safetensors" if failed else "model.safetensors"
-        clip.save(shown.model, self.path / name, fomo=json.dumps(version))
+        clip.save(model, self.path / name, fomo=json.dumps(version))
         if failed and self.c.continue_:
             shipped = Path(self.c.continue_) / "model.safetensors"
             shutil.copyfile(shipped, self.path / "model.safetensors")
         elif failed:
-            shown.model.load_state_dict(stage.timeline.base)
-            clip.save(shown.model, self.path / "model.safetensors")
-
-    def _what_is_kept(self):
-        if self.state is None:
-            return "nothing was kept, for nothing was trained yet"
-        return f"all that was trained is kept in {self.path}; the same command goes on from there"
+            model.load_state_dict(stage.timeline.base)
+            clip.save(model, self.path / "model.safetensors")
+        merges = stage.learner.merges
+        if merges:
+            endings = {".gz": "bpe_simple_vocab_16e6.txt.gz", ".json": "tokenizer.json"}
+            shutil.copyfile(merges, self.path / endings.get(Path(merges).suffix, "merges.txt"))
 
     def _close(self):
         """Leave a finished run, or one that can go on, or nothing. Other people's files stay."""
@@ -1840,8 +1734,8 @@ class Folder:
             return
         with contextlib.suppress(OSError):  # a full disk's, again: the row stays in the buffer
             self.log_file.close()
-        states = (self.path / "state.pt", self.path / "state-before.pt")
-        if self.done or any(state.exists() for state in states):
+        kept = ("results.json", "state.pt", "state-before.pt")
+        if any((self.path / name).exists() for name in kept):
             return
         for name in ("config.json", "config.json.part", "log.jsonl", "state.pt.part",
                      "theta_0.safetensors"):  # fmt: skip
@@ -1852,27 +1746,58 @@ class Folder:
                 self.path.rmdir()
 
 
+def recorded(folder):
+    """What begin() wrote of a run into the folder's config.json, None where that is no run's."""
+    try:
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))["run"]
+        return {**run, "asked": {**run["asked"]}}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def in_words(name, old, new):
+    """What has changed of inputs()."""
+    if old is None or new is None:
+        return f"{name} {'is new' if old is None else 'has gone'}"
+    return f"{name} changed" if len(old) == 64 else f"{name} was {old}, is {new}"
+
+
+@contextlib.contextmanager
+def whole(path, before=None):
+    """A file to write, which is on the disk before it takes its name. The file that is there keeps
+    the name `before`, if one is given."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+    except RuntimeError as e:  # torch's for a write that fails
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(part.parent).free
+        raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes free)") from e
+    if before and path.exists():
+        os.replace(path, before)
+    os.replace(part, path)
+
+
 def check_folder(path, flag):
     """ValueError where a folder cannot be, or be made: better before the work than after it."""
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{path} cannot be written ({there} is not a folder that can be written):"
-                         f" name another with {flag}")
+        raise ValueError(f"{there} is not a folder that can be written: name another with {flag}")
 
 
 def check_file(path, inputs=()):
-    """The same for a file, whose folder has to be there, and which must not be one of the inputs or
-    hold what is not ours."""
+    """The same for a file, which must not be one of the inputs or hold what is not ours."""
     folder = os.path.dirname(os.path.abspath(path))
     can_be = os.path.isdir(folder) and os.access(folder, os.W_OK)
     if not path or os.path.isdir(path) or not can_be:
-        raise ValueError(f"--out {path!r} cannot be written: give a file's name in a folder that is"
-                         " there and can be written")
+        raise ValueError(f"--out {path!r} cannot be written: name a file in a folder that can be")
     if any(os.path.realpath(p) == os.path.realpath(path) for p in inputs):
         raise ValueError(f"--out {path!r} is one of the inputs: give another name")
     if os.path.exists(path) and not is_ours(path):
-        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: give another"
-                         " name")
+        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: name another")
 
 
 def is_ours(path):
@@ -1888,9 +1813,8 @@ def is_ours(path):
 
 
 def write_json(path, value):
-    aside = Path(f"{path}.part")
-    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(aside, path)
+    with whole(path) as f:
+        f.write(json.dumps(value, indent=1).encode())
 
 
 def told_so_far(results):
@@ -1910,22 +1834,22 @@ def told_so_far(results):
 def report_command(argv):
     parser = argparse.ArgumentParser("fomo.py report", description="Table and pictures of finished"
                                      " runs; those that differ in their seed alone are one line.")
-    parser.add_argument("runs", nargs="+", metavar="RUN",
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=os.path.expanduser,
                         help="folders; unfinished runs are left out")  # fmt: skip
-    parser.add_argument("-o", "--out", default="report.png",
+    parser.add_argument("-o", "--out", default="report.png", type=os.path.expanduser,
                         help="the pictures; beside it each alone (default report.png)")  # fmt: skip
     style = parser.add_mutually_exclusive_group()
-    style.add_argument("--markdown", dest="style", action="store_const", const="markdown")
-    style.add_argument("--json", dest="style", action="store_const", const="json")
+    for name in ("markdown", "json"):
+        style.add_argument(f"--{name}", dest="style", action="store_const", const=name)
     args = parser.parse_args(argv)
-    out = os.path.expanduser(args.out)
-    runs, unfinished = evaluate.read_runs(map(os.path.expanduser, args.runs))
+    runs, unfinished = evaluate.read_runs(args.runs)
     for folder in unfinished:
         print(f"{folder} has no results.json: left out", file=sys.stderr)
-    check_file(out)
-    for part in evaluate.report_files(out).values():
+    check_file(args.out)
+    for part in evaluate.report_files(args.out).values():
         check_file(str(part))
-    table, files = evaluate.report(runs, out, args.style or "text", FREE + MACHINE + ("seed",))
+    free = FREE + MACHINE + ("seed",)
+    table, files = evaluate.report(runs, args.out, args.style or "text", free)
     print(table)
     print(f"drawn in {', '.join(map(str, files))}", file=sys.stderr)
 
@@ -1938,10 +1862,12 @@ def evaluate_command(argv):
     description = ("Scores of --weights on all test data of --data, the drawn world's without."
                    " --out is the file of scores (default scores.json).")  # fmt: skip
     extra = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    extra.add_argument("--templates", help="file of templates with {}, one a line, to average over")
+    extra.add_argument("--templates", type=os.path.expanduser,
+                       help="file of templates with {}, one a line, to average over")  # fmt: skip
     extra.add_argument("--per-class", action="store_true", help="the scores of each class too")
-    extra.add_argument("--baseline", help="what to put beside: a scores.json, or a run or weights,"
-                       " which are scored now")  # fmt: skip
+    extra.add_argument("--baseline", type=os.path.expanduser,
+                       help="what to put beside: a scores.json, or a run or weights, which are"
+                       " scored now")  # fmt: skip
     more, argv = extra.parse_known_args(argv)
     c = parse(argv, "fomo.py evaluate", description, EVALUATE, [extra])
     if c.weights is None:
@@ -1951,28 +1877,31 @@ def evaluate_command(argv):
     c, crew = resolve(c)
     world = load_world(c, crew)
     learner = load_learner(c, crew, world)
-    templates = more.templates and evaluate.read_templates(os.path.expanduser(more.templates))
-    before = more.baseline and baseline(learner, more.baseline, templates)
+    templates = more.templates and evaluate.read_templates(more.templates)
+    before = baseline(learner, more.baseline, templates) if more.baseline else {}
     numbers = score_now(learner, templates)
-    datasets = world.adaptation + world.heldout
     scores = summary(world, {name: n["score"] for name, n in numbers.items()})
+    datasets = world.adaptation + world.heldout
     if crew.leads:
         samples = sum(len(d.test) for d in datasets)
         write_json(out, {"weights": c.weights, **scores, "samples": samples, "numbers": numbers,
                          "chance": evaluate.chance(world.adaptation, world.heldout)})  # fmt: skip
-    roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
-    crew.say(evaluate.score_table(numbers, roles, before))
-    for d in datasets if more.per_class else ():
-        if numbers[d.name].get("per_class"):
-            table = evaluate.class_table(numbers[d.name], d.classes, (before or {}).get(d.name))
+    crew.say(evaluate.score_table(numbers, roles(world), before))
+    for d in datasets:
+        if more.per_class and numbers[d.name].get("per_class"):
+            table = evaluate.class_table(numbers[d.name], d.classes, before.get(d.name))
             crew.say(f"\n{d.name}\n{table}")
     means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
     crew.say(f"{'  '.join(means)} (all of it in {out})")
 
 
+def roles(world):
+    return {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
+
+
 def score_now(learner, templates=None):
     """{dataset: its numbers} on all test data."""
-    learner.model.to(learner.device).eval()
+    learner.model.to(learner.crew.device).eval()
     datasets = learner.world.adaptation + learner.world.heldout
     return {d.name: score(learner, d, range(len(d.test)), templates)
             for d in Lines(datasets, "scoring", len(datasets), 0, learner)}  # fmt: skip
@@ -1980,7 +1909,6 @@ def score_now(learner, templates=None):
 
 def baseline(learner, path, templates):
     """The numbers of what --baseline names: a file of them, or a run or weights to score now."""
-    path = os.path.expanduser(path)
     if path.endswith(".json"):
         return evaluate.read_numbers(path)
     if os.path.exists(os.path.join(path, "results.json")):
@@ -1995,62 +1923,46 @@ def merge_command(argv):
     p.add_argument("base", help="theta_0; the result has its names, dtypes and metadata")
     p.add_argument("experts", nargs="+", metavar="expert")
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
-    p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
+    p.add_argument("--activation", default="auto", choices=ACTIVATIONS,
                    help="where no file says it (default auto)")  # fmt: skip
     p.add_argument("--technique", default="linear", choices=merge.TECHNIQUES,
                    help="(default linear)")  # fmt: skip
     p.add_argument("--weights", type=float, nargs="+",
                    help=f"one per expert; not for {', '.join(merge.UNWEIGHTED)}")  # fmt: skip
-    for name, kind in merge.OPTIONS.items():
-        uses = ", ".join(t for t in merge.TECHNIQUES if name in merge.used(t))
-        text = f"{uses}: {kind.help}; {kind.limits} (default {kind.default})"
-        how = {"type": kind.kind}
-        if kind.kind is bool:
-            how = {"action": "store_true"}
-        elif name == "lines":
-            how = {"nargs": 3, "metavar": ("ALPHA", "BETA", "HOW")}
-        p.add_argument(flag(name), help=text.replace("%", "%%"), **how)
-    options = vars(p.parse_args(argv))
-    base = options.pop("base")
-    experts = options.pop("experts")
-    technique = options.pop("technique")
-    activation = options.pop("activation")
-    out = os.path.expanduser(options.pop("out"))
-    weights = options.pop("weights", None)
+    for name, known in merge.OPTIONS.items():
+        add_option(p, name, known.kind, of_technique(name))
+    args = p.parse_args(argv)
+    options = {name: value for name, value in vars(args).items() if name in merge.OPTIONS}
     if "lines" in options:
         options["lines"] = lines_of(options["lines"])
+    out = os.path.expanduser(args.out)
     if os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out or remove it")
     check_file(out)
-    paths = [clip.fetch(os.path.expanduser(path)) for path in (base, *experts)]
-    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[activation]
-    known = clip.agree(paths, quick_gelu)  # what load needs to know of the result
+    paths = [clip.fetch(os.path.expanduser(path)) for path in (args.base, *args.experts)]
+    known = clip.agree(paths, ACTIVATIONS[args.activation])  # what load needs to know of the result
     files = [clip.read_tensors(path, mapped=True) for path in paths]
     metadata = {"format": "pt"} | files[0].metadata | known
     files = [clip.openai_names(f) for f in files]  # whatever their layouts
     began = time.time()
-    readings = 3 if options.get("whole") else 2 if technique == "tall-mask" else 1
-    total = len(files[0]) * len(experts) * readings
-    with tqdm(desc=technique, total=total, unit=" tensors", leave=False, disable=None) as bar:
-        watched = [Watched(f, bar, path) for f, path in zip(files, paths)]
-        merged = merge.merge(technique, watched[0], watched[1:], weights, **options)
+    readings = 3 if options.get("whole") else 2 if args.technique == "tall-mask" else 1
+    total = len(files[0]) * len(args.experts) * readings
+    with tqdm(desc=args.technique, total=total, unit=" tensors", leave=False, disable=None) as bar:
+        for file, path in zip(files, paths):
+            file.path = path  # merge names it where a tensor is not what it should be
+            file.readers = {n: partial(reading, tensor, bar) for n, tensor in file.readers.items()}
+        weights = getattr(args, "weights", None)
+        merged = merge.merge(args.technique, files[0], files[1:], weights, **options)
     clip.write_tensors(merged, out, metadata)
-    plural = "s" * (len(experts) > 1)
-    print(f"{technique} of {len(experts)} expert{plural}: {len(merged)} tensors in {out}"
+    plural = "s" * (len(args.experts) > 1)
+    print(f"{args.technique} of {len(args.experts)} expert{plural}: {len(merged)} tensors in {out}"
           f" ({time.time() - began:.1f} s)")  # fmt: skip
 
 
-class Watched(clip.Tensors):
-    """Tensors that move a bar when they are read."""
-
-    def __init__(self, tensors, bar, path):
-        super().__init__(tensors.readers, tensors.metadata)
-        self.bar = bar
-        self.path = path  # merge names it where a tensor is not what it should be
-
-    def __getitem__(self, name):
-        self.bar.update()
-        return super().__getitem__(name)
+def reading(tensor, bar):
+    """A tensor of a file, whose reading moves the bar."""
+    bar.update()
+    return tensor()
 
 
 WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "download",
@@ -2082,24 +1994,21 @@ def inspect_command(argv):
     c, crew = resolve(c, trains=False)
     world = load_world(c, crew)
     out.mkdir(parents=True, exist_ok=True)
+    splits = [(d.name, which, getattr(d, which)) for d in world.adaptation + world.heldout
+              for which in ("train", "test")]  # fmt: skip
+    splits += [("pool", "train", world.pool)] if world.pool is not None else []
+    role = roles(world) | {"pool": "P"}
     rows = [["dataset", "role", "split", "samples", "concepts", "captions", "broken"]]
     faults = {}
-    held = {d.name for d in world.heldout}
-    splits = [(d.name, "ZS" if d.name in held else "KA", which, split)
-              for d in world.adaptation + world.heldout
-              for which, split in (("train", d.train), ("test", d.test))]  # fmt: skip
-    splits += [("pool", "P", "train", world.pool)] if world.pool is not None else []
-    for name, role, which, split in splits:
+    for name, which, split in splits:
         if not len(split):
             continue
         found = data.broken_pictures(split, c.workers)
         faults[f"{name} {which}"] = found
         captions = sum(1 if isinstance(one, str) else len(one) for one in split.captions)
-        concepts = len(set(split.labels.tolist()))
-        rows.append([name, role, which, *(f"{n:,}" for n in (len(split), concepts, captions)),
-                     str(len(found))])  # fmt: skip
+        counts = (len(split), len(set(split.labels.tolist())), captions)
+        rows.append([name, role[name], which, *(f"{n:,}" for n in counts), str(len(found))])
         data.contact_sheet(split, c.seed).save(out / f"{name}-{which}.png")
-    for found in faults.values():
         for fault in found:
             print(fault)
     print(evaluate.aligned(rows))
@@ -2112,14 +2021,13 @@ def convert_command(argv):
     p.add_argument("weights", help="a file, a folder, hf:ORG/REPO, openai:ViT-B-32")
     p.add_argument("out", help="file, or for hf a folder; must not exist")
     p.add_argument("--layout", required=True, choices=["open_clip", "openai", "hf"])
-    p.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
+    p.add_argument("--activation", default="auto", choices=ACTIVATIONS,
                    help="of weights that do not say it (default auto)")  # fmt: skip
     args = p.parse_args(argv)
     out = os.path.expanduser(args.out)
     if os.path.exists(out):
         raise ValueError(f"{out} exists: give another name, or remove it")
-    quick_gelu = {"auto": None, "gelu": False, "quick_gelu": True}[args.activation]
-    model = load_clip(os.path.expanduser(args.weights), quick_gelu, None)
+    model = load_clip(os.path.expanduser(args.weights), args.activation)
     clip.save(model, out, args.layout)
     print(f"{args.weights} in the layout of {args.layout}: {out}")
 
@@ -2134,8 +2042,7 @@ FULL = "; free some space where --out or --cache lies and start the same command
 
 
 def main(argv=None):
-    """Runs a command. What the user can mend is one sentence on stderr, and exit status 2; 3 is a
-    gate that fails."""
+    """Runs a command. What a user can mend: a sentence, exit status 2. A gate that fails: 3."""
     refused = False
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic

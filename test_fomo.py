@@ -5363,6 +5363,17 @@ def test_a_finished_run_and_a_foreign_folder_are_not_touched(flux, tmp_path, cap
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "clip"}', "[1]", '{"run": {}}', "{"])
+def test_a_folder_whose_config_is_no_runs_is_left_as_it_was(flux, tmp_path, capsys, text):
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "config.json").write_text(text)
+    options = flux_options(flux, tmp_path, "--method", "zero-shot", "--out", str(out))
+    assert fomo.main(options) == 2
+    assert f"{out} is there and is no run of fomo.py" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [("config.json", text)]
+
+
 def test_an_unfinished_run_refuses_other_options(flux, tmp_path, monkeypatch, capsys):
     options = flux_options(flux, tmp_path, "--out", str(tmp_path / "run"))
     assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
