@@ -317,7 +317,7 @@ def run(config):
         steps, costs = budget.plan(learner.model.config, c, tasks, samples)
         announce(learner, mixture, tasks, steps, costs)
         if c.plan:
-            return time_two_steps(learner, mixture, first)
+            return time_two_steps(learner, mixture, first, tasks * steps)
         names = [d.name for d in world.adaptation + world.heldout]
         evaluate.check_gate(c.gate, names, world.heldout)
         found = inputs(learner, stream, steps, past)
@@ -776,8 +776,8 @@ def order_key(learner, found):
     if c.order not in ("performance", "similarity"):
         return None
     if c.weights is None and not c.continue_:
-        raise ValueError(f"--order {c.order} needs a model: name its --weights (fomo.py stream"
-                         " writes the order to a file)")
+        raise ValueError(f"--order {c.order} needs a model: name its --weights, or a --stream"
+                         " that fomo.py stream wrote with them")
     learner.model.to(learner.crew.device).eval()
     prompt = {(d.name, name): prompt for d in world.adaptation
               for name, prompt in zip(d.classes, d.prompts)}  # fmt: skip
@@ -871,15 +871,17 @@ def announce(learner, mixture, tasks, steps, costs):
         crew.say(f"warning: {passes:,.0f} passes over the same samples: lower --budget or --steps")
 
 
-def time_two_steps(learner, mixture, task):
-    """--plan: steps of a task, on weights that nobody keeps."""
+def time_two_steps(learner, mixture, task, steps):
+    """--plan: two steps of a task, on weights that nobody keeps; the first warms up."""
     method = make_method(learner.c)
     method.prepare(learner.model.to(learner.crew.device))
     for batch in learner.batches(mixture, task, 2):
         began = time.perf_counter()
         loss = float(learner.backward(batch, torch.amp.GradScaler(enabled=False)))
         seconds = time.perf_counter() - began
-        learner.crew.say(f"a step takes {seconds:.2f} s without the data's (loss {loss:.3f})")
+    learner.crew.say(f"a step takes {seconds:.2f} s (loss {loss:.3f}), {steps:,} of them"
+                     f" {seconds * steps / 60:.1f} min; to that come the loading of pictures where"
+                     " it is slower, the scoring, and theta_0 if it is to be trained")  # fmt: skip
 
 
 SCORED = ("class names and prompts", "test pictures and captions")  # what a dataset's scores are of
@@ -1507,7 +1509,8 @@ class Folder:
     def _read(self):
         """What an earlier process left: the run's options, which have to be the same, its state."""
         if (self.path / "results.json").exists():
-            raise ValueError(f"{self.path} holds a finished run: delete it, or name another --out")
+            raise ValueError(f"{self.path} holds a finished run: name another --out,"
+                             f" delete it, or go on with new data by --continue {self.path}")
         self.run = recorded(self.path)
         if self.run is None:
             return
@@ -1873,7 +1876,8 @@ def evaluate_command(argv):
     if c.weights is None:
         raise ValueError("evaluate scores --weights: name a checkpoint")
     out = c.out or "scores.json"
-    check_file(out, (c.weights, *c.data))
+    inputs = (c.weights, *c.data, more.baseline, more.templates)
+    check_file(out, [path for path in inputs if path])
     c, crew = resolve(c)
     world = load_world(c, crew)
     learner = load_learner(c, crew, world)
@@ -1891,7 +1895,14 @@ def evaluate_command(argv):
         if more.per_class and numbers[d.name].get("per_class"):
             table = evaluate.class_table(numbers[d.name], d.classes, before.get(d.name))
             crew.say(f"\n{d.name}\n{table}")
-    means = [f"{k.upper()} {scores[k]:.1f}" for k in ("ka", "zs", "gm") if scores[k] is not None]
+    old = {}
+    if before.keys() >= numbers.keys():
+        old = summary(world, {name: before[name]["score"] for name in numbers})
+    means = []
+    for metric in ("ka", "zs", "gm"):
+        if scores[metric] is not None:
+            change = f" ({scores[metric] - old[metric]:+.1f})" if old else ""
+            means.append(f"{metric.upper()} {scores[metric]:.1f}{change}")
     crew.say(f"{'  '.join(means)} (all of it in {out})")
 
 
