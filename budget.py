@@ -60,9 +60,7 @@ class Recipe:
     text: str = "all"  # the same of the text tower
     scale: bool = True  # logit_scale trains
     rank: int = 0  # the paper's; 0: the method has none
-    copies: int = (
-        0  # tensors of the weights' size kept from task to task: Fisher, importance, anchor
-    )
+    copies: int = 0  # tensors of the weights' size kept from task to task, as Fisher and anchor
     penalty: bool = False  # a quadratic penalty on the weights is part of the loss
 
 
@@ -135,6 +133,8 @@ class Tower:
     mlp: int
     stem: int  # inputs of the patch convolution; 0 for text
     table: int  # rows of the token embedding; 0 for images
+    embed_dim: int
+    trains: str  # what trains in it, see Recipe
 
     def linears(self):
         """matmul of a block -> (inputs, outputs)."""
@@ -146,29 +146,32 @@ class Tower:
         and c_proj."""
         return [(self.width, self.width)] * 3 + [(self.width, self.mlp)]
 
-    def parameters(self, embed_dim):
+    def parameters(self):
         """kind -> number of parameters. The kinds are what methods tell apart."""
-        w, m, deep = self.width, self.mlp, self.layers
-        norms = 2 * deep + (2 if self.stem else 1)  # ln_1, ln_2; ln_pre and ln_post, or ln_final
+        w = self.width
+        deep = self.layers
+        image = bool(self.stem)
+        block = sum(inputs * outputs for inputs, outputs in self.linears().values())
+        norms = 2 * deep + 1 + image  # ln_1, ln_2; ln_pre and ln_post, or ln_final
         return {
             "norm weights": norms * w,
             "norm biases": norms * w,
-            "linear biases": deep * (3 * w + w + m + w),
-            "linear weights": deep * sum(i * o for i, o in self.linears().values()) + w * embed_dim,
+            "linear biases": deep * (3 * w + w + self.mlp + w),
+            "linear weights": deep * block + w * self.embed_dim,
             "patch weights": self.stem * w,
-            "embeddings": (self.tokens + self.table + (1 if self.stem else 0))
-            * w,  # positions, words or class token
+            # positions, words or class token
+            "embeddings": (self.tokens + self.table + image) * w,
         }
 
-    def matrices(self, embed_dim):
+    def matrices(self):
         """[(rows, columns, how many)]: the tower's two-dimensional parameters, which GaLore
         projects."""
         found = [(o, i, self.layers) for i, o in self.linears().values()]
-        found += [(self.width, embed_dim, 1), (self.tokens, self.width, 1)]
+        found += [(self.width, self.embed_dim, 1), (self.tokens, self.width, 1)]
         return found + ([(self.table, self.width, 1)] if self.table else [])
 
 
-def towers(config):
+def towers(config, recipe=METHODS["finetune"]):
     """-> (image tower, text tower). ValueError if the config does not describe a transformer."""
     c = config
     for name in FIELDS[:-1]:
@@ -178,8 +181,11 @@ def towers(config):
     tokens = (c.image_size // c.patch_size) ** 2 + 1
     vision = (c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp)
     text = (c.text_width, c.text_layers, c.text_heads, c.text_mlp)
-    images = Tower("vision", tokens, *vision, stem=3 * c.patch_size**2, table=0)
-    return images, Tower("text", c.context_length, *text, stem=0, table=c.vocab_size)
+    stem = 3 * c.patch_size**2
+    return (
+        Tower("vision", tokens, *vision, stem, 0, c.embed_dim, recipe.vision),
+        Tower("text", c.context_length, *text, 0, c.vocab_size, c.embed_dim, recipe.text),
+    )
 
 
 def _check_count(what, n):
@@ -190,13 +196,13 @@ def _check_count(what, n):
 def check(config, batch_size, method, rank=0):
     """-> (recipe, rank, image tower, text tower); rank 0 is the method's own. ValueError on what
     makes no sense."""
-    vision, text = towers(config)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     _check_count("the batch size", batch_size)
     if rank != 0:
         _check_count("the rank", rank)
     recipe = METHODS[method]
+    vision, text = towers(config, recipe)
     width = min(vision.width, text.width)
     rank = (rank or recipe.rank) if recipe.rank else 0  # a rank means nothing to some methods
     if rank > width:
@@ -227,32 +233,35 @@ def flops(config, batch_size, method="finetune", rank=0, gap=GAP, micro_batch=No
     _check_count("the gap between two SVDs", gap)
     _, count = pieces(batch_size, micro_batch)
     rows = []
-    for tower, trains in ((vision, recipe.vision), (text, recipe.text)):
-        rows += tower_flops(tower, trains, batch_size, config.embed_dim, rank, count)
+    for tower in (vision, text):
+        rows += tower_flops(tower, batch_size, rank, count)
         if method == "galore":
-            update = sum(
-                n * galore_update(r, c, rank, gap) for r, c, n in tower.matrices(config.embed_dim)
-            )
+            update = sum(n * galore_update(r, c, rank, gap) for r, c, n in tower.matrices())
             rows.append(row(tower.name, "", "galore", 1, 0, update=update))
     product = 2 * batch_size**2 * config.embed_dim
-    needed = product * (bool(recipe.vision) + bool(recipe.text))
+    needed = product * trained_towers(recipe)
     rows.append(row("loss", "", "logits", 1, product, to_input=needed))
     return [r for r in rows if r["times"]]
 
 
+def trained_towers(recipe):
+    return bool(recipe.vision) + bool(recipe.text)
+
+
 def row(tower, blocks, matmul, times, forward, to_weight=0, to_input=0, update=0, again=0):
-    costs = {"forward": forward, "again": again, "to_weight": to_weight, "to_input": to_input}
-    costs["update"] = update
-    total = times * sum(costs.values())
-    place = {"tower": tower, "blocks": blocks, "matmul": matmul, "times": times}
-    return {**place, **costs, "total": total}
+    return {
+        "tower": tower, "blocks": blocks, "matmul": matmul, "times": times,
+        "forward": forward, "again": again, "to_weight": to_weight, "to_input": to_input,
+        "update": update, "total": times * (forward + again + to_weight + to_input + update),
+    }  # fmt: skip
 
 
-def tower_flops(tower, trains, batch_size, embed_dim, rank, count):
+def tower_flops(tower, batch_size, rank, count):
     """The tower's rows; `count`: pieces that its batch goes through it in."""
-    everything = trains == "all"
-    adapters = trains == "adapters"
-    second = bool(trains) and count > 1  # a frozen tower goes over its pieces once
+    everything = tower.trains == "all"
+    adapters = tower.trains == "adapters"
+    anything = bool(tower.trains)
+    second = anything and count > 1  # a frozen tower goes over its pieces once
     tokens = batch_size * tower.tokens
     rows = []
 
@@ -269,16 +278,16 @@ def tower_flops(tower, trains, batch_size, embed_dim, rank, count):
         for matmul, (inputs, outputs) in tower.linears().items():
             cost = 2 * tokens * inputs * outputs
             adapted = adapters and matmul in ("in_proj", "c_proj")
-            behind = bool(trains) and not (adapters and matmul == "in_proj" and blocks == "0")
+            behind = anything and not (adapters and matmul == "in_proj" and blocks == "0")
             add(blocks, matmul, times, cost, (everything or adapted) * cost, behind * cost)
         # q k^T; and as much for its product with v
         product = 2 * tokens * tower.tokens * tower.width
-        add(blocks, "attention", times, 2 * product, 0, bool(trains) * 5 * product)
+        add(blocks, "attention", times, 2 * product, 0, anything * 5 * product)
         if adapters:  # B A, formed once a forward, so once a piece; gradients of B and of A
             cost = count * sum(2 * rank * i * o for o, i in tower.adapted())
             add(blocks, "adapter B A", times, cost, 2 * cost)
-    cost = 2 * batch_size * tower.width * embed_dim
-    add("", "projection", 1, cost, everything * cost, bool(trains) * cost)
+    cost = 2 * batch_size * tower.width * tower.embed_dim
+    add("", "projection", 1, cost, everything * cost, anything * cost)
     return rows
 
 
@@ -320,20 +329,18 @@ def forward_flops(config):
 
 def parameters(config):
     """How many parameters the model has; the one over is logit_scale."""
-    return sum(sum(t.parameters(config.embed_dim).values()) for t in towers(config)) + 1
+    return sum(sum(tower.parameters().values()) for tower in towers(config)) + 1
 
 
 def trained_parameters(config, method="finetune", rank=0):
     """How many parameters the optimizer holds."""
     recipe, rank, vision, text = check(config, 1, method, rank)
-    in_vision = tower_trained(vision, recipe.vision, config.embed_dim, method, rank)
-    in_text = tower_trained(text, recipe.text, config.embed_dim, method, rank)
-    return in_vision + in_text + recipe.scale
+    return sum(tower_trained(tower, method, rank) for tower in (vision, text)) + recipe.scale
 
 
-def tower_trained(tower, trains, embed_dim, method, rank):
+def tower_trained(tower, method, rank):
     """How many of them are the tower's."""
-    if trains == "adapters":
+    if tower.trains == "adapters":
         # A [r, in] and B [out, r]; DoRA has a magnitude a row; VeRA trains d [r] and b [out] alone
         block = 0
         for rows, columns in tower.adapted():
@@ -342,13 +349,13 @@ def tower_trained(tower, trains, embed_dim, method, rank):
             else:
                 block += rank * (rows + columns) + rows * (method == "dora")
         return tower.layers * block
-    counts = tower.parameters(embed_dim)
+    counts = tower.parameters()
     kinds = {
         "": (),
         "all": counts,
         "norms": ("norm weights", "norm biases"),
         "biases": ("norm biases", "linear biases"),
-    }[trains]
+    }[tower.trains]
     return sum(counts[kind] for kind in kinds)
 
 
@@ -372,16 +379,16 @@ def kept(config, batch_size, method="finetune", precision="bf16", rank=0, micro_
         raise ValueError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
     size = PRECISIONS[precision]
     piece, _ = pieces(batch_size, micro_batch)
-    total = tower_kept(config, vision, recipe.vision, piece, method, rank, size)
-    for kind, count in tower_kept(config, text, recipe.text, piece, method, rank, size).items():
-        total[kind] += count
+    of_images = tower_kept(config, vision, piece, method, rank, size)
+    of_texts = tower_kept(config, text, piece, method, rank, size)
+    total = {kind: of_images[kind] + of_texts[kind] for kind in of_images}
     return total | {"loss": loss_bytes(recipe, batch_size, config.embed_dim)}
 
 
-def tower_kept(config, tower, trains, batch_size, method, rank, size):
+def tower_kept(config, tower, batch_size, method, rank, size):
     """The tower's share of it; `size` is the bytes of what a matmul reads."""
-    everything = trains == "all"
-    adapters = trains == "adapters"
+    everything = tower.trains == "all"
+    adapters = tower.trains == "adapters"
     image = bool(tower.stem)
     t = batch_size * tower.tokens
     w = tower.width
@@ -403,10 +410,10 @@ def tower_kept(config, tower, trains, batch_size, method, rank, size):
         "attention": deep * t * (size * 4 * w + 4 * tower.heads),
         "GELU inputs": size * deep * t * m * (2 if config.quick_gelu else 1),
         "adapters": adapters * deep * adapter_bytes(tower, method, rank),
-        "weight copies": copies_bytes(tower, trains, config.embed_dim, size),
+        "weight copies": copies_bytes(tower, size),
         "features": features,
     }
-    return total if trains else dict.fromkeys(total, 0)
+    return total if tower.trains else dict.fromkeys(total, 0)
 
 
 def adapter_bytes(tower, method, rank):
@@ -419,24 +426,26 @@ def adapter_bytes(tower, method, rank):
     return 0
 
 
-def copies_bytes(tower, trains, embed_dim, size):
+def copies_bytes(tower, size):
     """The weights as the backward's matmuls read them, where that is not the parameter itself:
     16-bit copies, and the adapted weights W' in any precision. The first adapted in_proj is not
     read: its input needs no gradient."""
     total = 0
-    for matmul, (i, o) in tower.linears().items():
-        adapted = trains == "adapters" and matmul in ("in_proj", "c_proj")
+    for matmul, (inputs, outputs) in tower.linears().items():
+        adapted = tower.trains == "adapters" and matmul in ("in_proj", "c_proj")
         if adapted or size == 2:
-            total += size * i * o * (tower.layers - (adapted and matmul == "in_proj"))
-    return total + (size == 2) * size * tower.width * (embed_dim + tower.stem * (trains == "all"))
+            blocks = tower.layers - (adapted and matmul == "in_proj")
+            total += size * inputs * outputs * blocks
+    if size == 2:  # of the projection, and of the patch convolution
+        total += size * tower.width * (tower.embed_dim + tower.stem * (tower.trains == "all"))
+    return total
 
 
 def loss_bytes(recipe, batch_size, embed_dim):
     """A tower's features where the other one trains, the logits before their scale, both softmaxes,
     the targets."""
-    trained = bool(recipe.vision) + bool(recipe.text)
-    numbers = trained * embed_dim + (2 + recipe.scale) * batch_size  # a sample
-    return batch_size * (4 * numbers + 8) + 12
+    per_sample = trained_towers(recipe) * embed_dim + (2 + recipe.scale) * batch_size  # numbers
+    return batch_size * (4 * per_sample + 8) + 12
 
 
 def moment_bytes(config, method, rank):
@@ -446,7 +455,7 @@ def moment_bytes(config, method, rank):
     _, rank, vision, text = check(config, 1, method, rank)
     if method != "galore":
         return 8 * trained
-    matrices = vision.matrices(config.embed_dim) + text.matrices(config.embed_dim)
+    matrices = vision.matrices() + text.matrices()
     full = sum(r * c * n for r, c, n in matrices)
     low = sum(n * min(rank, r, c) * (2 * max(r, c) + min(r, c)) for r, c, n in matrices)
     return 8 * (trained - full) + 4 * low
@@ -462,7 +471,7 @@ def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micr
     gradients of the pieces before, and nothing that the other tower kept. AdamW is fused: no
     temporaries."""
     recipe, rank, vision, text = check(config, batch_size, method, rank)
-    all_kept = kept(config, batch_size, method, precision, rank, micro_batch)
+    everything = kept(config, batch_size, method, precision, rank, micro_batch)
     size = PRECISIONS[precision]
     piece, count = pieces(batch_size, micro_batch)
     total = parameters(config)
@@ -474,34 +483,35 @@ def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micr
         "method state": 4 * trained * recipe.copies,
         "inputs": piece * (12 * config.image_size**2 + 8 * config.context_length),
     }
-    nothing = dict.fromkeys((*all_kept, "gradients", "transient"), 0)
-    of_images = tower_kept(config, vision, recipe.vision, piece, method, rank, size)
-    of_texts = tower_kept(config, text, recipe.text, piece, method, rank, size)
-    image_gradients = 4 * tower_trained(vision, recipe.vision, config.embed_dim, method, rank)
-    features = 4 * batch_size * config.embed_dim * (2 + bool(recipe.vision) + bool(recipe.text))
-    at_loss = dict(nothing) if count > 1 else nothing | all_kept
-    at_loss |= {"loss": all_kept["loss"], "transient": LOSS_TRANSIENT * batch_size**2}
-    at_images = nothing | (of_images if count > 1 else all_kept)
-    at_images |= {"loss": features, "gradients": image_gradients * (count > 1)}
-    at_images["transient"] = transient(vision, recipe.vision, piece, size)
-    at_texts = nothing | of_texts | {"loss": features, "gradients": image_gradients}
-    at_texts["transient"] = transient(text, recipe.text, piece, size)
-    if count > 1:
-        at_texts["gradients"] = 4 * trained
-    at_update = nothing | {"gradients": 4 * trained * (1 + recipe.penalty)}
-    # theta - anchor of the largest tensor
-    at_update["transient"] = 4 * text.table * text.width * recipe.penalty
-    moments = (at_loss, at_images, at_texts, at_update)
-    return always | max(moments, key=lambda parts: sum(parts.values()))
+    of_images = tower_kept(config, vision, piece, method, rank, size)
+    of_texts = tower_kept(config, text, piece, method, rank, size)
+    features = 4 * batch_size * config.embed_dim * (2 + trained_towers(recipe))
+    image_gradients = 4 * tower_trained(vision, method, rank)
+    gradients = 4 * trained
+    anchor = 4 * text.table * text.width * recipe.penalty  # theta - anchor of the largest tensor
+    whole = count == 1
+    moments = (  # kept by the towers, bytes of the loss, of gradients, and needed for this alone
+        (everything if whole else {}, everything["loss"], 0, LOSS_TRANSIENT * batch_size**2),
+        (everything if whole else of_images, features, 0 if whole else image_gradients,
+         transient(vision, piece, size)),
+        (of_texts, features, image_gradients if whole else gradients, transient(text, piece, size)),
+        ({}, 0, gradients * (1 + recipe.penalty), anchor),
+    )  # fmt: skip
+    nothing = dict.fromkeys(everything, 0)
+    peaks = [
+        nothing | graph | {"loss": loss, "gradients": held, "transient": brief}
+        for graph, loss, held, brief in moments
+    ]
+    return always | max(peaks, key=lambda parts: sum(parts.values()))
 
 
-def transient(tower, trains, batch_size, size):
+def transient(tower, batch_size, size):
     """What the backward needs in the tower's last block. Where c_proj trains, its input has been
     freed for one of the two gradients around GELU by the time that both are there; the other one
     meets, under autocast, the 16-bit gradient of c_proj's output."""
-    frozen = trains in ("norms", "biases")
+    frozen = tower.trains in ("norms", "biases")
     entries = 2 * tower.mlp if frozen else tower.mlp + (size == 2) * tower.width
-    return bool(trains) * size * batch_size * tower.tokens * entries
+    return bool(tower.trains) * size * batch_size * tower.tokens * entries
 
 
 def peak_memory(config, batch_size, method="finetune", precision="bf16", rank=0, micro_batch=None):
@@ -605,9 +615,7 @@ def table(config, batch_size, rank=0, precision="bf16", total_gflops=None, tasks
         limits = "a budget is above 0 GFLOPs and finite, for one task or more"
         raise ValueError(f"{limits}, not {total} for {[*tasks]}")
     published = sum(forward_flops(config)) == next(iter(BUDGETS)) and batch_size == PAPER_BATCH
-    setups = []
-    for name, recipe in METHODS.items():
-        setups.append((name, name, (rank or recipe.rank) if recipe.rank else 0))
+    setups = [(name, name, check(config, batch_size, name, rank)[1]) for name in METHODS]
     if published and not rank:
         setups += [(f"{name} r{r}", name, r) for name, r in PAPER if r != METHODS[name].rank]
     rows = []

@@ -376,12 +376,10 @@ ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 JUNK = re.compile(
     r"\x1b\[[\d;]*[a-zA-Z]|[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]"
 )
-LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬅﬆ"
-LETTERS = "IJ ij 'n DZ Dz dz DŽ Dž dž LJ Lj lj NJ Nj nj ff fi fl ffi ffl ſt st"
-REPAIR = CP1252 | str.maketrans(dict(zip(LIGATURES, LETTERS.split())))
+FORMS = [*map(ord, "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ"), 0x3000, *range(0xFF01, 0xFFF0)]
+REPAIR = CP1252 | {i: unicodedata.normalize("NFKC", chr(i)) for i in FORMS} | {ord("ﬅ"): "ſt"}
 REPAIR |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'")
 REPAIR |= dict.fromkeys(range(0x201C, 0x2020), '"')
-REPAIR |= {i: unicodedata.normalize("NFKC", chr(i)) for i in [0x3000, *range(0xFF01, 0xFFF0)]}
 PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")  # ASCII without entities and controls: nothing to repair
 # OpenAI's 's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+; encode sets numbers like ² apart,
 # which \d misses
@@ -562,7 +560,6 @@ DTYPES = {  # narrowest first
     "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
     "F64": torch.float64, "I64": torch.int64,
 }  # fmt: skip
-DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 TORCH_NAMES = "Bool Byte Char Short Half BFloat16 Int Float Double Long"  # in the same order
 STORAGES = dict(zip(TORCH_NAMES.split(), DTYPES.values()))
 WEIGHTS = (  # best first
@@ -786,12 +783,8 @@ def read_tensors(path, mapped=False):
     it. ValueError names a malformed file and its fault."""
     tensors = _read(Path(path))
     if not mapped:
-        tensors.readers = {n: functools.partial(_own, r) for n, r in tensors.readers.items()}
+        tensors.readers = {n: lambda r=r: r().clone() for n, r in tensors.readers.items()}
     return tensors
-
-
-def _own(reader):
-    return reader().clone()
 
 
 def _read(path):
@@ -826,23 +819,28 @@ def _aside(path):
         Path(part).unlink(missing_ok=True)
 
 
+def _write_json(tree, path):
+    with _aside(path) as f:
+        f.write(json.dumps(tree, indent=2).encode())
+
+
 def write_tensors(tensors, path, metadata=None):
     """Mapping from name to tensor -> safetensors file, byte for byte as the safetensors package
     writes it: widest dtype first, then by name, the data aligned to 8 bytes."""
     header = {"__metadata__": metadata} if metadata else {}
-    widest = [*DTYPE_NAMES][::-1]
-    places = [(widest.index(t.dtype), n, [*t.shape], t.nbytes) for n, t in tensors.items()]
+    kinds = list(DTYPES)
+    ranks = list(DTYPES.values())
+    places = sorted((-ranks.index(t.dtype), n, [*t.shape], t.nbytes) for n, t in tensors.items())
     offset = 0
-    for rank, name, shape, size in sorted(places):
+    for rank, name, shape, size in places:
         end = offset + size
-        kind = DTYPE_NAMES[widest[rank]]
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {"dtype": kinds[-rank], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     with _aside(path) as f:
         f.write(len(head).to_bytes(8, "little") + head)
-        for _, name, *_ in sorted(places):
+        for _, name, *_ in places:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             f.write(flat.view(torch.uint8).numpy().data)
 
@@ -985,6 +983,15 @@ def _edge(size):
     return size[0] if isinstance(size, list) and len({*size}) == 1 else size
 
 
+def _ours(fields, theirs):
+    """What their config says, by our names."""
+    return {our: _edge(theirs[their]) for our, their in fields.items() if their in theirs}
+
+
+def _theirs(fields, config):
+    return {their: getattr(config, our) for our, their in fields.items()}
+
+
 def _says_ours(metadata):
     config = CLIPConfig(**json.loads(metadata["config"]))
     pixels = {"size": config.image_size} | json.loads(metadata.get("preprocess", "{}"))
@@ -1000,15 +1007,14 @@ def _says_open_clip(c):
     t = {"width": 512, "heads": 8} | model["text_cfg"]
     plain = {*OPEN_CLIP_VISION.values(), *OPEN_CLIP_TEXT.values(), "head_width", "mlp_ratio",
              "patch_dropout"}  # fmt: skip
-    others = {k: x for k, x in (v | t).items() if x and k not in plain}
-    others = {k: x for k, x in others.items() if x not in USUAL.get(k, ())}
+    fields = (v | t).items()
+    others = {k: x for k, x in fields if x and k not in plain and x not in USUAL.get(k, ())}
     tokenizer = {k: others.pop(k) for k in [*others] if "tokenizer" in k}
     if others:
         raise ValueError(f"{others} make it another architecture than plain CLIP")
     if str(tokenizer.get("hf_tokenizer_name")).startswith("openai/clip-vit"):
         del tokenizer["hf_tokenizer_name"]
-    said = {ours: _edge(v[k]) for ours, k in OPEN_CLIP_VISION.items() if k in v}
-    said |= {ours: t[k] for ours, k in OPEN_CLIP_TEXT.items() if k in t}
+    said = _ours(OPEN_CLIP_VISION, v) | _ours(OPEN_CLIP_TEXT, t)
     said |= {"vision_heads": v["width"] // v["head_width"], "tokenizer": tokenizer}
     said["quick_gelu"] = bool(model.get("quick_gelu"))
     pixels = {k: x for k, x in (c.get("preprocess_cfg") or {}).items() if x is not None}
@@ -1032,7 +1038,7 @@ def _says_hf(c):
     for tower, fields, width, heads in (("vision", HF_VISION, 768, 12), ("text", HF_TEXT, 512, 8)):
         x = {"hidden_size": width, "num_attention_heads": heads, "hidden_act": "quick_gelu"}
         x |= (c.get(f"{tower}_config") or {}) | (c.get(f"{tower}_config_dict") or {})
-        said |= {ours: x[k] for ours, k in fields.items() if k in x}
+        said |= _ours(fields, x)
         kinds.add(x.get("model_type", "clip").removesuffix(f"_{tower}_model"))
         blocks.add((x["hidden_act"], x.get("layer_norm_eps", 1e-5)))
     if kinds != {"clip"}:
@@ -1172,12 +1178,9 @@ def agree(paths, quick_gelu=None):
 
 
 def _metadata(config, said):
-    metadata = {"format": "pt", "config": json.dumps(vars(config))}
-    if "preprocess" in said:
-        metadata["preprocess"] = json.dumps(vars(said["preprocess"]))
-    if "tokenizer" in said:
-        metadata["tokenizer"] = json.dumps(said["tokenizer"])
-    return metadata
+    parts = {"config": config} | {k: said[k] for k in ("preprocess", "tokenizer") if k in said}
+    texts = {name: json.dumps(part, default=vars) for name, part in parts.items()}
+    return {"format": "pt"} | texts
 
 
 def _complete(path, said):
@@ -1223,42 +1226,39 @@ def load(path_or_spec, config=None, quick_gelu=None, image_size=None, cache=None
     activation."""
     path = fetch(path_or_spec, cache)
     with _reading(path, "its tensors make no CLIP"):
-        return _load(path, config, quick_gelu, image_size)
-
-
-def _load(path, config, quick_gelu, image_size):
-    raw = read_tensors(path, mapped=True)
-    tensors = openai_names(raw)
-    if not tensors.keys() >= CORE:
-        names = f"{', '.join([*raw][:8])} ({len(raw)} in all)"
-        raise ValueError(f"{path}: not a CLIP of two transformers; it has {names}")
-    said = _describe(path, raw, tensors, resized=image_size is not None)
-    if config and quick_gelu is None and said.get("quick_gelu") not in (None, config.quick_gelu):
-        raise ValueError(
-            f"{path} says quick_gelu={said['quick_gelu']}, the config says "
-            f"{config.quick_gelu}; pass quick_gelu= as well, which overrules both"
-        )
-    if quick_gelu is not None:
-        said["quick_gelu"] = quick_gelu
-    config = config or _complete(path, said)
-    config = dataclasses.replace(config, quick_gelu=said.get("quick_gelu", config.quick_gelu))
-    if image_size is not None:
-        config = dataclasses.replace(config, image_size=image_size)
-    with torch.device("meta"):  # takes no memory: the tensors of the file become the weights
-        model = CLIP(config)
-    state = {}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, which are no plain weights")
-        state[name] = tensor.to(torch.float32, copy=True)
-    if image_size is not None:
-        grid = "visual.positional_embedding"
-        state[grid] = _resize(state[grid], image_size // config.patch_size)
-    model.load_state_dict(state, assign=True)  # compares names and shapes
-    pixels = said.get("preprocess", model.preprocess)
-    model.preprocess = dataclasses.replace(pixels, size=config.image_size)
-    model.tokenizer = said.get("tokenizer", {})
-    return model.eval()
+        raw = read_tensors(path, mapped=True)
+        tensors = openai_names(raw)
+        if not tensors.keys() >= CORE:
+            names = f"{', '.join([*raw][:8])} ({len(raw)} in all)"
+            raise ValueError(f"{path}: not a CLIP of two transformers; it has {names}")
+        said = _describe(path, raw, tensors, resized=image_size is not None)
+        activation = said.get("quick_gelu")
+        if config and quick_gelu is None and activation not in (None, config.quick_gelu):
+            raise ValueError(
+                f"{path} says quick_gelu={activation}, the config says {config.quick_gelu}; "
+                "pass quick_gelu= as well, which overrules both"
+            )
+        if quick_gelu is not None:
+            said["quick_gelu"] = quick_gelu
+        config = config or _complete(path, said)
+        config = dataclasses.replace(config, quick_gelu=said.get("quick_gelu", config.quick_gelu))
+        if image_size is not None:
+            config = dataclasses.replace(config, image_size=image_size)
+        with torch.device("meta"):  # takes no memory: the tensors of the file become the weights
+            model = CLIP(config)
+        state = {}
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype}, which are no plain weights")
+            state[name] = tensor.to(torch.float32, copy=True)
+        if image_size is not None:
+            grid = "visual.positional_embedding"
+            state[grid] = _resize(state[grid], image_size // config.patch_size)
+        model.load_state_dict(state, assign=True)  # compares names and shapes
+        pixels = said.get("preprocess", model.preprocess)
+        model.preprocess = dataclasses.replace(pixels, size=config.image_size)
+        model.tokenizer = said.get("tokenizer", {})
+        return model.eval()
 
 
 def save(model, path, layout="open_clip", **more):
@@ -1299,8 +1299,7 @@ def save(model, path, layout="open_clip", **more):
     os.makedirs(path, exist_ok=True)
     write_tensors(state, os.path.join(path, weights), metadata)
     for name, config in beside.items():
-        with _aside(os.path.join(path, name)) as f:
-            f.write(json.dumps(config, indent=2).encode())
+        _write_json(config, os.path.join(path, name))
 
 
 def _hf_state(state):
@@ -1316,8 +1315,8 @@ def _hf_state(state):
 
 
 def _open_clip_config(c, preprocess=None, tokenizer=None):
-    v = {theirs: getattr(c, ours) for ours, theirs in OPEN_CLIP_VISION.items()}
-    t = {theirs: getattr(c, ours) for ours, theirs in OPEN_CLIP_TEXT.items()}
+    v = _theirs(OPEN_CLIP_VISION, c)
+    t = _theirs(OPEN_CLIP_TEXT, c)
     v["head_width"] = c.vision_width // c.vision_heads
     v["mlp_ratio"] = (c.vision_mlp + 0.01) / c.vision_width  # open_clip rounds width * ratio down
     t["mlp_ratio"] = (c.text_mlp + 0.01) / c.text_width
@@ -1330,8 +1329,8 @@ def _open_clip_config(c, preprocess=None, tokenizer=None):
 
 def _hf_config(c):
     both = {"projection_dim": c.embed_dim, "hidden_act": "quick_gelu" if c.quick_gelu else "gelu"}
-    v = both | {theirs: getattr(c, ours) for ours, theirs in HF_VISION.items()}
-    t = both | {theirs: getattr(c, ours) for ours, theirs in HF_TEXT.items()}
+    v = both | _theirs(HF_VISION, c)
+    t = both | _theirs(HF_TEXT, c)
     t |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1}
     kind = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": c.embed_dim}
     return kind | {"vision_config": v, "text_config": t}
@@ -1357,15 +1356,11 @@ OPENAI = {  # published files and their sha256
     "ViT-B-32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "ViT-B-16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L-14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L-14-336": (
-        "ViT-L-14-336px.pt",
-        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-    ),
-    "bpe": (
-        "bpe_simple_vocab_16e6.txt.gz",
-        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
-    ),
-}
+    "ViT-L-14-336": ("ViT-L-14-336px.pt",
+                     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+    "bpe": ("bpe_simple_vocab_16e6.txt.gz",
+            "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+}  # fmt: skip
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -1397,8 +1392,7 @@ def _open(url, **headers):
             request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
         return urllib.request.build_opener(_Redirects).open(request, timeout=30)
     except (OSError, ValueError, http.client.HTTPException) as e:
-        hint = "offline, give a local file's path"
-        raise OSError(f"{url} cannot be reached ({e}); {hint}") from e
+        raise OSError(f"{url} cannot be reached ({e}); offline, give a local file's path") from e
 
 
 @contextlib.contextmanager
@@ -1506,8 +1500,7 @@ def _fetch_hf(repo, wanted, cache):
             warnings.warn(f"hf:{repo}: no sha256 of {which} to verify it by", stacklevel=1)
         known |= {name: files[name] for name in (*ALONG, *weights) if name in files}
         folder.mkdir(parents=True, exist_ok=True)
-        with _aside(note) as f:
-            f.write(json.dumps(known).encode())
+        _write_json(known, note)
     for name, sha256 in known.items():
         _download(f"{_hub()}/{repo}/resolve/main/{name}", os.path.join(folder, name), sha256)
     return os.path.join(folder, wanted)

@@ -78,7 +78,8 @@ def merge(technique, base, experts, weights=None, **options):
     layers = layer_scales(base, *lines) if lines else {}
     if options.get("whole"):
         vectors = [v for v in tensors if v.n > 1 and v.stored.is_floating_point]
-        options["whole"] = WHOLE[technique](vectors, len(experts), options)
+        sizes = SIZES[technique](sum(v.n for v in vectors), **options)
+        options["whole"] = _cuts(vectors, sizes, range(len(experts)))
     merged = {}
     for v in tensors:
         if v.n == 0 or not v.stored.is_floating_point:
@@ -225,7 +226,7 @@ def ties(v, weights, *, density, whole, function):
     equals.)"""
 
     def trimmed(i):
-        (cut,) = whole[i] if whole else _cuts([v], [max(1, round(density * v.n))], [i])[0]
+        (cut,) = whole[i] if whole else _cuts([v], _kept(v.n, density), [i])[0]
         for part, tau in v.tau(i):
             yield part, cut.trim(tau)
 
@@ -262,18 +263,11 @@ def breadcrumbs(v, weights, *, top, bottom, elect, whole, function):
     together. elect: TIES' election with `function` in place of the sum (whole, elect: TIME's)."""
 
     def masked(i):
-        few, most = _crumbs(v.n, top, bottom)
-        loud, outliers = whole[i] if whole else _cuts([v], [most, few], [i])[0]
+        loud, outliers = whole[i] if whole else _cuts([v], _crumbs(v.n, top, bottom), [i])[0]
         for part, tau in v.tau(i):
             yield part, loud.trim(tau) - (outliers.trim(tau) if outliers else 0)
 
     return _elect(v, weights, masked, function) if elect else _total(v, weights, masked)
-
-
-def _crumbs(n, top, bottom):
-    """-> how many of n entries are outliers, and how many are no noise."""
-    few = round(top * n)
-    return few, max(1, few, n - round(bottom * n))
 
 
 def magmax(v, weights):
@@ -592,17 +586,18 @@ def _cuts(vectors, sizes, experts):
     return cuts
 
 
-def _whole_ties(vectors, k, options):
-    n = sum(v.n for v in vectors)
-    return _cuts(vectors, [max(1, round(options["density"] * n))], range(k))
+def _kept(n, density, **others):
+    """-> [how many of n entries ties keeps]."""
+    return [max(1, round(density * n))]
 
 
-def _whole_breadcrumbs(vectors, k, options):
-    few, most = _crumbs(sum(v.n for v in vectors), options["top"], options["bottom"])
-    return _cuts(vectors, [most, few], range(k))
+def _crumbs(n, top, bottom, **others):
+    """-> [how many of n entries are no noise, how many of these are outliers]."""
+    few = round(top * n)
+    return [max(1, few, n - round(bottom * n)), few]
 
 
-WHOLE = {"ties": _whole_ties, "breadcrumbs": _whole_breadcrumbs}
+SIZES = {"ties": _kept, "breadcrumbs": _crumbs}
 
 
 def _wide(dtype):

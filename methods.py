@@ -253,6 +253,12 @@ def _kaiming(parameter, fan_in, a, generator):
     parameter.copy_(drawn)
 
 
+def _added(weight, scale, B, A):
+    """W + s B A, of B [pieces, out / pieces, r] and A [pieces, r, in] -> [out, in]."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.add(weight, (B @ A).flatten(0, 1), alpha=scale)
+
+
 class LoRAWeight(nn.Module):
     """W' = W + s B A (arXiv 2106.09685, eq. 3); A [pieces, r, in], B [pieces, out / pieces, r]."""
 
@@ -267,9 +273,7 @@ class LoRAWeight(nn.Module):
         self.B.zero_()
 
     def forward(self, weight):
-        with torch.autocast(weight.device.type, enabled=False):
-            product = (self.B @ self.A).flatten(0, 1)  # [out, in]
-            return torch.add(weight, product, alpha=self.scale)
+        return _added(weight, self.scale, self.B, self.A)
 
 
 class DoRAWeight(LoRAWeight):
@@ -336,9 +340,7 @@ class VeRAWeight(nn.Module):
     def forward(self, weight):
         d = self.d.view(self.pieces, -1, 1)
         b = self.b.view(self.pieces, -1, 1)
-        with torch.autocast(weight.device.type, enabled=False):
-            product = ((b * self.B) @ (d * self.A)).flatten(0, 1)  # [out, in]
-            return torch.add(weight, product, alpha=self.scale)
+        return _added(weight, self.scale, b * self.B, d * self.A)
 
 
 class LoRA(Method):
