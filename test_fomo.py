@@ -6720,6 +6720,12 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
     assert (tmp_path / "OUT.safetensors").exists()
 
 
+def test_the_readmes_pictures_are_there():
+    for file in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (HERE / "README.md").read_text()):
+        with Image.open(HERE / file) as picture:
+            assert np.asarray(picture).std() > 1
+
+
 def test_the_readme_states_the_size_of_the_code():
     lines = {p.name: len(p.read_text().splitlines()) for p in HERE.glob("*.py")}
     table = dict(
