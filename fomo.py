@@ -23,6 +23,7 @@ import copy
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -1063,6 +1064,11 @@ class Lines(tqdm):
         if msg is None and self.n > self.initial:  # else nothing is known yet, or all is said
             print(self, file=sys.stderr, flush=True)
         return True
+
+    def close(self):
+        if not self.bar:
+            self.fp = io.StringIO()  # takes the carriage return that tqdm writes at the end
+        super().close()
 
 
 def start_optimizer(stage):

@@ -6720,6 +6720,14 @@ def test_the_readmes_commands_exist_and_parse(tmp_path, monkeypatch):
     assert (tmp_path / "OUT.safetensors").exists()
 
 
+def test_off_a_terminal_progress_is_plain_lines(capsys):
+    learner = types.SimpleNamespace(crew=types.SimpleNamespace(leads=True))
+    bar = fomo.Lines(range(3), "scoring", 3, 0, learner)
+    bar.mininterval = 0  # seconds between two lines, 30 in life
+    assert list(bar) == [0, 1, 2]
+    assert re.fullmatch(r"(scoring: [123] of 3, .* left\n)+", capsys.readouterr().err)
+
+
 def test_the_readmes_pictures_are_there():
     for file in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (HERE / "README.md").read_text()):
         with Image.open(HERE / file) as picture:
