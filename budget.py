@@ -138,7 +138,8 @@ class Tower:
 
     def linears(self):
         """matmul of a block -> (inputs, outputs)."""
-        w, m = self.width, self.mlp
+        w = self.width
+        m = self.mlp
         return {"in_proj": (w, 3 * w), "out_proj": (w, w), "c_fc": (w, m), "c_proj": (m, w)}
 
     def adapted(self):
@@ -294,7 +295,8 @@ def tower_flops(tower, batch_size, rank, count):
 def galore_update(rows, columns, rank, gap):
     """FLOPs a step spends on one gradient: into the rank's space and back, and its share of new
     singular vectors."""
-    p, q = max(rows, columns), min(rows, columns)
+    p = max(rows, columns)
+    q = min(rows, columns)
     return 4 * p * q * min(rank, q) + (2 * p * q * q + 9 * q**3) // gap
 
 

@@ -235,8 +235,10 @@ class Concat(Split):
         for number, split in enumerate(self.splits):
             own = split.keys()
             mark = _key(f"part {number}")
-            while (twice := np.isin(own, keys)).any():  # again where a part is itself of parts
+            twice = np.isin(own, keys)
+            while twice.any():  # again where a part is itself of parts
                 own = np.where(twice, own * 3 ^ mark, own)
+                twice = np.isin(own, keys)
             keys = np.concatenate([keys, own])
         return keys
 
@@ -300,7 +302,8 @@ TEXTURES = {  # where there is ink, of columns x, rows y and the period s, in pi
 }
 WINDS = ["up", "up and right", "right", "down and right", "down", "down and left", "left",
          "up and left"]  # fmt: skip
-SIZE, CANVAS = 32, 64  # drawn at twice the size, then averaged down
+SIZE = 32
+CANVAS = 64  # drawn at twice the size, then averaged down
 
 
 def _arc(radius, start, stop, n=24):
@@ -399,7 +402,9 @@ def _letters(p, letter):
 
 
 def _texture(p, name):
-    ink, x, y = p.ink(), *np.meshgrid(*2 * [np.arange(CANVAS) + p.rng.integers(16)])
+    ink = p.ink()
+    side = np.arange(CANVAS) + p.rng.integers(16)
+    x, y = np.meshgrid(side, side)
     mask = TEXTURES[name](x, y, p.rng.integers(12, 19)) * np.uint8(255)
     p.canvas.paste(p.rgb(ink), mask=Image.fromarray(mask))
     return f"a pattern of {name}", f"a texture of {name}", f"{name} in {ink} and {p.ground}"
@@ -446,14 +451,16 @@ def _flags(p, name):
 
 
 def _places(p, name):
-    (ink, _), cell = name.split(" at the ")[0].split(), name.split(" at the ")[1]
+    dot, cell = name.split(" at the ")
+    ink, _ = dot.split()
     k = CELLS.index(cell)
     p.shape("circle", ink, *_cell(k), radius=0.18, jitter=0.03)
     return f"a {name}", f"in the {cell} a {ink} dot", f"a {name} on {p.ground}"
 
 
 def _clocks(p, hour):
-    ink, centre = p.ink(), CANVAS / 2
+    ink = p.ink()
+    centre = CANVAS / 2
     angle = math.radians(30 * (HOURS.index(hour) + 1) - 90 + p.rng.uniform(-6, 6))
     p.draw.ellipse((4, 4, CANVAS - 4, CANVAS - 4), outline=p.rgb(ink), width=3)
     tip = (centre + 24 * math.cos(angle), centre + 24 * math.sin(angle))

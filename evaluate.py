@@ -597,12 +597,14 @@ class Line:
         """[T lists] of (finished tasks, ZS, KA), means over the seeds: the weights in training, as
         far as they were scored within a task. Empty lists where they were not."""
         tasks = []
+        alike = [rows_alike(run)[1:] for run in self.runs]
         for t, rows in enumerate(zip(*(run["tasks"] for run in self.runs))):
             seeds = [[(t + w["step"] / row["steps"], w["zs"], w["ka"]) for w in row["within"]]
                      for row in rows if row.get("within")]  # fmt: skip
-            known = all(rows_alike(run)[t + 1] is run["tasks"][t] for run in self.runs)
-            alike = len(seeds) == len(rows) and len({len(path) for path in seeds}) == 1
-            tasks.append(np.mean(np.array(seeds, dtype=float), axis=0) if known and alike else [])
+            comparable = all(known[t] is row for known, row in zip(alike, rows))
+            every_seed = len(seeds) == len(rows) and len({len(path) for path in seeds}) == 1
+            draw = comparable and every_seed
+            tasks.append(np.mean(np.array(seeds, dtype=float), axis=0) if draw else [])
         return tasks
 
     def changes(self):

@@ -369,10 +369,10 @@ def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
     groups = {}
     for f in fields(Config):
         if names is None or f.name in names:
-            title = f.metadata["group"]
-            if title not in groups:
-                groups[title] = parser.add_argument_group(title)
-            add_option(groups[title], f.name, f.type, f)
+            heading = f.metadata["group"]
+            if heading not in groups:
+                groups[heading] = parser.add_argument_group(heading)
+            add_option(groups[heading], f.name, f.type, f)
     given = vars(parser.parse_args(argv))
     given = {f.name: given[f.name] for f in fields(Config) if f.name in given}
     config = continued(given) if "continue_" in given else Config(**given)
@@ -417,7 +417,7 @@ def refuse_unused(c, given):
     idle = (  # options, whether they do nothing here, and why
         ([*of_training, "eval_every", "gate"], c.method == "zero-shot",
          "--method zero-shot trains nothing"),
-        (set(methods.OPTIONS) - {"seed", *methods.used(trains)}, True,
+        ([name for name in methods.OPTIONS if name not in ("seed", *methods.used(trains))], True,
          f"--method {c.method} has no such option"),
         ([name for name in MERGING if MERGING[name] not in ("init", "deploy", *merges)], True,
          "no merge here uses it"),
@@ -1695,8 +1695,8 @@ class Folder:
         failed = evaluate.failures(self.c.gate, results["before"] or results["theta_0"], last)
         results |= {"deployed": "before" if failed else "after", "gate_failed": failed}
         self._ship(stage, failed)
-        alone = self.c.method == "joint"
-        beside = [] if alone else evaluate.joint_beside(self.path, results)
+        joint = self.c.method == "joint"
+        beside = [] if joint else evaluate.joint_beside(self.path, results)
         evaluate.page(results, self.path / "picture.png", beside)
         if self.c.method not in ("joint", "zero-shot") and not failed:
             kept = kept_for_the_next(stage)
@@ -1781,13 +1781,14 @@ def whole(path, before=None):
             yield f
             f.flush()
             os.fsync(f.fileno())
+        if before and path.exists():
+            os.replace(path, before)
+        os.replace(part, path)
     except RuntimeError as e:  # torch's for a write that fails
-        part.unlink(missing_ok=True)
         free = shutil.disk_usage(part.parent).free
         raise OSError(f"{part} cannot be written, is the disk full? ({free} bytes free)") from e
-    if before and path.exists():
-        os.replace(path, before)
-    os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # what a full disk has of it
 
 
 def check_folder(path, flag):

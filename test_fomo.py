@@ -2563,6 +2563,14 @@ def test_every_broken_picture_is_listed_and_a_sheet_is_drawn(world, tmp_path):
     assert sheet.width == 300 and len(sheet.getcolors(10**6)) > 50
 
 
+def test_a_contact_sheet_shows_each_pixel_of_a_small_picture_as_a_square(world):
+    split = world.adaptation[0].train  # of 32 x 32: fivefold at 160 less a rim of 8, 4 x 32 wide
+    cell = np.asarray(data.contact_sheet(split, rows=1, columns=1))[16:144, 16:144]
+    pixels = cell[::4, ::4]
+    assert (cell == pixels.repeat(4, 0).repeat(4, 1)).all()
+    assert any((pixels == split.image(i)).all() for i in range(len(split)))
+
+
 # Tars
 
 
@@ -3039,6 +3047,7 @@ def test_a_table_without_classes_and_splits_is_one_concept_for_retrieval(tmp_pat
     assert len(dataset.train) == 8 and len(dataset.test) == 2
     assert sorted([*dataset.train.captions, *dataset.test.captions]) == sorted(lines_caption(lines))
     assert any("no column split" in note for note in world.notes)
+    assert any("no column class: it is one concept" in note for note in world.notes)
 
 
 def lines_caption(lines):
@@ -4316,9 +4325,7 @@ def test_pictures_leave_out_scores_of_other_test_data_than_the_last():
     run["before"] = {**run["theta_0"], "ka": 36.0}
     line = evaluate.Line("a", [], [run])
     nan = math.nan
-    np.testing.assert_equal(
-        line.track(), [[(80, 30), (nan, nan), (80, 36), (80, 40)]]
-    )
+    np.testing.assert_equal(line.track(), [[(80, 30), (nan, nan), (80, 36), (80, 40)]])
     assert line.within() == [[], [], []]
     axes = evaluate.Axes(60, 46, 680, 260, (0, 3), (29.4, 40.6))  # of KA, .06 of it left free
     curves = np.asarray(evaluate.draw_curves({"a": line.track()}).reduced()).astype(int)
@@ -4651,6 +4658,22 @@ def test_a_baseline_is_a_file_of_scores_or_weights_or_a_run_that_are_scored_now(
     rows = [line.split() for line in said[0].splitlines()]
     beside = {row[0]: row[-2:] for row in rows if row and row[0] in here and len(row) > 1}
     assert beside == {n: [f"{there[n]:.1f}", f"{here[n] - there[n]:+z.1f}"] for n in here}
+    means = json.loads((tmp_path / "o.json").read_text())
+    before = json.loads((tmp_path / "scores.json").read_text())
+    for metric in ("ka", "zs", "gm"):
+        change = f"{metric.upper()} {means[metric]:.1f} ({means[metric] - before[metric]:+.1f})"
+        assert change in said[0].splitlines()[-1]
+    assert "R@1" not in said[0]  # a column of nothing
+
+
+def test_scores_are_not_written_over_the_baseline_they_are_compared_with(flux, tmp_path, capsys):
+    clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
+    scores = str(tmp_path / "scores.json")
+    command = ["evaluate", "--data", str(flux), "--weights", str(tmp_path / "w.safetensors")]
+    assert fomo.main([*command, "--workers", "0", "--out", scores]) == 0
+    before = Path(scores).read_bytes()
+    assert fomo.main([*command, "--baseline", scores, "--out", scores]) == 2
+    assert "is one of the inputs" in capsys.readouterr().err and Path(scores).read_bytes() == before
 
 
 def bench_evaluate(argv):
@@ -6235,6 +6258,28 @@ def test_passes_of_an_update_are_over_its_new_samples(months, capsys):
     assert "40.0 times the 10 new samples" in capsys.readouterr().out
 
 
+def test_a_plan_says_how_long_all_steps_take_and_writes_nothing(flux, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert fomo.main(flux_options(flux, tmp_path, "--plan", "--out", str(out))) == 0
+    said = capsys.readouterr().out
+    tasks, steps = map(int, re.search(r": (\d+) x (\d+) steps of", said).groups())
+    total = re.search(r"a step takes [\d.]+ s .*, (\d+) of them [\d.]+ min", said)[1]
+    assert int(total) == tasks * steps and not out.exists()
+
+
+def test_the_tokenizers_file_lies_beside_the_weights_that_need_it(flux, tmp_path, clip_bpe):
+    config = dataclasses.replace(clip.CONFIGS["tiny"], vocab_size=49408, context_length=16)
+    clip.save(clip_random(config), tmp_path / "w.safetensors")
+    more = ["--weights", str(tmp_path / "w.safetensors"), "--bpe", str(clip_bpe)]
+    out = tmp_path / "run"
+    options = flux_options(flux, tmp_path, *more, "--out", str(out))
+    at = options.index("--model")
+    del options[at : at + 2]
+    assert fomo.main(options) == 0
+    assert (out / clip_bpe.name).read_bytes() == clip_bpe.read_bytes()
+    assert clip.find_bpe(str(out / "model.safetensors")) == str(out / clip_bpe.name)
+
+
 def test_a_table_without_a_split_is_never_scored_on_what_was_learnt(tmp_path):
     """Later rows change which fifth is for testing, but never to what an earlier task held."""
 
@@ -6800,13 +6845,6 @@ def test_a_study_table_gives_mean_spread_and_the_distance_from_the_line_to_joint
         " | 2 |"
     )
     assert len(lines) == 5
-
-
-@pytest.mark.parametrize("point", [(53.9, 68), (59.5, 65.4), (38.9, 70.4), (30, 90)])
-def test_the_studys_line_to_joint_is_that_of_the_report(point):
-    theta_0, joint = (38.9, 70.4), (59.5, 65.4)  # the paper's, as KA and ZS
-    ours = study.above_line(*point, theta_0, joint)
-    assert ours == pytest.approx(evaluate.above_line(point[::-1], theta_0[::-1], joint[::-1]))
 
 
 # ----------------------------------------------------------------------------------------- budget

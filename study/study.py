@@ -21,6 +21,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import evaluate
+
 ROWS = HERE / "runs.jsonl"
 README = HERE.parent / "README.md"
 ALWAYS = "--threads 1 --workers 0 --cache mine/cache"
@@ -175,12 +178,6 @@ def read_rows():
     return found
 
 
-def above_line(ka, zs, theta_0, joint):
-    """KA above the straight line from theta_0 to joint, each (KA, ZS), at this ZS."""
-    share = min(max((theta_0[1] - zs) / (theta_0[1] - joint[1]), 0), 1)
-    return ka - (theta_0[0] + share * (joint[0] - theta_0[0]))
-
-
 def number(values, form="{:.1f}"):
     """mean ± std of a sample, without the std of one."""
     spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
@@ -194,7 +191,8 @@ def line(name, found, joint):
     tasks = len(found[0]["scores"]) - 1
     told = [name, number(ka), number(zs), number(gm), "", ""]
     if tasks > 1 and joint:
-        above = [above_line(k, z, theta_0, joint) for k, z in zip(ka, zs)]
+        ends = [(z, k) for k, z, *_ in (theta_0, joint)]
+        above = [evaluate.above_line(point, *ends) for point in zip(zs, ka)]
         told[4] = number(above, "{:+.1f}")
     if tasks > 1:
         first = [mean(r["scores"][1][i] - theta_0[i] for r in found) for i in (0, 1)]
@@ -223,7 +221,7 @@ def table(question, rows):
     if question == "e-budget":  # whose lines would each need a joint run of their own
         left_out.add("above the line")
     kept = [i for i, title in enumerate(head) if title not in left_out]
-    return markdown([[cells[i] for i in kept] for cells in told])
+    return evaluate.aligned([[cells[i] for i in kept] for cells in told], "markdown")
 
 
 def within_table(rows):
@@ -240,12 +238,7 @@ def within_table(rows):
         told.append([f"{found[0]['steps']}, the end",
                      *("{:.1f} / {:.1f}".format(*pair) for pair in ends[1:])])  # fmt: skip
         told.insert(1, ["0", *("{:.1f} / {:.1f}".format(*pair) for pair in ends[:3])])
-    return markdown(told)
-
-
-def markdown(cells):
-    ruled = [cells[0], ["---", *["--:"] * (len(cells[0]) - 1)], *cells[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+    return evaluate.aligned(told, "markdown")
 
 
 def with_tables(text, rows):
