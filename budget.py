@@ -466,11 +466,12 @@ def moment_bytes(config, method, rank):
 def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micro_batch=None):
     """Bytes on the device at the peak of one optimizer step, as part -> bytes.
 
-    The peak is one of four moments: the loss and its gradient at the features; the start of the
+    The peak is one of five moments: the loss and its gradient at the features; the start of the
     image tower's backward, with everything that the forward kept; the start of the text tower's,
-    with the image tower's gradients in place of what that kept; the update, with all gradients, and
-    a second set if a penalty adds its own. With micro-batches a tower's backward meets the
-    gradients of the pieces before, and nothing that the other tower kept. AdamW is fused: no
+    with the image tower's gradients in place of what that kept; its end, at the token table; the
+    update, with all gradients, and a second set if a penalty adds its own. With micro-batches a
+    tower's backward meets the gradients of the pieces before, and nothing that the other tower
+    kept. The 16-bit copies of both towers' weights stay until the update. AdamW is fused: no
     temporaries."""
     recipe, rank, vision, text = check(config, batch_size, method, rank)
     everything = kept(config, batch_size, method, precision, rank, micro_batch)
@@ -490,13 +491,21 @@ def memory(config, batch_size, method="finetune", precision="bf16", rank=0, micr
     features = 4 * batch_size * config.embed_dim * (2 + trained_towers(recipe))
     image_gradients = 4 * tower_trained(vision, method, rank)
     gradients = 4 * trained
-    anchor = 4 * text.table * text.width * recipe.penalty  # theta - anchor of the largest tensor
+    table = 4 * text.table * text.width  # the largest tensor
+    anchor = table * recipe.penalty  # theta - anchor
     whole = count == 1
+    again = 0 if whole else table * (text.trains == "all")  # a piece's gradient is added to .grad
+    image_copies, text_copies = (
+        copies_bytes(tower, size) * (tower.trains == "all") for tower in (vision, text)
+    )
     moments = (  # kept by the towers, bytes of the loss, of gradients, and needed for this alone
-        (everything if whole else {}, everything["loss"], 0, LOSS_TRANSIENT * batch_size**2),
+        (everything if whole else {}, everything["loss"], 0,
+         LOSS_TRANSIENT * batch_size**2 + (0 if whole else image_copies + text_copies)),
         (everything if whole else of_images, features, 0 if whole else image_gradients,
-         transient(vision, piece, size)),
-        (of_texts, features, image_gradients if whole else gradients, transient(text, piece, size)),
+         transient(vision, piece, size) + (0 if whole else text_copies)),
+        (of_texts, features, image_gradients if whole else gradients,
+         transient(text, piece, size) + image_copies),
+        ({}, features, gradients, image_copies + text_copies + again),
         ({}, 0, gradients * (1 + recipe.penalty), anchor),
     )  # fmt: skip
     nothing = dict.fromkeys(everything, 0)
@@ -706,8 +715,9 @@ def explain_text(rows, parts, once):
     return "\n".join([*lines, f"{'in all':31}{peak / 2**20:12.1f}"])
 
 
-def main(argv, models, paper, tiny):
-    """The command. models: {name: config}; paper, tiny: defaults of "batch_size" and "budget"."""
+def main(argv, models, paper, own):
+    """The command. models: {name: config}; paper: defaults of "batch_size", "budget", "tasks"; own:
+    {name: defaults} of the models that have others."""
     p = argparse.ArgumentParser("fomo.py budget", description="What a step of each method costs and"
                                 " how many steps a budget buys, beside the paper's Table 4.")
     p.add_argument("--model", default="ViT-B-16", choices=sorted(models),
@@ -717,14 +727,14 @@ def main(argv, models, paper, tiny):
     p.add_argument("--rank", type=int, default=0,
                    help="of lora, dora, vera and galore; 0: the paper's")
     p.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory (default"
-                   " the paper's, in proportion to a pair's; tiny 3000)")
+                   " the paper's, in proportion to a pair's; tiny 3000, small 12170)")
     p.add_argument("--tasks", type=int, nargs="+",
                    help="lengths of stream (default 20 50 100 200; tiny 8)")
     p.add_argument("--explain", choices=METHODS, help="where one step's FLOPs and bytes go")
     p.add_argument("--json", action="store_true", help="the same numbers for programs")
     args = p.parse_args(argv)
     config = models[args.model]
-    defaults = tiny if args.model == "tiny" else paper
+    defaults = own.get(args.model, paper)
     size = defaults["batch_size"] if args.batch_size is None else args.batch_size
     if args.explain:
         rows = flops(config, size, args.explain, args.rank)
@@ -736,7 +746,7 @@ def main(argv, models, paper, tiny):
     total = args.budget
     if total is None:
         total = defaults["budget"] or default_budget(config)
-    lengths = args.tasks or ([tiny["tasks"]] if args.model == "tiny" else TASKS)
+    lengths = args.tasks or ([defaults["tasks"]] if args.model in own else TASKS)
     rows = table(config, size, args.rank, args.precision, total, lengths)
     head = f"{args.model}, batch {size}, {args.precision}, {total:g} GFLOPs in all, memory-adjusted"
     print(json.dumps(rows) if args.json else f"{head}\n{table_text(rows)}")

@@ -90,6 +90,7 @@ def _config(embed, image, patch, vision, text, context=77, vocab=49408):
 
 CONFIGS = {
     "tiny": _config(64, 32, 8, (96, 3, 3, 384), (64, 2, 2), context=64, vocab=258),
+    "small": _config(96, 32, 8, (192, 4, 6, 768), (96, 3, 3), context=64, vocab=258),
     "ViT-S-32": _config(384, 224, 32, (384, 12, 6, 1536), (384, 12, 6)),
     "ViT-S-16": _config(384, 224, 16, (384, 12, 6, 1536), (384, 12, 6)),
     "ViT-B-32": _config(512, 224, 32, (768, 12, 12, 3072), (512, 12, 8)),
@@ -147,7 +148,8 @@ class Attention(nn.Module):
 
     def forward(self, x, causal):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, N, 3W]
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, W/H]
+        # three views, whose gradients are put together by one copy
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # [B, H, N, W/H]
         return self.out_proj(y.transpose(1, 2).flatten(2))  # [B, N, W]
 
@@ -291,6 +293,8 @@ def backward(encode_image, encode_text, images, texts, scale, piece=None, rows=N
     batch of `total`. Each process then holds its own samples' part of the gradient (the first one
     the scale's): sum .grad over the processes (sum_gradients) before using it.
     factor: multiplies the gradient, for float16's sake.
+    Hold torch.autocast open around the call: then weights are cast once, not for every piece. The
+    loss and the gradients are computed outside of it.
 
         loss = clip.backward(
             lambda x: F.normalize(model.encode_image(x), dim=-1),
@@ -314,8 +318,12 @@ def backward(encode_image, encode_text, images, texts, scale, piece=None, rows=N
         towers.append((encode, inputs, mine, leaf))
 
     image, text = (leaf for *_, leaf in towers)
-    loss = contrastive_loss(image, text, scale if first == 0 else scale.detach())
-    (factor * loss).backward()
+    full_precision = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(scale.device.type):
+        full_precision = torch.autocast(scale.device.type, enabled=False)
+    with full_precision:
+        loss = contrastive_loss(image, text, scale if first == 0 else scale.detach())
+        (factor * loss).backward()
 
     for encode, inputs, mine, leaf in towers:
         if not leaf.requires_grad:  # a frozen tower
@@ -323,7 +331,8 @@ def backward(encode_image, encode_text, images, texts, scale, piece=None, rows=N
         gradient = leaf.grad[first : first + n]  # [n, D]
         for i in range(0, n, piece):
             again = mine if piece == n else encode(inputs[i : i + piece])  # [b, D]
-            again.backward(gradient[i : i + piece])
+            with full_precision:
+                again.backward(gradient[i : i + piece])
     return loss.detach()
 
 

@@ -75,13 +75,15 @@ ORDERS = data.ORDERS  # these three since Config has a field called data
 CAPTIONS = data.CAPTIONS
 TEMPLATE = data.TEMPLATE
 
-# What the paper uses (sec. 3 and 4), and what makes the same picture of the tiny model in minutes.
+# What the paper uses (sec. 3 and 4), and what makes the same picture in minutes with a model that
+# is trained from nothing; the small one sees as many samples as the tiny one.
 PAPER = {
     "batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None,
 }  # fmt: skip
 TINY = {
     "batch_size": 64, "lr": 3e-4, "tasks": 8, "merge_weight": 0.77, "replay": 0, "budget": 3000.0,
 }  # fmt: skip
+OWN = {"tiny": TINY, "small": TINY | {"budget": 12170.0}}
 
 
 def option(group, default, text, choices=None, least=None, above=None):
@@ -218,6 +220,10 @@ class Config:
                             " it, else fp32", ["auto", "fp32", "bf16", "fp16"])
     micro_batch: int = option("machine", None, "pairs in memory at a time; the gradient is still"
                               " the whole batch's, for a second forward pass", least=1)
+    compile: bool = option("machine", False, "torch.compile of the blocks: the steps of a large"
+                           " model are faster, after a minute")
+    any_order: bool = option("machine", False, "faster sums on a GPU, whose order is its own: the"
+                             " same command no longer gives the same bits")
     threads: int = option("machine", None, "of a CPU process; default torch's", least=1)
     workers: int = option("machine", -1, "processes that prepare batches; -1: what the cores"
                           " leave", least=-1)
@@ -290,11 +296,11 @@ def train(stage, folder):
             folder.log_step(stage, rate, loss, norm, model.logit_scale)
             stage.step += 1
             folder.pause(stage)  # saves the state if it is time to, and stops if somebody asks
+        stage.optimizer = stage.scaler = optimizer = scaler = None  # its memory is free from here
         if stage.step <= stage.steps:
             method.after_task(model, look_back(stage, folder), learner.gradient)
             timeline.add(on_cpu(method.plain(model)))
             stage.step = stage.steps + 1
-        stage.optimizer = stage.scaler = optimizer = scaler = None  # free, while others score
         score_task(stage, folder)
         stage.task = task + 1
         stage.step = 0
@@ -330,7 +336,7 @@ def run(config):
         experts = ExpertFiles(folder.path / "experts", crew)
         timeline = merge.Timeline(theta_0, store=experts, **merge_options(c))
         shown = Learner(copy.deepcopy(learner.model).cpu(), learner.tokenizer, c, crew, world)
-        method.prepare(learner.model.to(learner.crew.device))
+        learner.prepare(method)
         results = costs | {
             "theta_0": None, "before": None, "tasks": [], "steps_per_task": steps,
             "chance": evaluate.chance(world.adaptation, world.heldout),
@@ -356,7 +362,8 @@ def run(config):
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
 FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
-MACHINE = ("device", "precision", "micro_batch", "threads")  # change its last digits
+# these change its last digits
+MACHINE = ("device", "precision", "micro_batch", "compile", "any_order", "threads")
 
 
 def parse(argv, program="fomo.py", description=__doc__, names=None, parents=()):
@@ -390,7 +397,9 @@ def add_option(group, name, kind, described):
     text = described.metadata["help"]
     if name in PAPER:
         paper = "" if PAPER[name] is None else f"{PAPER[name]}; "
-        text += f" (default {paper}tiny {TINY[name]})"
+        own = {defaults[name]: model for model, defaults in reversed(OWN.items())}
+        each = ", ".join(f"{model} {value}" for value, model in reversed(own.items()))
+        text += f" (default {paper}{each})"
     elif described.default not in (None, ()) and kind is not bool:
         text += f" (default {described.default})"
     choices = described.metadata["choices"]
@@ -415,7 +424,7 @@ def refuse_unused(c, given):
     of_training = [f.name for f in fields(c)
                    if f.metadata["group"] in ("schedule", "method", "merging")]  # fmt: skip
     idle = (  # options, whether they do nothing here, and why
-        ([*of_training, "eval_every", "gate"], c.method == "zero-shot",
+        ([*of_training, "eval_every", "gate", "compile"], c.method == "zero-shot",
          "--method zero-shot trains nothing"),
         ([name for name in methods.OPTIONS if name not in ("seed", *methods.used(trains))], True,
          f"--method {c.method} has no such option"),
@@ -430,6 +439,9 @@ def refuse_unused(c, given):
          "it belongs to --data"),
         (["order", "reverse"], c.stream, "--stream says the order"),
         (["cooldown"], c.schedule != "rsqrt", "it belongs to --schedule rsqrt"),
+        (["any_order"], c.device == "cpu", "it belongs to a GPU"),
+        (["compile"], issubclass(methods.METHODS[trains], methods.LoRA),
+         "torch compiles no adapters for more than a few blocks"),
     )  # fmt: skip
     for names, unused, why in idle:
         for name in names:
@@ -445,12 +457,12 @@ def resolve(config, trains=True):
             c.model = "tiny"
         if c.model is None:
             raise ValueError("data of your own needs a model: --weights CHECKPOINT, or --model tiny"
-                             " to train one on --pool")
-        if c.model != "tiny":
+                             " or small to train one on --pool")
+        if c.model not in OWN:
             raise ValueError(f"{c.model} is not trained from nothing: name its --weights")
         if trains and c.data and not c.pool and not c.continue_:
             raise ValueError("without --weights, --pool names the datasets to train theta_0 on")
-    for name, value in (TINY if c.model == "tiny" else PAPER).items():
+    for name, value in OWN.get(c.model, PAPER).items():
         if getattr(c, name) is None:
             setattr(c, name, value)
     for f in fields(c):
@@ -558,6 +570,7 @@ class Crew:
         if c.precision == "auto":
             good = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
             c.precision = "bf16" if good else "fp32"
+        torch.use_deterministic_algorithms(not c.any_order)
         if c.threads is not None:
             torch.set_num_threads(c.threads)
         c.threads = torch.get_num_threads()
@@ -643,6 +656,16 @@ class Learner:
     texts: dict = field(default_factory=dict)  # features of texts, as long as
     text_tower: str = None  # the hash of what made them is this
 
+    def prepare(self, method):
+        """Puts the model on the device as the method trains it."""
+        model = self.model.to(self.crew.device)
+        method.prepare(model)
+        if self.c.compile:
+            # texts differ in length: a kernel for all, so that none depends on which came first
+            for tower, dynamic in ((model.visual.transformer, False), (model.transformer, True)):
+                for block in tower.resblocks:
+                    block.compile(dynamic=dynamic)
+
     def autocast(self):
         low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.c.precision]
         return torch.autocast(self.crew.device.type, dtype=low, enabled=low is not None)
@@ -686,8 +709,9 @@ class Learner:
         factor = scaler.scale(torch.ones((), device=self.crew.device))
         first, _ = self.crew.share(self.c.batch_size)
         rows = (first, self.c.batch_size) if self.crew.count > 1 else None
-        loss = clip.backward(self.encode_image, self.encode_text, images, captions,
-                             self.model.logit_scale.exp(), self.c.micro_batch, rows, factor)
+        with self.autocast():
+            loss = clip.backward(self.encode_image, self.encode_text, images, captions,
+                                 self.model.logit_scale.exp(), self.c.micro_batch, rows, factor)
         if self.crew.count > 1:
             clip.sum_gradients(p for p in self.model.parameters() if p.requires_grad)
         return loss
@@ -875,7 +899,7 @@ def announce(learner, mixture, tasks, steps, costs):
 def time_two_steps(learner, mixture, task, steps):
     """--plan: two steps of a task, on weights that nobody keeps; the first warms up."""
     method = make_method(learner.c)
-    method.prepare(learner.model.to(learner.crew.device))
+    learner.prepare(method)
     for batch in learner.batches(mixture, task, 2):
         began = time.perf_counter()
         loss = float(learner.backward(batch, torch.amp.GradScaler(enabled=False)))
@@ -2052,7 +2076,7 @@ def convert_command(argv):
 
 COMMANDS = {
     "report": report_command, "evaluate": evaluate_command,
-    "budget": partial(budget.main, models=clip.CONFIGS, tiny=TINY, paper=PAPER),
+    "budget": partial(budget.main, models=clip.CONFIGS, paper=PAPER, own=OWN),
     "merge": merge_command, "convert": convert_command, "stream": stream_command,
     "inspect": inspect_command,
 }  # fmt: skip
@@ -2064,7 +2088,7 @@ def main(argv=None):
     refused = False
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # not to warn only: attention would not follow
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds nothing here
     try:
         if argv and argv[0] in COMMANDS:
@@ -2109,6 +2133,11 @@ def explain(e):
     if isinstance(e, OSError) and e.strerror:
         place = f"{e.filename}: " if e.filename else ""
         return f"{place}{e.strerror}{FULL if e.errno == errno.ENOSPC else ''}"
+    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(text.split())[:150]
+        return f"--compile does not work here ({reason}): start the same command without it"
+    if "deterministic" in text and isinstance(e, RuntimeError):
+        return f"{text.splitlines()[0][:150]}; --any-order does without"
     if dist.is_initialized() and isinstance(e, RuntimeError):
         return f"another process of this run has ended; it says why ({text.splitlines()[0][:120]})"
     return text if isinstance(e, (ValueError, OSError)) else None

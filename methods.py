@@ -503,6 +503,7 @@ class EWC(Method):
                 torch._foreach_addcmul_(squares, gradients, gradients)
                 samples += size
                 count += 1
+            del gradients  # before the next batch's
         if not count:
             raise ValueError("EWC needs batches of the task: none has a finite gradient")
         for (name, p), square in zip(self.trained.items(), squares):
@@ -521,7 +522,9 @@ class EWC(Method):
         if value.requires_grad:
             (scale * value).backward()
         ran = any(p.grad is not None for p in parameters)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad / scale for p in parameters]
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad.div_(scale) for p in parameters
+        ]
         for p in parameters:
             p.grad = None
         return gradients if ran else []

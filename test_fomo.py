@@ -8,6 +8,7 @@ import os
 
 # two threads spin beside a busy process; first of all
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as fomo.main, before torch looks
 
 import argparse
 import ast
@@ -199,7 +200,7 @@ def test_every_config_has_open_clips_parameters_and_published_counts():
     with torch.device("meta"):
         for name, config in clip.CONFIGS.items():
             ours = {k: v.shape for k, v in clip.CLIP(config).state_dict().items()}
-            if name != "tiny":
+            if name not in fomo.OWN:
                 theirs = open_clip.CLIP(**open_clip.get_model_config(name))
                 assert ours == {k: v.shape for k, v in theirs.state_dict().items()}, name
                 for tower, heads in (
@@ -3892,7 +3893,7 @@ def scores_in(learner, monkeypatch, batch_size, workers=0, processes=1):
 def test_scores_do_not_depend_on_batches_workers_processes_or_the_order_of_sets(
     precision, world, monkeypatch
 ):
-    learner = tiny_learner(world, "--precision", precision)
+    learner = tiny_learner(world, "--device", "cpu", "--precision", precision)
     expected = scores_in(learner, monkeypatch, 256)
     for batch_size, workers, processes in ((7, 2, 1), (33, 0, 3)):
         found = scores_in(learner, monkeypatch, batch_size, workers, processes)
@@ -4566,7 +4567,7 @@ def test_first_and_last_row_are_scored_on_the_subsets_too(flux, tmp_path, monkey
     rows = [results["theta_0"], *results["tasks"]]
     assert ["subset" in row for row in rows] == [True, False, False, True]
     learner = tiny_learner(data.fomo_in_flux(flux, heldout=["DIGITS"]))
-    learner.model = clip.load(tmp_path / "run" / "model.safetensors")
+    learner.model = clip.load(tmp_path / "run" / "model.safetensors").to(learner.crew.device)
     last = rows[-1]["subset"]
     for d in learner.world.adaptation + learner.world.heldout:
         alone = fomo.score(learner, d, np.arange(0, len(d.test), 2))
@@ -5041,12 +5042,12 @@ def test_a_method_looks_back_on_the_tasks_own_samples_once_each(flux, tmp_path, 
 def tiny_learner(world, *options):
     c, crew = fomo.resolve(fomo.parse(list(options)))
     torch.manual_seed(0)
-    model = clip.CLIP(clip.CONFIGS["tiny"]).eval()
+    model = clip.CLIP(clip.CONFIGS["tiny"]).eval().to(crew.device)
     return fomo.Learner(model, clip.Tokenizer(), c, crew, world)
 
 
 def test_pictures_are_normalised_and_both_directions_of_retrieval_count(world):
-    learner = tiny_learner(world)
+    learner = tiny_learner(world, "--device", "cpu")
     pixels = torch.from_numpy(world.heldout[0].test.pixels[:7]).permute(0, 3, 1, 2)
     expected = data.v2.functional.normalize(pixels / 255, clip.MEAN, clip.STD)
     expected = F.normalize(learner.model.encode_image(expected), dim=-1)
@@ -5059,7 +5060,7 @@ def test_pictures_are_normalised_and_both_directions_of_retrieval_count(world):
 
 
 def test_a_text_that_repeats_in_a_batch_is_encoded_once_and_counts_as_often(world, monkeypatch):
-    learner = tiny_learner(world)
+    learner = tiny_learner(world, "--device", "cpu")
     captions = ["a red square", "two dots", "a red square", "a flag", "two dots", "a red square"]
     seen = []
     encode = learner.model.encode_text
@@ -5180,6 +5181,9 @@ def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp
     (["--density", ".2"], "--density does nothing here"),
     (["--rank", "8"], "--rank does nothing here: --method merge"),
     (["--cooldown", ".2"], "--cooldown does nothing here: it belongs to --schedule rsqrt"),
+    (["--method", "lora", "--compile"], "--compile does nothing here: torch compiles no adapters"),
+    (["--method", "zero-shot", "--compile"], "--compile does nothing here: --method zero-shot"),
+    (["--device", "cpu", "--any-order"], "--any-order does nothing here: it belongs to a GPU"),
     (["--micro-batch", "0"], "--micro-batch must be at least 1"),
     (["--method", "finetune", "--merge-weight", ".5"], "--merge-weight does nothing here"),
     (["--order", "similarity"], "--order similarity needs a model: name its --weights"),
@@ -6359,15 +6363,57 @@ def test_pieces_of_any_size_give_the_whole_batchs_gradient_and_next_weights(
             assert (ours - plain).norm() <= tolerance * plain.norm()
 
 
+def gradient_in_bf16(model, images, tokens, piece, around=True):
+    """around: autocast is open around the whole call, or else around each tower's alone."""
+    model.zero_grad()
+
+    def encode(tower):
+        def features(x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = tower(x)
+            return F.normalize(y.float(), dim=-1)
+
+        return features
+
+    cast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with cast if around else contextlib.nullcontext():
+        towers = encode(model.encode_image), encode(model.encode_text)
+        clip.backward(*towers, images, tokens, model.logit_scale.exp(), piece)
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_weights_are_cast_once_for_all_pieces_and_the_loss_stays_in_full_precision():
+    model = clip_random(clip.CONFIGS["tiny"])
+    images, tokens = clip_inputs(model.config, 13)
+    gradients = []
+    counts = []
+    for around in (False, True):
+        with Casts() as casts:
+            gradients.append(gradient_in_bf16(model, images, tokens, 4, around))
+        counts.append(casts.weights)
+    assert torch.equal(*gradients)
+    passes = 8  # of four pieces, two each; the positions are cast by name, so each time
+    assert counts[0] - passes == passes * (counts[1] - passes) > 0
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a matrix that is a leaf becomes bfloat16."""
+
+    weights = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        low = (kwargs or {}).get("dtype") == torch.bfloat16
+        if func == torch.ops.aten._to_copy.default and low and isinstance(args[0], nn.Parameter):
+            self.weights += args[0].dim() == 2
+        return func(*args, **(kwargs or {}))
+
+
 def test_pieces_in_bf16_are_within_its_rounding():
     model = clip_random(clip.CONFIGS["tiny"])
     images, tokens = clip_inputs(model.config, 13)
     gradients = []
     for piece in (13, 5):
-        model.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            clip.backward(*unit_towers(model), images, tokens, model.logit_scale.exp(), piece)
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        gradients.append(gradient_in_bf16(model, images, tokens, piece))
     # a matmul sums as many terms whatever the piece; what differs is the rounding of its result
     assert (gradients[0] - gradients[1]).norm() < 2**-6 * gradients[0].norm()
 
@@ -6377,12 +6423,81 @@ def test_a_run_in_pieces_logs_the_losses_and_gradients_of_the_whole_batch(flux, 
     logs = []
     for piece in ("16", "5"):
         more = ["--weights", str(tmp_path / "w.safetensors"), "--method", "ewc", "--tasks", "2"]
+        more += ["--device", "cpu"]
         options = flux_options(flux, tmp_path, *more, "--micro-batch", piece)
         assert fomo.main([*options, "--out", str(tmp_path / piece)]) == 0
         log = rows_of(tmp_path / piece)
         logs.append([row[k] for row in log for k in ("loss", "grad_norm", "logit_scale")])
     assert logs[0] != logs[1] and len(logs[0]) == 18
     assert logs[1] == pytest.approx(logs[0], rel=1e-4)  # float32, six steps of AdamW
+
+
+def compile_with(monkeypatch, backend):
+    """torch.compile as a run asks for it, without the minute that machine code takes."""
+    compiled = nn.Module.compile
+    seen = []
+
+    def noted(module, **options):
+        seen.append((type(module).__name__, options))
+        compiled(module, backend=backend, **options)
+
+    monkeypatch.setattr(nn.Module, "compile", noted)
+    torch._dynamo.reset()
+    return seen
+
+
+def test_compiled_blocks_train_as_plain_ones_in_pieces_and_texts_of_any_length(
+    flux, tmp_path, monkeypatch
+):
+    seen = compile_with(monkeypatch, "aot_eager")
+    logs = []
+    for more in ([], ["--compile"]):
+        out = tmp_path / f"run{len(more)}"
+        options = flux_options(flux, tmp_path, "--method", "ewc", "--micro-batch", "6", *more)
+        assert fomo.main([*options, "--out", str(out)]) == 0
+        logs.append([row[k] for row in rows_of(out) for k in ("loss", "grad_norm")])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+    config = clip.CONFIGS["tiny"]
+    assert seen == [("Block", {"dynamic": False})] * config.vision_layers + [
+        ("Block", {"dynamic": True})
+    ] * config.text_layers
+
+
+def test_where_nothing_compiles_a_sentence_says_to_leave_it_out(
+    flux, tmp_path, monkeypatch, capsys
+):
+    def broken(*_):
+        raise OSError("no C compiler")
+
+    compile_with(monkeypatch, broken)
+    options = flux_options(flux, tmp_path, "--compile", "--out", str(tmp_path / "run"))
+    assert fomo.main(options) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"--compile does not work here \(.*no C compiler.*\): start the same", said)
+
+
+def test_sums_in_any_order_are_asked_for_and_not_the_default(flux, tmp_path):
+    for more, fixed in ((["--any-order"], False), ([], True)):
+        c, _ = fomo.resolve(fomo.parse(flux_options(flux, tmp_path, *more)))
+        assert c.any_order != fixed
+        assert torch.are_deterministic_algorithms_enabled() == fixed
+        # or else attention on a GPU goes on summing in any order
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_an_operation_without_a_fixed_order_names_the_option_that_allows_it(
+    flux, tmp_path, monkeypatch, capsys
+):
+    def unordered(*_):
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))  # has none, on a CPU either
+
+    monkeypatch.setattr(clip, "contrastive_loss", unordered)
+    weights = tmp_path / "w.safetensors"
+    clip.save(clip_random(clip.CONFIGS["tiny"]), weights)
+    options = flux_options(flux, tmp_path, "--weights", str(weights))
+    assert fomo.main([*options, "--out", str(tmp_path / "run")]) == 2
+    assert "--any-order does without" in capsys.readouterr().err
 
 
 def torchrun(n, *command, **options):
@@ -6406,10 +6521,11 @@ sys.path.insert(0, {here!r})
 import clip, methods
 dist.init_process_group("gloo")
 rank, count = dist.get_rank(), dist.get_world_size()
-for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+exact = {{}}
+for dtype in (torch.float64, torch.float32):
     torch.manual_seed(0)
     model = clip.CLIP(clip.CONFIGS["tiny"]).to(dtype)
-    images = torch.randn(13, 3, 32, 32, dtype=dtype)
+    images = torch.randn(13, 3, 32, 32).to(dtype)
     tokens = clip.Tokenizer()([f"picture {{i}}" for i in range(13)], 20)
     image = lambda x: F.normalize(model.encode_image(x), dim=-1)
     text = lambda x: F.normalize(model.encode_text(x), dim=-1)
@@ -6430,7 +6546,12 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         clip.sum_gradients(trained)
         ours = torch.cat([p.grad.flatten() for p in trained])
         model.zero_grad()
-        assert (ours - whole).abs().max() <= tolerance * whole.abs().max(), (name, dtype)
+        if dtype == torch.float64:
+            exact[name] = whole
+            assert (ours - whole).norm() <= 1e-12 * whole.norm(), name
+        else:  # as near to what is exact as the whole batch in one process is
+            off, rounding = ((x - exact[name]).norm() for x in (ours, whole))
+            assert off <= 1.2 * rounding <= 4e-6 * exact[name].norm(), (name, off, rounding)
         assert torch.equal(ours, clip.gather_rows(ours[None], rank, count)[0]), "not the same bits"
 dist.destroy_process_group()
 """
@@ -6446,7 +6567,7 @@ def test_processes_that_share_a_batch_out_unevenly_have_the_whole_gradient(tmp_p
 def test_a_run_on_three_processes_is_that_on_one_and_resumes_on_three(flux, tmp_path, monkeypatch):
     clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
     more = ["--weights", str(tmp_path / "w.safetensors"), "--method", "ewc", "--tasks", "2"]
-    options = flux_options(flux, tmp_path, *more)
+    options = flux_options(flux, tmp_path, *more, "--device", "cpu")
     assert fomo.main([*options, "--out", str(tmp_path / "one")]) == 0
     done = torchrun(3, "fomo.py", *options, "--out", str(tmp_path / "three"), timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -6465,7 +6586,7 @@ def test_an_error_in_one_process_ends_all_with_a_sentence(world, flux, tmp_path)
         bad.write_bytes(bad.read_bytes()[:60])
     clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
     weights = ["--weights", str(tmp_path / "w.safetensors"), "--max-broken", "0"]
-    options = flux_options(root, tmp_path, *weights)
+    options = flux_options(root, tmp_path, *weights, "--device", "cpu")
     began = time.time()
     done = torchrun(2, "fomo.py", *options, "--out", str(tmp_path / "run"), timeout=100)
     assert done.returncode != 0 and time.time() - began < 60
@@ -6546,7 +6667,8 @@ def bench_kills(argv):
 
 # --------------------------------------------------------------------------------------- training
 
-TRAIN_CASES = ("ours", "ours in pieces", "open_clip")
+# as a run is by default, with --micro-batch, --any-order and --compile
+TRAIN_CASES = ("ours", "ours in pieces", "any order", "compiled", "compiled in pieces", "open_clip")
 
 
 def status(name):
@@ -6566,9 +6688,11 @@ def train_step(case, config, device, precision, images, tokens, piece):
         criterion = open_clip.ClipLoss()
     else:
         model = clip.CLIP(config)
-    model.to(device)
+    c = types.SimpleNamespace(compile=case.startswith("compiled"))
     method = methods.METHODS["finetune"]()
-    method.prepare(model)
+    fomo.Learner(model, None, c, types.SimpleNamespace(device=device), None).prepare(method)
+    torch.use_deterministic_algorithms(case not in ("any order", "open_clip"))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # both as in fomo.main
     optimizer = method.optimizer(model)
 
     def encode(tower, normalise=lambda x: x):
@@ -6588,7 +6712,8 @@ def train_step(case, config, device, precision, images, tokens, piece):
         else:
             encoders = encode(model.encode_image, clip.normalise), encode(model.encode_text)
             scale = model.logit_scale.exp()
-            loss = clip.backward(*encoders, images, tokens, scale, piece)
+            with autocast():
+                loss = clip.backward(*encoders, images, tokens, scale, piece)
         torch.nn.utils.clip_grad_norm_(method.trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -6611,12 +6736,18 @@ def train_case(args):
     tokens[torch.arange(n), ends] = config.vocab_size - 1
     if args.case == "open_clip" and length < config.context_length:  # which always takes them all
         tokens = F.pad(tokens, (0, config.context_length - length))
-    piece = args.micro_batch if args.case == "ours in pieces" else None
+    piece = args.micro_batch if "in pieces" in args.case else None
     images, tokens = images.to(device), tokens.to(device)
     step = train_step(args.case, config, device, args.precision, images, tokens, piece)
     cuda = device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
-    step()  # makes AdamW's moments
+    began = time.perf_counter()
+    for _ in range(3):  # makes AdamW's moments and compiles
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    first = time.perf_counter() - began
     weights = 12 * sum(p.numel() for p in clip.CLIP(config).parameters())
     seconds = []
     for _ in range(args.rounds):
@@ -6628,6 +6759,7 @@ def train_case(args):
     peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM") - args.idle
     return {
         "seconds": statistics.median(seconds),
+        "seconds_of_the_first_three": first,
         "peak_bytes": peak,
         "above_bytes": peak - weights,
     }
@@ -6661,6 +6793,9 @@ def bench_train(argv):
     p.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "fp32")
     p.add_argument("--texts", nargs="+", choices=("full", "real"), default=["full", "real"])
     p.add_argument("--rounds", type=int, default=3)
+    few = ["ours", "ours in pieces", "open_clip"]  # what the others do pays on a GPU alone
+    p.add_argument("--cases", nargs="+", choices=TRAIN_CASES,
+                   default=TRAIN_CASES if torch.cuda.is_available() else few)  # fmt: skip
     p.add_argument("--case", choices=TRAIN_CASES, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.case:
@@ -6672,13 +6807,15 @@ def bench_train(argv):
     for texts, case in itertools.product(args.texts, TRAIN_CASES):
         if case == "open_clip" and importlib.util.find_spec("open_clip") is None:
             continue
+        if case not in args.cases:
+            continue
         done = subprocess.run(
             [sys.executable, __file__, "train", *argv, "--texts", texts, "--case", case],
             capture_output=True, text=True, check=False)  # fmt: skip
         row = {"case": case, "texts": texts}
         row |= json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr[-300:]}
         if "seconds" in row and texts == "full":
-            piece = args.micro_batch if case == "ours in pieces" else None
+            piece = args.micro_batch if "in pieces" in case else None
             flops = budget.step_flops(config, args.batch_size)  # of one forward and backward
             row["tflops"] = flops / row["seconds"] / 1e12
             row["share_of_matmul_rate"] = flops / row["seconds"] / rate
@@ -6824,7 +6961,8 @@ def test_the_studys_rows_are_of_its_runs_from_one_theta_0():
     rows = study.read_rows()
     assert len(rows) > 20 and study.ROWS.stat().st_size < 2**20
     assert set(rows) <= set(study.runs(study.QUESTIONS))
-    assert len({row["theta_0"] for row in rows.values()}) == 1
+    origins = {("small" in row["options"], row["theta_0"]) for row in rows.values()}
+    assert len(origins) == len({small for small, _ in origins})
     for row in rows.values():
         for ka, zs, gm in row["scores"]:
             assert 0 < min(ka, zs) < 100 and gm == pytest.approx(math.sqrt(ka * zs), abs=0.01)
@@ -6944,8 +7082,9 @@ def budget_backward(model, images, tokens, micro_batch, cast=contextlib.nullcont
 
     encode_image = functools.partial(encode, model.encode_image)
     encode_text = functools.partial(encode, model.encode_text)
-    scale = model.logit_scale.exp()
-    clip.backward(encode_image, encode_text, images, tokens, scale, micro_batch)
+    with cast():
+        scale = model.logit_scale.exp()
+        clip.backward(encode_image, encode_text, images, tokens, scale, micro_batch)
 
 
 # what the paper publishes
@@ -7231,7 +7370,7 @@ def test_budget_peak_memory_is_that_of_a_whole_step(method, precision):
 def test_budget_peak_memory_of_micro_batches_is_that_of_a_whole_step(method, precision):
     config = dataclasses.replace(BUDGET_B16, **BUDGET_SHALLOW)
     # with 8 pairs in a piece one weight's new gradient, which is added to the old one, matters
-    for size, micro_batch, tolerance in ((64, 32, 0.015), (64, 8, 0.08), (250, 100, 0.01)):
+    for size, micro_batch, tolerance in ((64, 32, 0.015), (64, 8, 0.03), (250, 100, 0.01)):
         real = budget_peak(config, size, method, precision == "bf16", micro_batch)
         ours = budget.peak_memory(config, size, method, precision, micro_batch=micro_batch)
         assert ours == pytest.approx(real, rel=tolerance), (size, micro_batch)
@@ -7423,7 +7562,7 @@ def test_budget_says_what_is_wrong_in_a_sentence(call, says):
 
 
 def test_budget_of_all_methods_and_configs_takes_under_50_ms_without_torch():
-    configs = {name: dataclasses.asdict(c) for name, c in clip.CONFIGS.items() if name != "tiny"}
+    configs = {name: dataclasses.asdict(c) for name, c in clip.CONFIGS.items() if "ViT" in name}
     program = """if True:
         import json, sys, time, types, budget
         configs = [types.SimpleNamespace(**c) for c in json.load(sys.stdin).values()]
@@ -9156,6 +9295,46 @@ def test_ewc_stops_at_its_number_of_samples_and_needs_one_batch():
             )
     with pytest.raises(ValueError, match="none has a finite"):
         sizes(24, 0)
+
+
+def test_the_fisher_pass_of_a_later_task_takes_no_more_memory_than_a_step():
+    config = clip.CONFIGS["tiny"]
+    model = clip_random(config)
+    method = methods_ready("ewc", model)
+    batch = clip_inputs(config, 2)
+    peaks = {}
+    with BudgetLive() as live:
+        for task in range(2):
+            optimizer = method.optimizer(model)
+            for _ in range(2):
+                live.peak = live.now
+                (methods_loss(model, batch) + method.penalty(model)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            peaks["step"] = live.peak
+            del optimizer
+            live.peak = live.now
+            method.after_task(model, [(batch, 2)] * 3, methods_loss)
+            peaks["Fisher"] = live.peak
+    assert 0 < peaks["Fisher"] <= peaks["step"]
+
+
+def test_a_tasks_optimizer_is_gone_before_its_fisher_pass(flux, tmp_path, monkeypatch):
+    start, after = fomo.start_optimizer, methods.EWC.after_task
+    there = []
+
+    def started(stage):
+        start(stage)
+        there.append(weakref.ref(stage.optimizer))
+
+    def measured(*args):
+        assert there[-1]() is None
+        after(*args)
+
+    monkeypatch.setattr(fomo, "start_optimizer", started)
+    monkeypatch.setattr(methods.EWC, "after_task", measured)
+    options = ["--method", "ewc", "--tasks", "1", "--out", str(tmp_path / "run")]
+    assert fomo.main(flux_options(flux, tmp_path, *options)) == 0 and there
 
 
 @pytest.mark.parametrize("scattered", [False, True])

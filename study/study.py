@@ -100,6 +100,9 @@ QUESTIONS = {
         option(f"--method {method}", "--order", how, "random") + " --reverse" * back
         for method in ("finetune", "merge") for how in ("random", "dataset", "frequency")
         for back in (False, True)}, 3),
+    "g": ("size of the model", {
+        f"{size}, {method}": f"--method {method}" + " --model small" * (size == "small")
+        for size in ("tiny", "small") for method in ("joint", "finetune", "merge", "lora")}, 3),
     "i": ("step of the task", {"finetune": "--method finetune --eval-every 12"}, 3),
 }  # fmt: skip
 
@@ -206,18 +209,20 @@ def table(question, rows):
     if question == "i":
         return within_table(rows)
     what, lines, seeds = QUESTIONS[question]
-    joint = [r["scores"][-1] for (options, _), r in rows.items() if options == "--method joint"]
-    joint = [mean(values) for values in zip(*joint)]
     told = []
     for name, options in lines.items():
         found = [rows[options, seed] for seed in range(seeds) if (options, seed) in rows]
         if found:
-            told.append(line(name, found, joint))
+            size = " --model small" * ("--model small" in options)
+            joint = [r["scores"][-1] for (o, _), r in rows.items() if o == f"--method joint{size}"]
             theta_0 = [f"{score:.1f}" for score in found[0]["scores"][0]]
+            first = ["small, theta_0" if size else "theta_0", *theta_0, *[""] * 5]
+            told += [first] if first not in told else []
+            told.append(line(name, found, [mean(values) for values in zip(*joint)]))
     head = [what, "KA", "ZS", "GM", "above the line", "first update KA, ZS", "steps", "trained",
             "n"]  # fmt: skip
-    told = [head, ["theta_0", *theta_0, *[""] * 5], *told] if told else [head]
-    left_out = {"trained"} if question != "a" else set()
+    told.insert(0, head)
+    left_out = {"trained"} if question not in ("a", "g") else set()
     if question == "e-budget":  # whose lines would each need a joint run of their own
         left_out.add("above the line")
     kept = [i for i, title in enumerate(head) if title not in left_out]
