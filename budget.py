@@ -722,14 +722,14 @@ def main(argv, models, paper, own):
                                 " how many steps a budget buys, beside the paper's Table 4.")
     p.add_argument("--model", default="ViT-B-16", choices=sorted(models),
                    help="(default ViT-B-16)")
-    p.add_argument("--batch-size", type=int, help="pairs a step (default 512; tiny 64)")
+    p.add_argument("--batch-size", type=int, help="pairs a step (default 512; tiny and small 64)")
     p.add_argument("--precision", default="bf16", choices=list(PRECISIONS), help="(default bf16)")
     p.add_argument("--rank", type=int, default=0,
                    help="of lora, dora, vera and galore; 0: the paper's")
     p.add_argument("--budget", type=float, help="GFLOPs of the whole stream, times memory (default"
                    " the paper's, in proportion to a pair's; tiny 3000, small 12170)")
     p.add_argument("--tasks", type=int, nargs="+",
-                   help="lengths of stream (default 20 50 100 200; tiny 8)")
+                   help="lengths of stream (default 20 50 100 200; tiny and small 8)")
     p.add_argument("--explain", choices=METHODS, help="where one step's FLOPs and bytes go")
     p.add_argument("--json", action="store_true", help="the same numbers for programs")
     args = p.parse_args(argv)

@@ -433,6 +433,8 @@ def _merges(bpe):
     if not text.startswith("{"):
         lines = text.replace("\r\n", "\n").rstrip("\n").split("\n", 50_000)
         header = "#version" in lines[0] or len(lines[0].split()) != 2
+        if len(lines) > 48_894 and not any(line.endswith("</w>") for line in lines):
+            raise ValueError("GPT-2's, say: none of its merges ends a word")
         return lines[header : header + 48_894], None  # OpenAI's file has more, which are not used
     tree = json.loads(text)
     model = tree["model"]
@@ -571,6 +573,7 @@ DTYPES = {  # narrowest first
 }  # fmt: skip
 TORCH_NAMES = "Bool Byte Char Short Half BFloat16 Int Float Double Long"  # in the same order
 STORAGES = dict(zip(TORCH_NAMES.split(), DTYPES.values()))
+NO_NAMES = (".pth", ".bin", ".ckpt", ".pkl")  # of what is written here
 WEIGHTS = (  # best first
     "open_clip_model.safetensors", "model.safetensors", "model.safetensors.index.json",
     "open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -609,6 +612,19 @@ class Tensors(Mapping):
 
     def __len__(self):
         return len(self.readers)
+
+
+class Unreadable:
+    """A tensor that no CLIP has (packed, complex, 8-bit floats): an error for who asks for it."""
+
+    nbytes = 0
+
+    def __init__(self, path, why):
+        self.path = path
+        self.why = why
+
+    def __call__(self):
+        raise ValueError(f"{self.path}: a tensor {self.why} cannot be read here")
 
 
 class Stored:
@@ -665,7 +681,12 @@ def _read_safetensors(path):
                 shape = v["shape"]
                 a, b = v["data_offsets"]
                 stride = [math.prod(shape[i + 1 :]) for i in range(len(shape[:17]))]
-                tensor = Stored(path, DTYPES[v["dtype"]], shape, stride, 8 + length + a, b - a)
+                if v["dtype"] in DTYPES:
+                    kind = DTYPES[v["dtype"]]
+                    tensor = Stored(path, kind, shape, stride, 8 + length + a, b - a)
+                else:
+                    tensor = Unreadable(path, f"{name} of dtype {v['dtype']}")
+                    tensor.nbytes = b - a
                 if a != end or tensor.nbytes != b - a:
                     raise ValueError(f"{tensor.nbytes} bytes at {a}..{b}, where {end} is next")
             readers[name] = tensor
@@ -688,6 +709,11 @@ class _Bag(dict):
 
     def __setstate__(self, state):
         self.update(state if isinstance(state, dict) else {})
+
+    def append(self, _):  # to a deque of losses, say
+        pass
+
+    extend = append
 
 
 class _Row(tuple):
@@ -718,11 +744,11 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         if module == "torch" and name.endswith("Storage"):
-            return STORAGES[name.removesuffix("Storage")]
+            return STORAGES.get(name.removesuffix("Storage"))
         if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
             return lambda tensor, *_: tensor
         if name.startswith("_rebuild") and name != "_rebuild_tensor_v2":
-            raise pickle.UnpicklingError(f"a tensor made by {name}")  # not to be left out silently
+            return lambda *_: Unreadable(self.archive.filename, f"made by {name}")
         return self.tensor if name == "_rebuild_tensor_v2" else _Bag
 
     def persistent_load(self, pid):
@@ -731,6 +757,8 @@ class _Unpickler(pickle._Unpickler):
 
     def tensor(self, storage, offset, shape, stride, _, hooks, metadata=None):
         dtype, info = storage
+        if dtype is None:
+            return Unreadable(self.archive.filename, "of complex or packed numbers")
         skip = offset * dtype.itemsize
         if info.compress_type != zipfile.ZIP_STORED or skip < 0 or metadata:
             raise ValueError(
@@ -749,7 +777,7 @@ def _flat(tree, prefix, seen):
     for key, value in tree.items():
         if isinstance(value, dict) and id(value) not in seen:
             yield from _flat(value, f"{prefix}{key}.", seen)
-        elif isinstance(value, Stored):
+        elif isinstance(value, (Stored, Unreadable)):
             yield f"{prefix}{key}", value
 
 
@@ -767,21 +795,29 @@ def _read_torch(path):
         total = sum(tensor.nbytes for tensor in tree.values())
         if total > 16 * os.path.getsize(path):
             raise ValueError(f"views that repeat their storages, to {total} bytes: save copies")
+    try:
+        where = _prefix(map(plain_name, tree))
+    except ValueError:  # several CLIPs, which load names
+        return Tensors(tree)
     for key in ("state_dict.", "model_state_dict.", "model."):
         inner = {name.removeprefix(key): x for name, x in tree.items() if name.startswith(key)}
-        if inner:
+        if inner and (where is None or where.startswith(key)):
             return Tensors(inner, left_out=[name for name in tree if not name.startswith(key)])
     return Tensors(tree)
 
 
 def _read_json(path):
     with _reading(path, "not a JSON object"):
-        return dict(json.loads(Path(path).read_text("utf-8")))
+        return dict(json.loads(Path(path).read_text("utf-8-sig")))
 
 
 def _read_file(path):
     with open(path, "rb") as f:
-        return (_read_torch if f.read(4) == b"PK\3\4" else _read_safetensors)(str(path))
+        start = f.read(20)
+    if not start or start.startswith(b"version https://git-"):
+        what = "a git-lfs pointer, whose file was not fetched" if start else "empty"
+        raise ValueError(f"{path} is {what}: download it again")
+    return (_read_torch if start.startswith(b"PK\3\4") else _read_safetensors)(str(path))
 
 
 def read_tensors(path, mapped=False):
@@ -883,17 +919,25 @@ CORE = {
     "token_embedding.weight", "text_projection",
 }  # fmt: skip
 FIRST = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
-WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_modules|_parameters|_buffers)\.")
-COPY = re.compile(r"ema|teacher|momentum|average|shadow", re.IGNORECASE)
-TOWERS = re.compile(
-    r"(visual|vision_model|visual_projection|transformer|text_model|text_projection"
-    r"|token_embedding|positional_embedding|ln_final|logit_scale)\b"
+WRAPPERS = re.compile(
+    r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters|_buffers)\."
 )
+COPY = re.compile(r"(^|[._])(ema|teacher|momentum|average|shadow)", re.IGNORECASE)
+# Long-CLIP's positional_embedding_res is of the tower, too; a visual_head is not
+TOWERS = re.compile(
+    r"(visual|vision_model|transformer|text_model|ln_final)(\b|\d)|visual_projection"
+    r"|text_projection|token_embedding|positional_embedding|logit_scale"
+)
+
+
+def plain_name(name):
+    return WRAPPERS.sub("", name)
 
 
 def _prefix(names):
     """What stands before all names of a CLIP: "", module., model.clip., ...; None if there is no
     CLIP. Of several, the one that is no average of another."""
+    names = list(names)
     found = {name.removesuffix(first) for first in FIRST for name in names if name.endswith(first)}
     found = {prefix for prefix in found if not prefix or prefix.endswith(".")}
     if len(found) > 1:
@@ -913,7 +957,7 @@ def openai_names(tensors):
     joined and turned. What lies outside the two towers (a head, an optimizer, an average) is left
     out, and a warning names it; an unknown name inside them stays, so that load refuses it. Tensors
     that hold no CLIP keep their names. ValueError if there are several CLIPs."""
-    plain = {name: WRAPPERS.sub("", name) for name in tensors}
+    plain = {name: plain_name(name) for name in tensors}
     prefix = _prefix(plain.values())
     if prefix is None:
         return tensors
@@ -921,16 +965,20 @@ def openai_names(tensors):
     sources = {}  # our name -> theirs, three for q, k and v
     left_out = list(getattr(tensors, "left_out", ()))
     for name in sorted(tensors, key=lambda n: n.replace("q_proj", "a_proj")):  # q, k, v
-        ours = plain[name].removeprefix(prefix).removeprefix("text.")
+        ours = plain[name].removeprefix(prefix)
+        inside = ours.startswith("text.")  # as open_clip's custom models call the text tower
+        ours = ours.removeprefix("text.")
         if hf:
             ours = functools.reduce(lambda n, pair: n.replace(*pair[::-1]), HF, ours)
             ours = re.sub(r"self_attn\.[qkv]_proj\.", "attn.in_proj_", ours)
         if ours.endswith(NOISE):
             continue
-        if plain[name].startswith(prefix) and TOWERS.match(ours):
+        if plain[name].startswith(prefix) and (inside or TOWERS.match(ours)):
             sources.setdefault(ours, []).append(name)
         else:
             left_out.append(plain[name].removeprefix(prefix))
+    if not sources.keys() >= CORE:  # a ResNet, SigLIP, ...
+        return tensors
     if left_out:
         groups = Counter(name.partition(".")[0] for name in left_out)
         words = ", ".join(f"{name} ({n})" for name, n in groups.most_common(8))
@@ -950,7 +998,7 @@ def openai_names(tensors):
 
 
 def _is_hf(names):
-    return any(name.endswith("q_proj.bias") for name in names)
+    return any(plain_name(name).endswith(FIRST[1]) for name in names)
 
 
 # ------------------------------------------------------------------------------------------ configs
@@ -1010,7 +1058,7 @@ def _says_ours(metadata):
 
 def _says_open_clip(c):
     model = c.get("model_cfg", c)
-    if "vision_cfg" not in model:
+    if not isinstance(model.get("vision_cfg"), dict):
         return {}
     v = {"width": 768, "head_width": 64} | model["vision_cfg"]
     t = {"width": 512, "heads": 8} | model["text_cfg"]
@@ -1039,7 +1087,7 @@ def _says_open_clip(c):
 
 def _says_hf(c):
     """What is missing has transformers' default; *_config_dict, of its first release, wins."""
-    if "vision_config" not in c:
+    if isinstance(c.get("vision_config", ""), str):
         return {}
     said = {"embed_dim": c["projection_dim"]} if "projection_dim" in c else {}
     kinds = {c.get("model_type", "clip")}
@@ -1055,7 +1103,7 @@ def _says_hf(c):
     if blocks not in ({("gelu", 1e-5)}, {("quick_gelu", 1e-5)}):
         raise ValueError(f"activation and LayerNorm eps {blocks}, not gelu or quick_gelu, and 1e-5")
     said["quick_gelu"] = ("quick_gelu", 1e-5) in blocks
-    end = _edge(x.get("eos_token_id", 49407))
+    end = _edge(x.get("eos_token_id") or 49407)
     vocabulary = x.get("vocab_size", 49408)
     usual = end in (2, vocabulary - 1)  # 2: transformers then takes the largest id, as CLIP does
     if not usual and end < vocabulary:
@@ -1104,7 +1152,7 @@ BESIDE = (  # file, what it tells, its reader
 def _said(path, raw, width, text_width):
     """What the file itself says, or the archive by OpenAI's rules, or the configs in or beside
     path, those of the file's own layout first."""
-    if "config" in raw.metadata:
+    if raw.metadata.get("config", "").startswith("{"):  # else it is another program's
         with _reading(path, "the config in its metadata is none of a CLIP; pass config="):
             return _says_ours(raw.metadata)
     if "input_resolution" in raw:
@@ -1282,6 +1330,8 @@ def save(model, path, layout="open_clip", **more):
     pickled = path.endswith(".pt")
     if layout not in ("open_clip", "openai", "hf") or layout == "hf" and is_file:
         raise ValueError(f"{path}, layout {layout}: it is open_clip, openai, or for a folder hf")
+    if path.endswith(NO_NAMES):
+        raise ValueError(f"{path}: name a file .safetensors, OpenAI's .pt, or a folder")
     weights = WEIGHTS[0]
     beside = {"open_clip_config.json": _open_clip_config(c, model.preprocess, model.tokenizer)}
     if layout == "openai":
@@ -1295,10 +1345,13 @@ def save(model, path, layout="open_clip", **more):
     if pickled:
         heads = (c.vision_heads * 64, c.text_heads * 64)
         usual = c.quick_gelu and heads == (c.vision_width, c.text_width) and not model.tokenizer
+        usual &= (c.vision_mlp, c.text_mlp) == (4 * c.vision_width, 4 * c.text_width)
+        usual &= c.image_size % c.patch_size == 0
         if layout != "openai" or not usual or model.preprocess != Preprocess(size=c.image_size):
             raise ValueError(
-                f"{path}: OpenAI's code, which reads .pt, knows QuickGELU, heads 64 wide, its own "
-                "tokens and its own preprocessing only; save as .safetensors"
+                f"{path}: OpenAI's code, which reads .pt, knows QuickGELU, heads 64 wide, MLPs 4 "
+                "times as wide, whole patches, its own tokens and its own preprocessing only; save "
+                "as .safetensors"
             )
         with _aside(path) as f:
             return torch.save(state, f)

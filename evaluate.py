@@ -1118,7 +1118,7 @@ def plot(runs, path):
     theta_0's own. Without ZS (None) KA is drawn over time instead."""
     tracks = {n: np.array([points], dtype=float) for n, points in runs.items() if len(points)}
     sheet = draw_plane(tracks) if _has_zs(tracks) else draw_curves(tracks)
-    _save(sheet.reduced(), path)
+    save_picture(sheet.reduced(), path)
 
 
 def _has_zs(tracks):
@@ -1400,7 +1400,7 @@ def draw_report(lines, path):
     whole = _together(parts, title)
     files = report_files(path)
     for part, picture in {"": whole, **parts}.items():
-        _save(picture, files[part])
+        save_picture(picture, files[part])
     return [files[part] for part in ("", *parts)]
 
 
@@ -1409,7 +1409,7 @@ def page(results, path, beside=()):
     (folder, results) pairs of other runs to draw too, such as the joint one."""
     line = Line(results["config"]["method"], [], [results])
     others = [other for other in compare(beside) if other.name != line.name] if beside else []
-    _save(_together(_parts([line, *others], [line]), run_title(results)), path)
+    save_picture(_together(_parts([line, *others], [line]), run_title(results)), path)
 
 
 def run_title(results):
@@ -1459,7 +1459,7 @@ def _together(parts, title):
     return whole
 
 
-def _save(image, path):
+def save_picture(image, path):
     """Whole or not at all. It says what drew it, so that it may be drawn anew but no other file."""
     aside = Path(f"{path}.part")
     maker = PngInfo()

@@ -323,10 +323,10 @@ def run(config):
         samples = mixture.ends[-1] - mixture.ends[first]
         steps, costs = budget.plan(learner.model.config, c, tasks, samples)
         announce(learner, mixture, tasks, steps, costs)
-        if c.plan:
-            return time_two_steps(learner, mixture, first, tasks * steps)
         names = [d.name for d in world.adaptation + world.heldout]
         evaluate.check_gate(c.gate, names, world.heldout)
+        if c.plan:
+            return time_two_steps(learner, mixture, first, tasks * steps) if tasks else None
         found = inputs(learner, stream, steps, past)
         folder.begin(found, past)
         obtain_theta_0(learner, folder, past)
@@ -397,9 +397,10 @@ def add_option(group, name, kind, described):
     text = described.metadata["help"]
     if name in PAPER:
         paper = "" if PAPER[name] is None else f"{PAPER[name]}; "
-        own = {defaults[name]: model for model, defaults in reversed(OWN.items())}
-        each = ", ".join(f"{model} {value}" for value, model in reversed(own.items()))
-        text += f" (default {paper}{each})"
+        values = dict.fromkeys(defaults[name] for defaults in OWN.values())
+        users = [" and ".join(m for m, d in OWN.items() if d[name] == value) for value in values]
+        own = ", ".join(f"{user} {value}" for user, value in zip(users, values))
+        text += f" (default {paper}{own})"
     elif described.default not in (None, ()) and kind is not bool:
         text += f" (default {described.default})"
     choices = described.metadata["choices"]
@@ -439,7 +440,6 @@ def refuse_unused(c, given):
          "it belongs to --data"),
         (["order", "reverse"], c.stream, "--stream says the order"),
         (["cooldown"], c.schedule != "rsqrt", "it belongs to --schedule rsqrt"),
-        (["any_order"], c.device == "cpu", "it belongs to a GPU"),
         (["compile"], issubclass(methods.METHODS[trains], methods.LoRA),
          "torch compiles no adapters for more than a few blocks"),
     )  # fmt: skip
@@ -570,6 +570,8 @@ class Crew:
         if c.precision == "auto":
             good = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
             c.precision = "bf16" if good else "fp32"
+        if c.any_order and self.device.type == "cpu":
+            raise ValueError("--any-order does nothing here: it belongs to a GPU")
         torch.use_deterministic_algorithms(not c.any_order)
         if c.threads is not None:
             torch.set_num_threads(c.threads)
@@ -661,6 +663,8 @@ class Learner:
         model = self.model.to(self.crew.device)
         method.prepare(model)
         if self.c.compile:
+            # a method may need ten kernels of each; beyond 8 torch would leave blocks uncompiled
+            torch._dynamo.config.cache_size_limit = 64
             # texts differ in length: a kernel for all, so that none depends on which came first
             for tower, dynamic in ((model.visual.transformer, False), (model.transformer, True)):
                 for block in tower.resblocks:
@@ -981,6 +985,7 @@ def obtain_theta_0(learner, folder, past):
     if c.weights is None:
         key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr,
                       c.batch_size, c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
+                      c.micro_batch, c.any_order, crew.count,
                       learner.crew.device.type, learner.world.pool.content(),
                       torch.__version__])  # fmt: skip
         path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
@@ -1337,7 +1342,8 @@ def title(stage):
 
 # ---------------------------------------------------------------- the next update of a finished run
 
-NOT_AGAIN = ("out", "stream", "plan", "accept_changes", "save_every", "workers")  # not as in RUN
+NOT_AGAIN = ("out", "stream", "plan", "accept_changes", "save_every", "workers", "compile",
+             "any_order")  # not as in RUN
 SETTLED = ("method", "merge_init", "merge_deploy")  # and the options of theta_0 and of the method
 
 
@@ -1523,7 +1529,10 @@ class Folder:
     def _lock(self):
         check_folder(self.path, "--out")
         names = set(os.listdir(self.path)) if self.path.exists() else set()
-        beginning = {"log.jsonl", "config.json.part"}  # of a run that was killed as it began
+        beginning = {"config.json.part"}  # of a run that was killed as it began
+        if "log.jsonl" in names:
+            with open(self.path / "log.jsonl", "rb") as f:
+                beginning |= {"log.jsonl"} if f.read(10) in (b"", b'{"event": ') else set()
         if names - beginning and recorded(self.path) is None:
             raise ValueError(f"{self.path} is there and is no run of fomo.py: name another --out")
         self.new = not self.path.exists()
@@ -1835,14 +1844,17 @@ def check_file(path, inputs=()):
 
 
 def is_ours(path):
-    """Whether an existing file is a picture, scores or a stream that fomo.py wrote."""
+    """Whether an existing file is a picture, scores or a list of broken pictures that a command
+    wrote. Not a run's results, nor a stream, which may be anybody's."""
     try:
         if str(path).endswith(".png"):
             with PIL.Image.open(path) as image:
                 return image.format == "PNG" and image.info.get("Software") == "fomo"
-        text = Path(path).read_text(encoding="utf-8")
-        return "chance" in json.loads(text) or text.startswith('[\n "')  # as streams are written
-    except (OSError, ValueError, TypeError):
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if Path(path).name == "broken.json":
+            return all(isinstance(faults, list) for faults in found.values())
+        return "chance" in found and "config" not in found
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 
@@ -1962,7 +1974,8 @@ def baseline(learner, path, templates):
 def merge_command(argv):
     p = argparse.ArgumentParser("fomo.py merge", argument_default=argparse.SUPPRESS,
                                 description="Merge files of weights in any layout.")  # fmt: skip
-    p.add_argument("base", help="theta_0; the result has its names, dtypes and metadata")
+    p.add_argument("base", help="theta_0; the result has its dtypes and metadata, a CLIP's also"
+                   " OpenAI's names")
     p.add_argument("experts", nargs="+", metavar="expert")
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
     p.add_argument("--activation", default="auto", choices=ACTIVATIONS,
@@ -1980,11 +1993,14 @@ def merge_command(argv):
     out = os.path.expanduser(args.out)
     if os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out or remove it")
+    if out.endswith((".pt", *clip.NO_NAMES)):
+        raise ValueError(f"{out}: what is written is safetensors, so name it .safetensors")
     check_file(out)
     paths = [clip.fetch(os.path.expanduser(path)) for path in (args.base, *args.experts)]
     known = clip.agree(paths, ACTIVATIONS[args.activation])  # what load needs to know of the result
     files = [clip.read_tensors(path, mapped=True) for path in paths]
     metadata = {"format": "pt"} | files[0].metadata | known
+    metadata.pop("fomo", None)  # task and hash of the base's weights, not of these
     files = [clip.openai_names(f) for f in files]  # whatever their layouts
     began = time.time()
     readings = 3 if options.get("whole") else 2 if args.technique == "tall-mask" else 1
@@ -2035,10 +2051,13 @@ def inspect_command(argv):
     check_folder(out, "--out")
     c, crew = resolve(c, trains=False)
     world = load_world(c, crew)
-    out.mkdir(parents=True, exist_ok=True)
     splits = [(d.name, which, getattr(d, which)) for d in world.adaptation + world.heldout
               for which in ("train", "test")]  # fmt: skip
     splits += [("pool", "train", world.pool)] if world.pool is not None else []
+    sheets = {(name, which): out / f"{name}-{which}.png" for name, which, _ in splits}
+    out.mkdir(parents=True, exist_ok=True)
+    for file in (*sheets.values(), out / "broken.json"):
+        check_file(str(file))
     role = roles(world) | {"pool": "P"}
     rows = [["dataset", "role", "split", "samples", "concepts", "captions", "broken"]]
     faults = {}
@@ -2050,7 +2069,7 @@ def inspect_command(argv):
         captions = sum(1 if isinstance(one, str) else len(one) for one in split.captions)
         counts = (len(split), len(set(split.labels.tolist())), captions)
         rows.append([name, role[name], which, *(f"{n:,}" for n in counts), str(len(found))])
-        data.contact_sheet(split, c.seed).save(out / f"{name}-{which}.png")
+        evaluate.save_picture(data.contact_sheet(split, c.seed), sheets[name, which])
         for fault in found:
             print(fault)
     print(evaluate.aligned(rows))
@@ -2135,7 +2154,8 @@ def explain(e):
         return f"{place}{e.strerror}{FULL if e.errno == errno.ENOSPC else ''}"
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = " ".join(text.split())[:150]
-        return f"--compile does not work here ({reason}): start the same command without it"
+        return (f"--compile does not work here ({reason}): start again without it, in this folder"
+                " with --accept-changes")  # fmt: skip
     if "deterministic" in text and isinstance(e, RuntimeError):
         return f"{text.splitlines()[0][:150]}; --any-order does without"
     if dist.is_initialized() and isinstance(e, RuntimeError):
