@@ -361,6 +361,7 @@ def run(config):
 # --------------------------------------------------------- what a run reads before it does anything
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
+BROKEN = "broken picture"  # an event of log.jsonl
 FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
 # these change its last digits
 MACHINE = ("device", "precision", "micro_batch", "compile", "any_order", "threads")
@@ -1386,6 +1387,8 @@ def continued(given):
     by_budget = {"steps", "budget"} & set(given)
     options |= {"tasks": 1, "steps": None if by_budget else results["steps_per_task"]}
     options |= {"budget": None} | given | {"continue_": str(folder)}
+    if "eval_every" not in given and (options["eval_every"] or 0) >= (options["steps"] or math.inf):
+        options["eval_every"] = None  # RUN's tasks were longer
     last = results["tasks"][-1]["task"] + options["tasks"]
     there = folder.resolve()
     name = re.sub(r"-t\d+$", "", there.name) + f"-t{last}"
@@ -1629,6 +1632,9 @@ class Folder:
         if self.crew.leads:  # rows that were written after the state go
             size = os.path.getsize(self.path / "log.jsonl")
             self.log_file.truncate(min(size, state["log_bytes"]))
+            with open(self.path / "log.jsonl", encoding="utf-8") as f:
+                rows = [json.loads(line) for line in f]
+            self.broken = {row["fault"] for row in rows if row["event"] == BROKEN}
         self.state = {"stage": stage.name}
 
     # -------- while it runs
@@ -1642,10 +1648,11 @@ class Folder:
             self.log_file.flush()
 
     def name_broken(self, faults):
-        """Pictures that could not be read, and were replaced: logged; too many end the run."""
+        """Pictures that could not be read, and were replaced: logged once; too many end the run."""
+        for fault in dict.fromkeys(faults):
+            if fault not in self.broken:
+                self.log(BROKEN, fault=fault)
         self.broken.update(faults)
-        for fault in faults:
-            self.log("broken picture", fault=fault)
         if len(self.broken) > self.c.max_broken:
             raise ValueError(f"more than {self.c.max_broken} pictures cannot be read"
                              f" (--max-broken), the last: {faults[-1]}")

@@ -5077,8 +5077,9 @@ def test_a_killed_run_goes_on_after_its_last_task_and_ends_the_same(flux, tmp_pa
     assert same[0] == same[1]
     kept = [
         [json.loads(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (cut, whole)
-    ]
-    assert [{**r, "seconds": 0} for r in kept[0]] == [{**r, "seconds": 0} for r in kept[1]]
+    ]  # the first of them trained theta_0, unless another test had
+    kept = [[{**r, "seconds": 0} for r in k if r["event"] != "theta_0 step"] for k in kept]
+    assert kept[0] == kept[1] and len(kept[0]) > 36
 
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS))
@@ -5453,11 +5454,25 @@ def test_pictures_that_do_not_decode_are_replaced_and_named_up_to_a_limit(world,
         picture.write_bytes(picture.read_bytes()[:60])
     options = flux_options(root, tmp_path, "--steps", "12", "--tasks", "1")
     assert fomo.main([*options, "--out", str(tmp_path / "many")]) == 0
-    named = {row["fault"] for row in rows_of(tmp_path / "many", "broken picture")}
+    rows = [row["fault"] for row in rows_of(tmp_path / "many", "broken picture")]
+    named = set(rows)
+    assert len(named) == len(rows)
     assert 10 < len(named) <= len(bad) and all(any(str(p) in n for p in bad) for n in named)
     assert fomo.main([*options, "--max-broken", "3", "--out", str(tmp_path / "few")]) == 2
     assert "more than 3 pictures cannot be read (--max-broken)" in capsys.readouterr().err
     assert (tmp_path / "few" / "state.pt").exists()
+    # those of before the stop still count
+    before = len(rows_of(tmp_path / "few", "broken picture"))
+    assert fomo.main([*options, "--max-broken", "3", "--out", str(tmp_path / "few")]) == 2
+    assert len(rows_of(tmp_path / "few", "broken picture")) <= max(before, 4)
+
+
+def test_an_update_of_shorter_tasks_is_not_scored_within(months):
+    configured(months / "1", eval_every=50)
+    assert fomo.parse(["--continue", str(months / "1"), "--steps", "20"]).eval_every is None
+    assert fomo.parse(["--continue", str(months / "1"), "--steps", "60"]).eval_every == 50
+    again = ["--continue", str(months / "1"), "--steps", "20", "--eval-every", "30"]
+    assert fomo.parse(again).eval_every == 30
 
 
 def test_a_run_that_was_killed_as_it_began_starts_again(flux, tmp_path):
@@ -6718,10 +6733,15 @@ def test_sums_are_in_a_fixed_order_unless_a_gpu_may_choose(flux, tmp_path):
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def configured(folder, **options):
+    """The finished run had these options."""
+    results = results_of(folder)
+    results["config"] |= options
+    (folder / "results.json").write_text(json.dumps(results))
+
+
 def test_a_later_update_is_compiled_only_if_it_asks_for_it(months):
-    config = json.loads((months / "1" / "config.json").read_text())
-    asked = config | {"compile": True, "any_order": True}
-    (months / "1" / "config.json").write_text(json.dumps(asked))
+    configured(months / "1", compile=True, any_order=True)
     c = fomo.parse(["--continue", str(months / "1")])
     assert not c.compile and not c.any_order
 
