@@ -75,8 +75,7 @@ ORDERS = data.ORDERS  # these three since Config has a field called data
 CAPTIONS = data.CAPTIONS
 TEMPLATE = data.TEMPLATE
 
-# What the paper uses (sec. 3 and 4), and what makes the same picture in minutes with a model that
-# is trained from nothing; the small one sees as many samples as the tiny one.
+# What the paper uses (sec. 3 and 4), and what makes the same picture in minutes, from nothing.
 PAPER = {
     "batch_size": 512, "lr": 1e-5, "tasks": 20, "merge_weight": 0.9, "replay": 0, "budget": None,
 }  # fmt: skip
