@@ -149,7 +149,7 @@ class Attention(nn.Module):
     def forward(self, x, causal):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, N, 3W]
         # three views, whose gradients are put together by one copy
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # [B, H, N, W/H]
         return self.out_proj(y.transpose(1, 2).flatten(2))  # [B, N, W]
 
@@ -573,7 +573,7 @@ DTYPES = {  # narrowest first
 }  # fmt: skip
 TORCH_NAMES = "Bool Byte Char Short Half BFloat16 Int Float Double Long"  # in the same order
 STORAGES = dict(zip(TORCH_NAMES.split(), DTYPES.values()))
-NO_NAMES = (".pth", ".bin", ".ckpt", ".pkl")  # of what is written here
+NOT_WRITTEN = (".pth", ".bin", ".ckpt", ".pkl")  # endings of formats that save does not write
 WEIGHTS = (  # best first
     "open_clip_model.safetensors", "model.safetensors", "model.safetensors.index.json",
     "open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -687,7 +687,7 @@ def _read_safetensors(path):
                 else:
                     tensor = Unreadable(path, f"{name} of dtype {v['dtype']}")
                     tensor.nbytes = b - a
-                if a != end or tensor.nbytes != b - a:
+                if not 0 <= a <= b or a != end or tensor.nbytes != b - a:
                     raise ValueError(f"{tensor.nbytes} bytes at {a}..{b}, where {end} is next")
             readers[name] = tensor
             end = b
@@ -961,7 +961,7 @@ def openai_names(tensors):
     prefix = _prefix(plain.values())
     if prefix is None:
         return tensors
-    hf = _is_hf(tensors)
+    hf = prefix + FIRST[1] in plain.values()
     sources = {}  # our name -> theirs, three for q, k and v
     left_out = list(getattr(tensors, "left_out", ()))
     for name in sorted(tensors, key=lambda n: n.replace("q_proj", "a_proj")):  # q, k, v
@@ -1058,7 +1058,7 @@ def _says_ours(metadata):
 
 def _says_open_clip(c):
     model = c.get("model_cfg", c)
-    if not isinstance(model.get("vision_cfg"), dict):
+    if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
         return {}
     v = {"width": 768, "head_width": 64} | model["vision_cfg"]
     t = {"width": 512, "heads": 8} | model["text_cfg"]
@@ -1087,7 +1087,7 @@ def _says_open_clip(c):
 
 def _says_hf(c):
     """What is missing has transformers' default; *_config_dict, of its first release, wins."""
-    if isinstance(c.get("vision_config", ""), str):
+    if not isinstance(c.get("vision_config", ""), (dict, type(None))):
         return {}
     said = {"embed_dim": c["projection_dim"]} if "projection_dim" in c else {}
     kinds = {c.get("model_type", "clip")}
@@ -1103,7 +1103,8 @@ def _says_hf(c):
     if blocks not in ({("gelu", 1e-5)}, {("quick_gelu", 1e-5)}):
         raise ValueError(f"activation and LayerNorm eps {blocks}, not gelu or quick_gelu, and 1e-5")
     said["quick_gelu"] = ("quick_gelu", 1e-5) in blocks
-    end = _edge(x.get("eos_token_id") or 49407)
+    end = x.get("eos_token_id")
+    end = 49407 if end is None else _edge(end)
     vocabulary = x.get("vocab_size", 49408)
     usual = end in (2, vocabulary - 1)  # 2: transformers then takes the largest id, as CLIP does
     if not usual and end < vocabulary:
@@ -1330,7 +1331,7 @@ def save(model, path, layout="open_clip", **more):
     pickled = path.endswith(".pt")
     if layout not in ("open_clip", "openai", "hf") or layout == "hf" and is_file:
         raise ValueError(f"{path}, layout {layout}: it is open_clip, openai, or for a folder hf")
-    if path.endswith(NO_NAMES):
+    if path.endswith(NOT_WRITTEN):
         raise ValueError(f"{path}: name a file .safetensors, OpenAI's .pt, or a folder")
     weights = WEIGHTS[0]
     beside = {"open_clip_config.json": _open_clip_config(c, model.preprocess, model.tokenizer)}

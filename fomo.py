@@ -360,7 +360,6 @@ def run(config):
 # --------------------------------------------------------- what a run reads before it does anything
 
 PATHS = ("data", "pool", "stream", "bpe", "out", "cache", "weights", "continue_")  # ~ is home there
-BROKEN = "broken picture"  # an event of log.jsonl
 FREE = ("out", "cache", "workers", "save_every", "plan", "accept_changes", "gate")  # no score
 # these change its last digits
 MACHINE = ("device", "precision", "micro_batch", "compile", "any_order", "threads")
@@ -664,7 +663,7 @@ class Learner:
         method.prepare(model)
         if self.c.compile:
             # a method may need ten kernels of each; beyond 8 torch would leave blocks uncompiled
-            torch._dynamo.config.cache_size_limit = 64
+            torch._dynamo.config.cache_size_limit = 64  # ten suffice
             # texts differ in length: a kernel for all, so that none depends on which came first
             for tower, dynamic in ((model.visual.transformer, False), (model.transformer, True)):
                 for block in tower.resblocks:
@@ -985,7 +984,7 @@ def obtain_theta_0(learner, folder, past):
     if c.weights is None:
         key = digest([dataclasses.asdict(model.config), c.pretrain_steps, c.pretrain_lr,
                       c.batch_size, c.warmup, c.floor, c.weight_decay, c.clip_norm, c.precision,
-                      c.micro_batch, c.any_order, crew.count,
+                      c.micro_batch, c.any_order, c.threads, crew.count,
                       learner.crew.device.type, learner.world.pool.content(),
                       torch.__version__])  # fmt: skip
         path = Path(c.cache) / f"theta_0-{key[:16]}.safetensors"
@@ -1624,6 +1623,7 @@ class Folder:
             stage.step = state["step"]
             stage.saved = state["inside"]
             self.began = time.monotonic() - state["seconds"]
+            self.broken = set(state["broken"])
         except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError) as e:
             raise ValueError(f"{self.path}/state.pt is no state of this run ({type(e).__name__}:"
                              f" {e}): delete {self.path}") from e
@@ -1631,9 +1631,6 @@ class Folder:
         if self.crew.leads:  # rows that were written after the state go
             size = os.path.getsize(self.path / "log.jsonl")
             self.log_file.truncate(min(size, state["log_bytes"]))
-            with open(self.path / "log.jsonl", encoding="utf-8") as f:
-                rows = [json.loads(line) for line in f]
-            self.broken = {row["fault"] for row in rows if row["event"] == BROKEN}
         self.state = {"stage": stage.name}
 
     # -------- while it runs
@@ -1650,7 +1647,7 @@ class Folder:
         """Pictures that could not be read, and were replaced: logged once; too many end the run."""
         for fault in dict.fromkeys(faults):
             if fault not in self.broken:
-                self.log(BROKEN, fault=fault)
+                self.log("broken picture", fault=fault)
         self.broken.update(faults)
         if len(self.broken) > self.c.max_broken:
             raise ValueError(f"more than {self.c.max_broken} pictures cannot be read"
@@ -1705,7 +1702,7 @@ class Folder:
                 "model": model, "method": stage.method.state(), "inside": inside,
                 "timeline": stage.timeline.state(), "results": stage.results,
                 "experts": getattr(stage.timeline.store, "hashes", []), "seconds": self.seconds(),
-                "log_bytes": os.path.getsize(self.path / "log.jsonl"),
+                "log_bytes": os.path.getsize(self.path / "log.jsonl"), "broken": [*self.broken],
             }  # fmt: skip
             with whole(self.path / "state.pt", self.path / "state-before.pt") as f:
                 torch.save(state, f)
@@ -1846,7 +1843,8 @@ def check_file(path, inputs=()):
     if any(os.path.realpath(p) == os.path.realpath(path) for p in inputs):
         raise ValueError(f"--out {path!r} is one of the inputs: give another name")
     if os.path.exists(path) and not is_ours(path):
-        raise ValueError(f"--out {path!r} is there and was not written by fomo.py: name another")
+        raise ValueError(f"--out {path!r} is there, and only pictures and scores that a command"
+                         " wrote are written over: name another, or remove it")  # fmt: skip
 
 
 def is_ours(path):
@@ -1857,10 +1855,12 @@ def is_ours(path):
             with PIL.Image.open(path) as image:
                 return image.format == "PNG" and image.info.get("Software") == "fomo"
         found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            return False
         if Path(path).name == "broken.json":
             return all(isinstance(faults, list) for faults in found.values())
         return "chance" in found and "config" not in found
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return False
 
 
@@ -1980,8 +1980,8 @@ def baseline(learner, path, templates):
 def merge_command(argv):
     p = argparse.ArgumentParser("fomo.py merge", argument_default=argparse.SUPPRESS,
                                 description="Merge files of weights in any layout.")  # fmt: skip
-    p.add_argument("base", help="theta_0; the result has its dtypes and metadata, a CLIP's also"
-                   " OpenAI's names")
+    p.add_argument("base", help="theta_0; the result has its dtypes, metadata and names, or"
+                   " OpenAI's names if it is a CLIP of two transformers")
     p.add_argument("experts", nargs="+", metavar="expert")
     p.add_argument("-o", "--out", required=True, help="safetensors file to write; must not exist")
     p.add_argument("--activation", default="auto", choices=ACTIVATIONS,
@@ -1999,7 +1999,7 @@ def merge_command(argv):
     out = os.path.expanduser(args.out)
     if os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out or remove it")
-    if out.endswith((".pt", *clip.NO_NAMES)):
+    if out.endswith((".pt", *clip.NOT_WRITTEN)):
         raise ValueError(f"{out}: what is written is safetensors, so name it .safetensors")
     check_file(out)
     paths = [clip.fetch(os.path.expanduser(path)) for path in (args.base, *args.experts)]
@@ -2163,7 +2163,7 @@ def explain(e):
         return (f"--compile does not work here ({reason}): start again without it, in this folder"
                 " with --accept-changes")  # fmt: skip
     if "deterministic" in text and isinstance(e, RuntimeError):
-        return f"{text.splitlines()[0][:150]}; --any-order does without"
+        return f"{text.splitlines()[0][:150]}; a run's --any-order does without"
     if dist.is_initialized() and isinstance(e, RuntimeError):
         return f"another process of this run has ended; it says why ({text.splitlines()[0][:120]})"
     return text if isinstance(e, (ValueError, OSError)) else None

@@ -462,6 +462,33 @@ def test_a_tensor_of_a_tower_that_we_do_not_know_is_refused(tmp_path, extra):
         clip.load(tmp_path / "m.pt", config=SMALL)
 
 
+@pytest.mark.parametrize("where", ["", "net."])
+def test_an_average_in_another_layout_turns_nothing(tmp_path, where):
+    clip.save(clip_random(SQUARE, 1), tmp_path / "hf", "hf")
+    state = {where + n: t for n, t in clip_random(SQUARE).state_dict().items()}
+    state |= {f"teacher.{n}": t for n, t in clip.read_tensors(tmp_path / "hf").items()}
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.warns(UserWarning, match="left out"):
+        loaded = clip.load(tmp_path / "m.pt", config=SQUARE).state_dict()
+    assert all(torch.equal(t, state[where + n]) for n, t in loaded.items())
+
+
+@pytest.mark.parametrize("said, fine", [(None, True), (39, True), (2, True), (0, False)])
+def test_an_end_token_that_is_not_the_last_is_refused_and_null_is_none(tmp_path, said, fine):
+    clip.save(clip_random(SMALL), tmp_path / "hf", "hf")
+    weights = clip.read_tensors(tmp_path / "hf")
+    clip.write_tensors(weights, tmp_path / "hf/model.safetensors")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config["text_config"]["eos_token_id"] = said
+    text = json.dumps(config)
+    (tmp_path / "hf/config.json").write_text(text, "utf-8-sig")  # Windows' editors put a mark first
+    if fine:
+        clip.load(tmp_path / "hf", config=SMALL)
+    else:
+        with pytest.raises(ValueError, match="eos_token_id 0"):
+            clip.load(tmp_path / "hf", config=SMALL)
+
+
 def test_a_head_beside_the_towers_is_left_out_and_named(tmp_path):
     state = clip_random(SMALL).state_dict() | {"visual_head.weight": torch.zeros(3)}
     torch.save(state, tmp_path / "m.pt")
@@ -539,7 +566,8 @@ def test_byte_level_merges_of_another_model_are_refused(tmp_path):
 
 def test_configs_beside_the_weights_that_are_another_programs_are_not_read(tmp_path):
     model = clip_random(SMALL)
-    for said in ({"vision_cfg": "vit.yaml"}, {"vision_config": "ViT-B-32", "lr": 1e-4}, {"lr": 1}):
+    for said in ({"vision_cfg": "vit.yaml"}, {"vision_config": "ViT-B-32", "lr": 1e-4}, {"lr": 1},
+                 {"model_cfg": "vit.yaml"}, {"vision_config": ["ViT-B-32"]}):  # fmt: skip
         torch.save(model.state_dict(), tmp_path / "m.pt")
         (tmp_path / "config.json").write_text(json.dumps(said))
         assert clip.load(tmp_path / "m.pt", config=SMALL).config == SMALL
@@ -598,7 +626,7 @@ def test_no_command_writes_over_a_runs_results_a_stream_or_pictures(flux, tmp_pa
     ):  # fmt: skip
         before = Path(out).read_bytes() if os.path.isfile(out) else None
         assert fomo.main([*command, *world, "--out", out]) == 2
-        assert "was not written by fomo.py" in capsys.readouterr().err
+        assert "only pictures and scores that a command wrote" in capsys.readouterr().err
         assert before is None or Path(out).read_bytes() == before
     assert os.listdir(inspected) == ["LETTERS-train.png"]
     for _ in range(2):  # its own it draws anew
@@ -4829,7 +4857,7 @@ def test_a_report_is_drawn_again_over_itself_and_over_nothing_else(tmp_path, cap
     Image.new("RGB", (3, 3)).save(theirs)
     kept = theirs.read_bytes()
     assert fomo.main(command) == 2
-    assert f"{str(theirs)!r} is there and was not written by fomo.py" in capsys.readouterr().err
+    assert f"{str(theirs)!r} is there, and only pictures" in capsys.readouterr().err
     assert theirs.read_bytes() == kept
 
 
@@ -5461,10 +5489,25 @@ def test_pictures_that_do_not_decode_are_replaced_and_named_up_to_a_limit(world,
     assert fomo.main([*options, "--max-broken", "3", "--out", str(tmp_path / "few")]) == 2
     assert "more than 3 pictures cannot be read (--max-broken)" in capsys.readouterr().err
     assert (tmp_path / "few" / "state.pt").exists()
-    # those of before the stop still count
-    before = len(rows_of(tmp_path / "few", "broken picture"))
-    assert fomo.main([*options, "--max-broken", "3", "--out", str(tmp_path / "few")]) == 2
-    assert len(rows_of(tmp_path / "few", "broken picture")) <= max(before, 4)
+
+
+def test_broken_pictures_of_before_a_stop_still_count(world, tmp_path, monkeypatch, capsys):
+    root = write_flux(world, tmp_path / "root")
+    for picture in sorted((root / "LETTERS" / "train").rglob("*.png"))[::2]:
+        picture.write_bytes(picture.read_bytes()[:60])
+    clip.save(clip_random(clip.CONFIGS["tiny"]), tmp_path / "w.safetensors")
+    more = ["--weights", str(tmp_path / "w.safetensors"), "--steps", "12", "--tasks", "1"]
+    options = flux_options(root, tmp_path, *more)
+    assert fomo.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    everything = [row["fault"] for row in rows_of(tmp_path / "whole", "broken picture")]
+    options += ["--max-broken", str(len(everything) - 1), "--out", str(tmp_path / "cut")]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 0, 8)
+        assert fomo.main(options) == 143
+    first = [row["fault"] for row in rows_of(tmp_path / "cut", "broken picture")]
+    assert 0 < len(first) < len(everything) == len(set(everything))
+    assert fomo.main(options) == 2
+    assert "pictures cannot be read (--max-broken)" in capsys.readouterr().err
 
 
 def test_an_update_of_shorter_tasks_is_not_scored_within(months):
@@ -9581,7 +9624,8 @@ def test_the_fisher_pass_of_a_later_task_takes_no_more_memory_than_a_step():
 
 
 def test_a_tasks_optimizer_is_gone_before_its_fisher_pass(flux, tmp_path, monkeypatch):
-    start, after = fomo.start_optimizer, methods.EWC.after_task
+    start = fomo.start_optimizer
+    after = methods.EWC.after_task
     there = []
 
     def started(stage):

@@ -217,7 +217,8 @@ def table(question, rows):
             joint = [r["scores"][-1] for (o, _), r in rows.items() if o == f"--method joint{size}"]
             theta_0 = [f"{score:.1f}" for score in found[0]["scores"][0]]
             first = ["small, theta_0" if size else "theta_0", *theta_0, *[""] * 5]
-            told += [first] if first not in told else []
+            if first not in told:
+                told.append(first)
             told.append(line(name, found, [mean(values) for values in zip(*joint)]))
     head = [what, "KA", "ZS", "GM", "above the line", "first update KA, ZS", "steps", "trained",
             "n"]  # fmt: skip
