@@ -566,8 +566,11 @@ def test_byte_level_merges_of_another_model_are_refused(tmp_path):
 
 def test_configs_beside_the_weights_that_are_another_programs_are_not_read(tmp_path):
     model = clip_random(SMALL)
-    for said in ({"vision_cfg": "vit.yaml"}, {"vision_config": "ViT-B-32", "lr": 1e-4}, {"lr": 1},
-                 {"model_cfg": "vit.yaml"}, {"vision_config": ["ViT-B-32"]}, {"vision_config": 3}):  # fmt: skip
+    for said in (
+        {"vision_cfg": "vit.yaml"}, {"model_cfg": "vit.yaml"}, {"lr": 1},
+        {"vision_config": "ViT-B-32", "lr": 1}, {"vision_config": ["ViT-B-32"]},
+        {"vision_config": 3},
+    ):  # fmt: skip
         torch.save(model.state_dict(), tmp_path / "m.pt")
         (tmp_path / "config.json").write_text(json.dumps(said))
         assert clip.load(tmp_path / "m.pt", config=SMALL).config == SMALL
