@@ -617,11 +617,10 @@ class Tensors(Mapping):
 class Unreadable:
     """A tensor that no CLIP has (packed, complex, 8-bit floats): an error for who asks for it."""
 
-    nbytes = 0
-
-    def __init__(self, path, why):
+    def __init__(self, path, why, nbytes=0):
         self.path = path
         self.why = why
+        self.nbytes = nbytes
 
     def __call__(self):
         raise ValueError(f"{self.path}: a tensor {self.why} cannot be read here")
@@ -685,8 +684,7 @@ def _read_safetensors(path):
                     kind = DTYPES[v["dtype"]]
                     tensor = Stored(path, kind, shape, stride, 8 + length + a, b - a)
                 else:
-                    tensor = Unreadable(path, f"{name} of dtype {v['dtype']}")
-                    tensor.nbytes = b - a
+                    tensor = Unreadable(path, f"{name} of dtype {v['dtype']}", b - a)
                 if not 0 <= a <= b or a != end or tensor.nbytes != b - a:
                     raise ValueError(f"{tensor.nbytes} bytes at {a}..{b}, where {end} is next")
             readers[name] = tensor
@@ -997,10 +995,6 @@ def openai_names(tensors):
     return Tensors(readers, getattr(tensors, "metadata", None))
 
 
-def _is_hf(names):
-    return any(plain_name(name).endswith(FIRST[1]) for name in names)
-
-
 # ------------------------------------------------------------------------------------------ configs
 # What a checkpoint says of itself travels as a dict: fields of CLIPConfig, "preprocess" (such an
 # object), "tokenizer" (what makes its tokens another than CLIP's; {} for CLIP's own)
@@ -1162,7 +1156,8 @@ def _said(path, raw, width, text_width):
         return {"quick_gelu": True, "preprocess": pixels, "tokenizer": {}} | heads
     said = {}
     folder = Path(path if os.path.isdir(path) else os.path.dirname(path))
-    for name, told, reader in BESIDE[1:] + BESIDE[:1] if _is_hf(raw) else BESIDE:
+    hf = any(plain_name(name).endswith(FIRST[1]) for name in raw)
+    for name, told, reader in BESIDE[1:] + BESIDE[:1] if hf else BESIDE:
         file = folder / name
         if told not in said and file.is_file():
             with _reading(file, "not a config of a CLIP that can be used here"):

@@ -956,7 +956,11 @@ def _beside(score, before):
 
 # ------------------------------------------------------------------------------------ a drawing kit
 
-PAPER, INK, PALE, GREY, GOLD = "white", "black", "#e2e2e2", "#777777", "#f5b800"
+PAPER = "white"
+INK = "black"
+PALE = "#e2e2e2"
+GREY = "#777777"
+GOLD = "#f5b800"
 # Colours that any colour-blind person tells apart (a test measures it); from the ninth line on the
 # mark changes too.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#48bfef", "#882255", "#a6b25f", "#222255"]

@@ -440,7 +440,7 @@ def refuse_unused(c, given):
         (["order", "reverse"], c.stream, "--stream says the order"),
         (["cooldown"], c.schedule != "rsqrt", "it belongs to --schedule rsqrt"),
         (["compile"], issubclass(methods.METHODS[trains], methods.LoRA),
-         "torch compiles no adapters for more than a few blocks"),
+         "torch would compile the adapters of each block anew"),
     )  # fmt: skip
     for names, unused, why in idle:
         for name in names:
@@ -663,7 +663,7 @@ class Learner:
         method.prepare(model)
         if self.c.compile:
             # a method may need ten kernels of each; beyond 8 torch would leave blocks uncompiled
-            torch._dynamo.config.cache_size_limit = 64  # ten suffice
+            torch._dynamo.config.cache_size_limit = 64
             # texts differ in length: a kernel for all, so that none depends on which came first
             for tower, dynamic in ((model.visual.transformer, False), (model.transformer, True)):
                 for block in tower.resblocks:
@@ -712,7 +712,7 @@ class Learner:
         factor = scaler.scale(torch.ones((), device=self.crew.device))
         first, _ = self.crew.share(self.c.batch_size)
         rows = (first, self.c.batch_size) if self.crew.count > 1 else None
-        with self.autocast():
+        with self.autocast():  # around all pieces, for which the weights are cast once
             loss = clip.backward(self.encode_image, self.encode_text, images, captions,
                                  self.model.logit_scale.exp(), self.c.micro_batch, rows, factor)
         if self.crew.count > 1:
@@ -873,7 +873,10 @@ def announce(learner, mixture, tasks, steps, costs):
     if not tasks:
         return
     if c.eval_every and c.eval_every >= steps:
-        raise ValueError(f"--eval-every {c.eval_every} does nothing here: a task has {steps} steps")
+        idle = f"--eval-every {c.eval_every} does nothing here: a task has {steps} steps"
+        if not c.continue_:
+            raise ValueError(idle)
+        crew.say(idle)  # it may be of RUN, whose tasks were longer
     samples = mixture.ends[-1]
     passes = tasks * steps * c.batch_size / samples
     those = "samples of the stream"
@@ -1370,8 +1373,9 @@ def continued(given):
         raise ValueError("--continue takes the folder of a finished run, got ''")
     folder = Path(given["continue_"])
     results = finished(folder)
-    before = results["config"]
     known = {f.name: f for f in fields(Config)}
+    # an older run lacks the options that came later
+    before = {name: f.default for name, f in known.items()} | results["config"]
     if set(before) != set(known) or "version" not in results:
         raise ValueError(f"{folder} is a run of another version of fomo.py: it cannot be continued")
     for name, value in given.items():
@@ -1385,8 +1389,6 @@ def continued(given):
     by_budget = {"steps", "budget"} & set(given)
     options |= {"tasks": 1, "steps": None if by_budget else results["steps_per_task"]}
     options |= {"budget": None} | given | {"continue_": str(folder)}
-    if "eval_every" not in given and (options["eval_every"] or 0) >= (options["steps"] or math.inf):
-        options["eval_every"] = None  # RUN's tasks were longer
     last = results["tasks"][-1]["task"] + options["tasks"]
     there = folder.resolve()
     name = re.sub(r"-t\d+$", "", there.name) + f"-t{last}"
@@ -1533,7 +1535,8 @@ class Folder:
         beginning = {"config.json.part"}  # of a run that was killed as it began
         if "log.jsonl" in names:
             with open(self.path / "log.jsonl", "rb") as f:
-                beginning |= {"log.jsonl"} if f.read(10) in (b"", b'{"event": ') else set()
+                ours = b'{"event": '.startswith(f.read(10))  # or empty
+            beginning |= {"log.jsonl"} if ours else set()
         if names - beginning and recorded(self.path) is None:
             raise ValueError(f"{self.path} is there and is no run of fomo.py: name another --out")
         self.new = not self.path.exists()
@@ -1623,7 +1626,7 @@ class Folder:
             stage.step = state["step"]
             stage.saved = state["inside"]
             self.began = time.monotonic() - state["seconds"]
-            self.broken = set(state["broken"])
+            self.broken = set(state.get("broken", ()))
         except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError) as e:
             raise ValueError(f"{self.path}/state.pt is no state of this run ({type(e).__name__}:"
                              f" {e}): delete {self.path}") from e

@@ -5437,7 +5437,7 @@ def test_concepts_of_held_out_datasets_are_left_out_of_a_stream(world, flux, tmp
     (["--density", ".2"], "--density does nothing here"),
     (["--rank", "8"], "--rank does nothing here: --method merge"),
     (["--cooldown", ".2"], "--cooldown does nothing here: it belongs to --schedule rsqrt"),
-    (["--method", "lora", "--compile"], "--compile does nothing here: torch compiles no adapters"),
+    (["--method", "lora", "--compile"], "--compile does nothing here: torch would compile"),
     (["--method", "zero-shot", "--compile"], "--compile does nothing here: --method zero-shot"),
     (["--device", "cpu", "--any-order"], "--any-order does nothing here: it belongs to a GPU"),
     (["--plan", "--gate", "FOO >= 1"], "--gate asks for FOO, which is not scored here"),
@@ -5512,12 +5512,21 @@ def test_broken_pictures_of_before_a_stop_still_count(world, tmp_path, monkeypat
     assert "pictures cannot be read (--max-broken)" in capsys.readouterr().err
 
 
-def test_an_update_of_shorter_tasks_is_not_scored_within(months):
+@pytest.mark.parametrize("length", [["--steps", "2"], ["--budget", "10"], []])
+def test_an_update_of_shorter_tasks_says_that_it_is_not_scored_within(months, capsys, length):
     configured(months / "1", eval_every=50)
-    assert fomo.parse(["--continue", str(months / "1"), "--steps", "20"]).eval_every is None
-    assert fomo.parse(["--continue", str(months / "1"), "--steps", "60"]).eval_every == 50
-    again = ["--continue", str(months / "1"), "--steps", "20", "--eval-every", "30"]
-    assert fomo.parse(again).eval_every == 30
+    new_class(months)
+    command = ["--continue", str(months / "1"), *length, "--plan"]
+    assert fomo.main(command) == 0
+    assert "--eval-every 50 does nothing here" in capsys.readouterr().out
+
+
+def test_a_run_from_before_an_option_can_be_continued(months):
+    results = results_of(months / "1")
+    del results["config"]["compile"], results["config"]["any_order"]
+    (months / "1" / "results.json").write_text(json.dumps(results))
+    new_class(months)
+    assert fomo.main(["--continue", str(months / "1"), "--out", str(months / "2")]) == 0
 
 
 def test_a_run_that_was_killed_as_it_began_starts_again(flux, tmp_path):
@@ -6795,7 +6804,6 @@ def test_an_operation_without_a_fixed_order_names_the_option_that_allows_it(
     flux, tmp_path, monkeypatch, capsys
 ):
     def unordered(*_):
-        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))  # has none, on a CPU either
 
     monkeypatch.setattr(clip, "contrastive_loss", unordered)
@@ -9603,7 +9611,7 @@ def test_ewc_stops_at_its_number_of_samples_and_needs_one_batch():
         sizes(24, 0)
 
 
-def test_the_fisher_pass_of_a_later_task_takes_no_more_memory_than_a_step():
+def test_the_fisher_pass_of_a_later_task_takes_less_memory_than_a_step():
     config = clip.CONFIGS["tiny"]
     model = clip_random(config)
     method = methods_ready("ewc", model)
@@ -9622,7 +9630,9 @@ def test_the_fisher_pass_of_a_later_task_takes_no_more_memory_than_a_step():
             live.peak = live.now
             method.after_task(model, [(batch, 2)] * 3, methods_loss)
             peaks["Fisher"] = live.peak
-    assert 0 < peaks["Fisher"] <= peaks["step"]
+    weights = sum(p.nbytes for p in model.parameters())
+    # of one set of gradients, the squares more, and two moments and the penalty's gradients less
+    assert 0 < peaks["Fisher"] < peaks["step"] - 1.5 * weights
 
 
 def test_a_tasks_optimizer_is_gone_before_its_fisher_pass(flux, tmp_path, monkeypatch):
