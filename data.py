@@ -1,8 +1,8 @@
 """Data for continual pretraining: captioned pictures, streams of concepts, mixed batches.
 
-Roth et al. 2024 (arXiv 2408.14471), sec. 3: FoMo-in-Flux's layout on disk, its streams, the mixture
-of update data D, buffer B and pretraining pool P; people's own class folders, tables and shards;
-and a small world, drawn on the spot, in which all fits into minutes. This file stands alone:
+Roth et al. 2024 (arXiv 2408.14471), sec. 3: FoMo-in-Flux's layout, its streams, the mixture of
+update data D, buffer B and pretraining pool P; people's class folders, tables and shards; and a
+small drawn world, in which all fits into minutes. This file stands alone:
 
     import data
     world = data.toy(seed=0)  # or data.open_world("my/folder")
@@ -12,157 +12,171 @@ and a small world, drawn on the spot, in which all fits into minutes. This file 
         print(images.shape, captions[0])  # torch.Size([128, 3, 32, 32]) and a sentence
 """
 
+import ast
 import csv
 import gc
 import glob
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
 import os
-import pickle
-import posixpath
 import re
-import string
+import signal
 import tarfile
 import textwrap
 import unicodedata
-import warnings
-import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from io import BytesIO
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------- splits
 
+_nfc = partial(unicodedata.normalize, "NFC")  # an accent may be one character or two on disks
+
+
+class Texts:
+    """Texts or lists of texts, as one block of JSON and offsets, which processes share uncopied."""
+
+    def __init__(self, items=(), block=None, spans=None):
+        if block is None:
+            dump = json.JSONEncoder(ensure_ascii=False).encode
+            lines = [dump(item).encode("utf-8", "surrogatepass") for item in items]
+            ends = np.cumsum([0, *map(len, lines)])
+            block = np.frombuffer(b"".join(lines), np.uint8)
+            spans = np.stack([ends[:-1], ends[1:]], axis=1)
+        self.block = block  # uint8 [bytes]
+        self.spans = spans  # int64 [N, 2]: item i is block[spans[i, 0] : spans[i, 1]]
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i):
+        start, end = self.spans[i].tolist()
+        return json.loads(self.block[start:end].tobytes().decode("utf-8", "surrogatepass"))
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
 
 class Split:
-    """Captioned pictures with a class each. Subclasses set labels and captions and say the rest."""
+    """Captioned pictures with a class each, as columns, which processes share without a copy.
 
-    labels: np.ndarray  # int [N]
-    captions: Sequence  # N times a str, or a list of str of which training draws one
+    stores: where pictures lie: paths of folders and tars, pixels as uint8 [M, H, W, 3], datasets of
+    torchvision's. where: int64 [N, 3], of each picture its store, its place there (offset in a tar,
+    -1 in a folder, else its number) and its bytes in a tar (-1 of one stored with holes, whose
+    place is its header's). captions: a str each, or a list of which training draws one.
+    """
+
+    def __init__(self, stores=(), where=(), labels=(), captions=(), paths=None):
+        self.stores = list(stores)
+        self.where = np.asarray(where, np.int64).reshape(-1, 3)
+        self.labels = np.asarray(labels, np.int64)
+        self.captions = captions if isinstance(captions, Texts) else Texts(captions)
+        self.paths = paths if isinstance(paths, Texts) else Texts(paths or [""] * len(self.labels))
 
     def __len__(self):
         return len(self.labels)
 
     def image(self, i):
-        """Picture i: a PIL image or uint8 [H, W, 3]; ValueError or OSError names a broken one."""
-        raise NotImplementedError
+        """Picture i: a PIL image or uint8 [H, W, 3]; ValueError names a broken one."""
+        number, at, size = self.where[i].tolist()
+        store = self.stores[number]
+        if isinstance(store, np.ndarray):
+            return store[at]
+        name = os.path.join(store if isinstance(store, str) else "", self.paths[i] or str(at))
+        try:
+            if not isinstance(store, str):
+                return store[at][0]
+            with open(name if at < 0 else store, "rb", buffering=0) as f:
+                f.seek(max(at, 0))
+                if at < 0 or size >= 0:
+                    return decode(f.read(size if at >= 0 else -1))
+                with tarfile.open(fileobj=f) as tar:  # it fills the holes
+                    return decode(tar.extractfile(tar.next()).read())
+        except Exception as e:  # decoders of torn files raise whatever they stumble over
+            fault = str(e).partition(" <")[0]  # without the address of a buffer
+            raise ValueError(f"{name} is no picture that decodes ({fault}): replace it") from e
 
-    def raw(self, i):
-        """Picture i as bytes: those of its file, or its pixels."""
-        raise NotImplementedError
-
-    def state(self):
-        """Bytes that change whenever a picture does, without reading the pictures."""
-        raise NotImplementedError
-
-    def keys(self):
-        """int64 [N] that tell the samples apart, and stay theirs when others come or go."""
-        return np.arange(len(self))
-
-    def fingerprint(self):
-        """Hash of labels, captions and state(): equal only if nothing changed in between."""
-        return _hash(self.labels, self.captions, self.state())
-
-    def content(self):
-        """Hash of labels, captions and every picture's bytes, wherever these lie.
-
-        It reads the whole split: a million pictures of 100 kB are 100 GB, ten minutes at 170 MB/s.
-        """
-        pictures = hashlib.sha256()
-        for i in tqdm(range(len(self)), "hashing the pictures", leave=False, disable=None):
-            pictures.update(hashlib.sha256(self.raw(i)).digest())
-        return _hash(self.labels, self.captions, pictures.digest())
-
-
-def _hash(labels, captions, pictures):
-    digest = hashlib.sha256(np.asarray(labels, np.int64).tobytes())
-    for array in Texts.pack(captions).arrays():
-        digest.update(hashlib.sha256(array.tobytes()).digest())
-    digest.update(pictures)
-    return digest.hexdigest()
-
-
-def _key(text):
-    """The first eight bytes of a text's hash, as an int64."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-class Lazy(Sequence):
-    """A sequence of n items that at(i) makes when they are asked for. It compares with lists."""
-
-    def __init__(self, n, at):
-        self.n = n
-        self.at = at
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self.at(k) for k in range(*i.indices(len(self)))]
-        return self.at(range(len(self))[i])
-
-    def __eq__(self, other):
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
-
-    __hash__ = None
-
-
-class Texts(Lazy):
-    """Items that are a str or a list of str each, as one block of UTF-8 and offsets into it.
-
-    Millions of them cost their bytes and little more, and processes share them without a copy.
-    """
-
-    def __init__(self, block, starts, first, is_list):
-        super().__init__(len(is_list), self.text)
-        self.block = block  # uint8 [bytes]
-        self.starts = starts  # int64 [texts + 1]: text k is block[starts[k] : starts[k + 1]]
-        self.first = first  # int64 [items + 1]: item i has the texts first[i] to first[i + 1] - 1
-        self.is_list = is_list  # bool [items]
-
-    @classmethod
-    def pack(cls, items):
-        if isinstance(items, cls):
-            return items
-        is_list = np.fromiter((not isinstance(item, str) for item in items), bool, len(items))
-        counts = [len(item) if several else 1 for item, several in zip(items, is_list)]
-        texts = chain.from_iterable([i] if isinstance(i, str) else i for i in items)
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]  # of file names, too
-        block = np.frombuffer(b"".join(encoded), np.uint8)
-        return cls(block, _ends(map(len, encoded)), _ends(counts), is_list)
+    def take(self, ids):
+        """The samples `ids`, as another split."""
+        captions, paths = (Texts((), t.block, t.spans[ids]) for t in (self.captions, self.paths))
+        return Split(self.stores, self.where[ids], self.labels[ids], captions, paths)
 
     def arrays(self):
-        return self.block, self.starts, self.first, self.is_list
+        return {"where": self.where, "labels": self.labels, "captions": self.captions.block,
+                "captions_at": self.captions.spans, "paths": self.paths.block,
+                "paths_at": self.paths.spans}  # fmt: skip
 
-    def text(self, i):
-        texts = []
-        for k in range(self.first[i], self.first[i + 1]):
-            text = self.block[self.starts[k] : self.starts[k + 1]].tobytes()
-            texts.append(text.decode("utf-8", "surrogatepass"))
-        return texts if self.is_list[i] else texts[0]
+    @classmethod
+    def of(cls, stores, arrays):
+        """The split that arrays() are of."""
+        texts = (Texts((), arrays[name], arrays[f"{name}_at"]) for name in ("captions", "paths"))
+        return cls(stores, arrays["where"], arrays["labels"], *texts)
+
+    def stamps(self):
+        """int64 [N, 2]: size and time of change of each file; of a tar's member its size and 0."""
+        stamps = self.where[:, [2, 2]] * [1, 0]
+        for i in np.flatnonzero(self.where[:, 1] < 0).tolist():
+            stat = os.stat(os.path.join(self.stores[self.where[i, 0]], self.paths[i]))
+            stamps[i] = stat.st_size, stat.st_mtime_ns
+        return stamps
+
+    def fingerprint(self):
+        """Hash of labels, captions, paths, pixels in memory, and the files' sizes and times."""
+        digest = hashlib.sha256()
+        for part in (*self.arrays().values(), self.stamps(), *self.stores):
+            if isinstance(part, np.ndarray):
+                digest.update(hashlib.sha256(np.ascontiguousarray(part)).digest())
+            elif isinstance(part, str) and os.path.isfile(part):  # a tar
+                digest.update(f"{os.stat(part).st_size} {os.stat(part).st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def keys(self):
+        """int64 [N] that tell samples apart, and stay theirs when others come or go: eight bytes of
+        the hash of path and size; without paths, the numbers."""
+        if not len(self) or not self.paths[0]:
+            return self.where[:, 1]
+        texts = (f"{_nfc(path)} {n}" for path, n in zip(self.paths, self.stamps()[:, 0].tolist()))
+        raws = (text.encode("utf-8", "surrogatepass") for text in texts)
+        digests = (hashlib.blake2b(raw, digest_size=8).digest() for raw in raws)
+        return np.frombuffer(b"".join(digests), "<i8")
 
 
-def _ends(lengths):
-    """Running sums of the lengths, from 0."""
-    return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)
+def joined(splits):
+    """Splits one after the other, as one."""
+    splits = list(splits)
+    if len(splits) == 1:
+        return splits[0]
+    columns = {name: [] for name in Split().arrays()}
+    stores = []
+    for split in splits:
+        shift = {"where": [len(stores), 0, 0]}
+        shift |= {f"{n}_at": sum(map(len, columns[n])) for n in ("captions", "paths")}
+        for name, array in split.arrays().items():
+            columns[name].append(array + np.int64(shift[name]) if name in shift else array)
+        stores += split.stores
+    return Split.of(stores, {name: np.concatenate(parts) for name, parts in columns.items()})
+
+
+def numbered(store, labels, captions):
+    """Split of all that a store holds: pixels, uint8 [N, H, W, 3], or a dataset of torchvision."""
+    numbers = np.arange(len(labels))
+    return Split([store], np.stack([0 * numbers, numbers, 0 * numbers], 1), labels, captions)
 
 
 @dataclass
@@ -173,6 +187,7 @@ class Dataset:
     prompts: list[str]  # one a class: what the zero-shot classifier encodes
     train: Split
     test: Split
+    account: dict = field(default_factory=dict)  # what was left out or is odd, see _mention
 
 
 @dataclass
@@ -180,113 +195,26 @@ class World:
     adaptation: list[Dataset]  # the stream is made of these; KA is the mean over them
     heldout: list[Dataset]  # never trained on; ZS is the mean over them; may be empty
     pool: Split = None  # what theta_0 was trained on, for replay
-    notes: list[str] = field(default_factory=list)  # what was found and what was left out, to print
+    notes: list[str] = field(default_factory=list)  # the accounts of all sources, to print
     sources: list = ()  # what open_world opened
 
-
-@dataclass
-class Pictures(Split):
-    """A split held in memory."""
-
-    pixels: np.ndarray  # uint8 [N, H, W, 3]
-    labels: np.ndarray  # int [N]
-    captions: list = field(repr=False)
-
-    def image(self, i):
-        return self.pixels[i]
-
-    def raw(self, i):
-        return self.pixels[i].tobytes()
-
-    def state(self):
-        return hashlib.sha256(np.ascontiguousarray(self.pixels)).digest()
-
-
-class Concat(Split):
-    """Splits one after the other, as one split. Its labels are the parts' own."""
-
-    def __init__(self, splits):
-        self.splits = list(splits)
-        self.ends = np.cumsum([len(s) for s in self.splits])
-        self.labels = np.concatenate([s.labels for s in self.splits])
-        self.captions = Lazy(len(self.labels), self.caption)
-
-    def place(self, i):
-        """-> the split of sample i, its number there."""
-        part = int(np.searchsorted(self.ends, i, side="right"))
-        split = self.splits[part]
-        return split, int(i - self.ends[part] + len(split))
-
-    def caption(self, i):
-        split, within = self.place(i)
-        return split.captions[within]
-
-    def image(self, i):
-        split, within = self.place(i)
-        return split.image(within)
-
-    def raw(self, i):
-        split, within = self.place(i)
-        return split.raw(within)
-
-    def keys(self):
-        """A sample whose key an earlier part has already gets another."""
-        keys = np.zeros(0, np.int64)
-        for number, split in enumerate(self.splits):
-            own = split.keys()
-            mark = _key(f"part {number}")
-            twice = np.isin(own, keys)
-            while twice.any():  # again where a part is itself of parts
-                own = np.where(twice, own * 3 ^ mark, own)
-                twice = np.isin(own, keys)
-            keys = np.concatenate([keys, own])
-        return keys
-
-    def fingerprint(self):
-        return hashlib.sha256("".join(s.fingerprint() for s in self.splits).encode()).hexdigest()
-
-    def content(self):
-        return hashlib.sha256("".join(s.content() for s in self.splits).encode()).hexdigest()
-
-
-class Subset(Split):
-    """The samples `ids` of another split. labels: theirs, where they are others than there."""
-
-    def __init__(self, split, ids, labels=None):
-        self.split = split
-        self.ids = np.asarray(ids, np.int64)
-        self.labels = split.labels[self.ids] if labels is None else labels
-        self.captions = Lazy(len(self.ids), lambda i: split.captions[int(self.ids[i])])
-
-    def image(self, i):
-        return self.split.image(int(self.ids[i]))
-
-    def raw(self, i):
-        return self.split.raw(int(self.ids[i]))
-
-    def keys(self):
-        return self.split.keys()[self.ids]
-
-    def fingerprint(self):
-        chosen = self.ids.tobytes() + self.labels.tobytes()
-        return hashlib.sha256(self.split.fingerprint().encode() + chosen).hexdigest()
+    @property
+    def sets(self):
+        return self.adaptation + self.heldout
 
 
 # -------------------------------------------------------------- a small world, drawn on the spot
-# FoMo-in-Flux in miniature: 8 sets to adapt to, 5 held out, 32 px. theta_0's pool holds all
-# held-out classes and a quarter of the others, so that it starts about where the paper's does:
-# strong on ZS, half-way on KA.
+# FoMo-in-Flux in miniature: theta_0's pool holds all held-out classes, a quarter of the others.
 
 COLOURS = {
-    "red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215),
-    "yellow": (235, 215, 50), "purple": (130, 45, 165), "orange": (240, 140, 30),
-    "cyan": (60, 205, 215), "pink": (245, 130, 190), "white": (245, 245, 245),
-    "black": (15, 15, 15),
+    "red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215), "yellow": (235, 215, 50),
+    "purple": (130, 45, 165), "orange": (240, 140, 30), "cyan": (60, 205, 215),
+    "pink": (245, 130, 190), "white": (245, 245, 245), "black": (15, 15, 15),
 }  # fmt: skip
 *INKS, _, _ = COLOURS
-GROUNDS = ["white", "black"]
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 HOURS = [*DIGITS[1:], "ten", "eleven", "twelve"]
+CENTRES = [((k % 3) / 3 + 1 / 6, (k // 3) / 3 + 1 / 6) for k in range(9)]  # shares of the picture
 CELLS = [f"{v} {h}" for v in ("top", "middle", "bottom") for h in ("left", "centre", "right")]
 TEXTURES = {  # where there is ink, of columns x, rows y and the period s, in pixels
     "horizontal stripes": lambda x, y, s: y % s < s / 2,
@@ -304,6 +232,7 @@ WINDS = ["up", "up and right", "right", "down and right", "down", "down and left
          "up and left"]  # fmt: skip
 SIZE = 32
 CANVAS = 64  # drawn at twice the size, then averaged down
+_font = lru_cache(ImageFont.load_default)  # of a size
 
 
 def _arc(radius, start, stop, n=24):
@@ -311,26 +240,17 @@ def _arc(radius, start, stop, n=24):
     return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 
 
-def _star(radii, points):
-    corners = _arc(1.0, -90, 270, points * len(radii) + 1)[:-1]
-    return corners * np.resize(radii, len(corners))[:, None]
-
-
-def _heart():
-    t = np.linspace(0, 2 * math.pi, 32)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, -y], axis=1) / 16
-
-
+TURN = np.linspace(0, 2 * math.pi, 32)
 SHAPES = {  # outlines in the unit circle, y downwards
     "circle": _arc(0.9, 0, 360),
     "square": _arc(1.0, 45, 405, 5)[:-1],
     "triangle": _arc(1.0, -90, 270, 4)[:-1],
-    "star": _star((1.0, 0.42), 5),
+    "star": _arc(1.0, -90, 270, 11)[:-1] * np.resize((1.0, 0.42), 10)[:, None],
     "cross": np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3),
                        (-1, 1), (-3, 1), (-3, -1), (-1, -1)]) / 3.1,
     "ring": np.concatenate([_arc(0.95, 0, 360), _arc(0.5, 360, 0)]),
-    "heart": _heart(),
+    "heart": np.stack([16 * np.sin(TURN) ** 3, -(13 * np.cos(TURN) - 5 * np.cos(2 * TURN)
+                       - 2 * np.cos(3 * TURN) - np.cos(4 * TURN))], axis=1) / 16,
     "moon": np.concatenate([_arc(0.95, 60, 300), _arc(0.8, 290, 70) + (0.45, 0)]),
     "diamond": np.array([(0, -1), (0.6, 0), (0, 1), (-0.6, 0)]),
     "arrow": np.array([(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3),
@@ -339,11 +259,11 @@ SHAPES = {  # outlines in the unit circle, y downwards
 
 
 class Picture:
-    """One drawing: a background, things on it, and the words for what chance decided."""
+    """A drawing on a ground. Methods from glyph() on draw a class and return ways to name it."""
 
     def __init__(self, rng):
         self.rng = rng
-        self.ground = self.choose(GROUNDS)
+        self.ground = self.choose(["white", "black"])
         self.canvas = Image.new("RGB", (CANVAS, CANVAS), self.rgb(self.ground))
         self.draw = ImageDraw.Draw(self.canvas)
 
@@ -373,123 +293,94 @@ class Picture:
         else:
             self.draw.polygon(points, self.rgb(ink))
 
-    def glyph(self, text, ink):
+    def glyph(self, name):
+        ink = self.ink()
+        number = name in DIGITS
+        text = str(DIGITS.index(name)) if number else name
         font = _font(int(self.rng.integers(44, 56)))
         x, y = (CANVAS * (0.5 + self.rng.uniform(-0.05, 0.05)) for _ in range(2))
         self.draw.text((x, y), text, self.rgb(ink), font, anchor="mm",
                        stroke_width=int(self.rng.integers(1, 3)),
                        stroke_fill=self.rgb(ink))  # fmt: skip
+        what = "digit" if number else "letter"
+        other = "the number" if number else "a capital"
+        return f"the {what} {name}", f"{other} {name}", f"a {ink} {what} {name}"
 
-    def pixels(self):
-        return np.asarray(self.canvas.reduce(CANVAS // SIZE))
+    def texture(self, name):
+        ink = self.ink()
+        side = np.arange(CANVAS) + self.rng.integers(16)
+        x, y = np.meshgrid(side, side)
+        mask = TEXTURES[name](x, y, self.rng.integers(12, 19)) * np.uint8(255)
+        self.canvas.paste(self.rgb(ink), mask=Image.fromarray(mask))
+        return f"a pattern of {name}", f"a texture of {name}", f"{name} in {ink} and {self.ground}"
 
+    def sketch(self, shape):
+        ink = self.ink()
+        self.shape(shape, ink, radius=0.36, outline=True)
+        return f"a sketch of a {shape}", f"the outline of a {shape}", f"a {shape} in {ink} lines"
 
-@lru_cache
-def _font(size):
-    return ImageFont.load_default(size)
+    def coloured(self, name):
+        ink, shape = name.split()
+        self.shape(shape, ink, radius=0.36)
+        return f"a {name}", f"a {name} on {self.ground}", f"a {shape} that is {ink}"
 
+    def beside(self, name):
+        left, right = name.split(" left of a ")
+        for x, thing in ((0.27, left), (0.73, right)):
+            ink, shape = thing.split()
+            self.shape(shape, ink, x=x, radius=0.23)
+        return f"a {name}", f"a {right} right of a {left}", f"a {left} and a {right}"
 
-def _digits(p, digit):
-    ink = p.ink()
-    p.glyph(str(DIGITS.index(digit)), ink)
-    return f"the digit {digit}", f"the number {digit}", f"a {ink} digit {digit}"
+    def counts(self, name):
+        number, ink, _ = name.split()
+        for cell in self.rng.permutation(9)[: DIGITS.index(number)]:
+            self.shape("circle", ink, *CENTRES[cell], radius=0.15, jitter=0.02)
+        return name, f"a group of {name}", f"{number} dots, all {ink}"
 
+    def flags(self, name):
+        left, right = name.split(" and ")
+        edge = int(CANVAS * self.rng.uniform(0.4, 0.6))
+        self.draw.rectangle((0, 0, edge, CANVAS), self.rgb(left))
+        self.draw.rectangle((edge, 0, CANVAS, CANVAS), self.rgb(right))
+        return f"a flag of {name}", f"a {left} and {right} flag", f"a flag, {left} then {right}"
 
-def _letters(p, letter):
-    ink = p.ink()
-    p.glyph(letter, ink)
-    return f"the letter {letter}", f"a capital {letter}", f"a {ink} letter {letter}"
+    def places(self, name):
+        dot, cell = name.split(" at the ")
+        ink, _ = dot.split()
+        k = CELLS.index(cell)
+        self.shape("circle", ink, *CENTRES[k], radius=0.18, jitter=0.03)
+        return f"a {name}", f"in the {cell} a {ink} dot", f"a {name} on {self.ground}"
 
+    def clocks(self, hour):
+        ink = self.ink()
+        centre = CANVAS / 2
+        angle = math.radians(30 * (HOURS.index(hour) + 1) - 90 + self.rng.uniform(-6, 6))
+        self.draw.ellipse((4, 4, CANVAS - 4, CANVAS - 4), outline=self.rgb(ink), width=3)
+        tip = (centre + 24 * math.cos(angle), centre + 24 * math.sin(angle))
+        self.draw.line((centre, centre, *tip), self.rgb(ink), width=7)
+        return f"a clock at {hour}", f"a {ink} clock at {hour}", f"{hour} o'clock"
 
-def _texture(p, name):
-    ink = p.ink()
-    side = np.arange(CANVAS) + p.rng.integers(16)
-    x, y = np.meshgrid(side, side)
-    mask = TEXTURES[name](x, y, p.rng.integers(12, 19)) * np.uint8(255)
-    p.canvas.paste(p.rgb(ink), mask=Image.fromarray(mask))
-    return f"a pattern of {name}", f"a texture of {name}", f"{name} in {ink} and {p.ground}"
+    def frames(self, name):
+        shape, frame = name.split(" in a ")
+        colour = frame.split()[0]
+        self.draw.rectangle((0, 0, CANVAS - 1, CANVAS - 1), outline=self.rgb(colour), width=9)
+        ink = self.ink(colour)
+        self.shape(shape, ink, radius=0.28)
+        return f"a {name}", f"a {ink} {name}", f"a {frame} around a {shape}"
 
+    def arrows(self, wind):
+        ink = self.ink()
+        self.shape("arrow", ink, radius=0.38, turn=45 * WINDS.index(wind) - 90)
+        pointing = f"arrow pointing {wind}"
+        return f"an {pointing}", f"a {ink} {pointing}", f"an arrow that points {wind}"
 
-def _sketch(p, shape):
-    ink = p.ink()
-    p.shape(shape, ink, radius=0.36, outline=True)
-    return f"a sketch of a {shape}", f"the outline of a {shape}", f"a {shape} in {ink} lines"
-
-
-def _coloured(p, name):
-    ink, shape = name.split()
-    p.shape(shape, ink, radius=0.36)
-    return f"a {name}", f"a {name} on {p.ground}", f"a {shape} that is {ink}"
-
-
-def _beside(p, name):
-    left, right = name.split(" left of a ")
-    for x, thing in ((0.27, left), (0.73, right)):
-        ink, shape = thing.split()
-        p.shape(shape, ink, x=x, radius=0.23)
-    return f"a {name}", f"a {right} right of a {left}", f"a {left} and a {right}"
-
-
-def _cell(k):
-    """Centre of the k-th of nine cells, as shares of the picture."""
-    return (k % 3) / 3 + 1 / 6, (k // 3) / 3 + 1 / 6
-
-
-def _counts(p, name):
-    number, ink, _ = name.split()
-    for cell in p.rng.permutation(9)[: DIGITS.index(number)]:
-        p.shape("circle", ink, *_cell(cell), radius=0.15, jitter=0.02)
-    return name, f"a group of {name}", f"{number} dots, all {ink}"
-
-
-def _flags(p, name):
-    left, right = name.split(" and ")
-    edge = int(CANVAS * p.rng.uniform(0.4, 0.6))
-    p.draw.rectangle((0, 0, edge, CANVAS), p.rgb(left))
-    p.draw.rectangle((edge, 0, CANVAS, CANVAS), p.rgb(right))
-    return f"a flag of {name}", f"a {left} and {right} flag", f"a flag, {left} then {right}"
-
-
-def _places(p, name):
-    dot, cell = name.split(" at the ")
-    ink, _ = dot.split()
-    k = CELLS.index(cell)
-    p.shape("circle", ink, *_cell(k), radius=0.18, jitter=0.03)
-    return f"a {name}", f"in the {cell} a {ink} dot", f"a {name} on {p.ground}"
-
-
-def _clocks(p, hour):
-    ink = p.ink()
-    centre = CANVAS / 2
-    angle = math.radians(30 * (HOURS.index(hour) + 1) - 90 + p.rng.uniform(-6, 6))
-    p.draw.ellipse((4, 4, CANVAS - 4, CANVAS - 4), outline=p.rgb(ink), width=3)
-    tip = (centre + 24 * math.cos(angle), centre + 24 * math.sin(angle))
-    p.draw.line((centre, centre, *tip), p.rgb(ink), width=7)
-    return f"a clock at {hour}", f"a {ink} clock at {hour}", f"{hour} o'clock"
-
-
-def _frames(p, name):
-    shape, frame = name.split(" in a ")
-    p.draw.rectangle((0, 0, CANVAS - 1, CANVAS - 1), outline=p.rgb(frame.split()[0]), width=9)
-    ink = p.ink(frame.split()[0])
-    p.shape(shape, ink, radius=0.28)
-    return f"a {name}", f"a {ink} {name}", f"a {frame} around a {shape}"
-
-
-def _arrows(p, wind):
-    ink = p.ink()
-    p.shape("arrow", ink, radius=0.38, turn=45 * WINDS.index(wind) - 90)
-    pointing = f"arrow pointing {wind}"
-    return f"an {pointing}", f"a {ink} {pointing}", f"an arrow that points {wind}"
-
-
-def _above(p, name):
-    top, bottom = name.split(" above a ")
-    high = f"{p.ink()} {top}"
-    low = f"{p.ink()} {bottom}"
-    p.shape(top, high.split()[0], y=0.26, radius=0.22)
-    p.shape(bottom, low.split()[0], y=0.74, radius=0.22)
-    return f"a {high} above a {low}", f"a {low} below a {high}", f"a {high} over a {low}"
+    def above(self, name):
+        top, bottom = name.split(" above a ")
+        high = f"{self.ink()} {top}"
+        low = f"{self.ink()} {bottom}"
+        self.shape(top, high.split()[0], y=0.26, radius=0.22)
+        self.shape(bottom, low.split()[0], y=0.74, radius=0.22)
+        return f"a {high} above a {low}", f"a {low} below a {high}", f"a {high} over a {low}"
 
 
 def _pairs(first, second, pattern):
@@ -499,25 +390,20 @@ def _pairs(first, second, pattern):
 _SIX = list(SHAPES)[:6]
 _SCENES = _pairs([f"{c} {s}" for c, s in zip(INKS, SHAPES)],
                  [f"{c} {s}" for c, s in zip(INKS[::-1], SHAPES)], "{} left of a {}")  # fmt: skip
-_COUNTS = [f"{n} {c} dots" for n in DIGITS[2:7] for c in INKS[:6]]
-_SHAPES = [f"{c} {s}" for c in INKS for s in SHAPES]
-# name: (classes, prompt, drawing); the drawing returns ways to say what it drew
-TOY_HELD_OUT = {
-    "DIGITS": (DIGITS, "the digit {}.", _digits),
-    "TEXTURES": (list(TEXTURES), "a pattern of {}.", _texture),
-    "SKETCHES": (list(SHAPES), "a sketch of a {}.", _sketch),
-    "SHAPES": (_SHAPES, "a {}.", _coloured),
-    "SCENES": (_SCENES, "a {}.", _beside),
-}
-TOY_ADAPTATION = {
-    "LETTERS": (list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), "the letter {}.", _letters),
-    "COUNTS": (_COUNTS, "{}.", _counts),
-    "FLAGS": (_pairs(INKS[:7], INKS[:7], "{} and {}"), "a flag of {}.", _flags),
-    "PLACES": (_pairs(INKS[:5], CELLS, "{} dot at the {}"), "a {}.", _places),
-    "CLOCKS": (HOURS, "a clock at {}.", _clocks),
-    "FRAMES": (_pairs(_SIX, INKS[:6], "{} in a {} frame"), "a {}.", _frames),
-    "ARROWS": (WINDS, "an arrow pointing {}.", _arrows),
-    "STACKS": (_pairs(_SIX, _SIX, "{} above a {}"), "a {}.", _above),
+TOY = {  # name: classes, prompt, drawing
+    "DIGITS": (DIGITS, "the digit {}.", Picture.glyph),
+    "TEXTURES": (list(TEXTURES), "a pattern of {}.", Picture.texture),
+    "SKETCHES": (list(SHAPES), "a sketch of a {}.", Picture.sketch),
+    "SHAPES": ([f"{c} {s}" for c in INKS for s in SHAPES], "a {}.", Picture.coloured),
+    "SCENES": (_SCENES, "a {}.", Picture.beside),
+    "LETTERS": (list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), "the letter {}.", Picture.glyph),
+    "COUNTS": ([f"{n} {c} dots" for n in DIGITS[2:7] for c in INKS[:6]], "{}.", Picture.counts),
+    "FLAGS": (_pairs(INKS[:7], INKS[:7], "{} and {}"), "a flag of {}.", Picture.flags),
+    "PLACES": (_pairs(INKS[:5], CELLS, "{} dot at the {}"), "a {}.", Picture.places),
+    "CLOCKS": (HOURS, "a clock at {}.", Picture.clocks),
+    "FRAMES": (_pairs(_SIX, INKS[:6], "{} in a {} frame"), "a {}.", Picture.frames),
+    "ARROWS": (WINDS, "an arrow pointing {}.", Picture.arrows),
+    "STACKS": (_pairs(_SIX, _SIX, "{} above a {}"), "a {}.", Picture.above),
 }
 TOY_RETRIEVAL = ("SCENES", "STACKS")  # the others are for classification
 OPENINGS = ("", "", "", "here is ", "image of ", "picture: ")
@@ -532,559 +418,176 @@ def _draw(name, drawing, classes, n, seed, part):
     for i, label in enumerate(labels):
         p = Picture(rng)
         ways = drawing(p, classes[label])
-        pixels[i] = p.pixels()
+        pixels[i] = np.asarray(p.canvas.reduce(CANVAS // SIZE))
         opening = "" if name in TOY_RETRIEVAL else p.choose(OPENINGS)
-        captions.append(_an(opening + p.choose((ways[0], *ways))))
+        captions.append((opening + p.choose((ways[0], *ways))).replace("a orange", "an orange"))
     noise = 8 * rng.standard_normal(pixels.shape, np.float32)
     return np.clip(pixels + noise, 0, 255).astype(np.uint8), labels, captions
 
 
-def _an(text):
-    return text.replace("a orange", "an orange")
-
-
-def toy(seed=0, train=1000, test=250):
+def toy(seed=0, train=300, test=250):
     """World of 8 + 5 drawn datasets of `train` and `test` pictures, a function of these alone."""
     sets = []
     pool = []
-    for name, (classes, prompt, drawing) in (TOY_HELD_OUT | TOY_ADAPTATION).items():
+    for name, (classes, prompt, drawing) in TOY.items():
         kind = "retrieval" if name in TOY_RETRIEVAL else "classification"
-        splits = [Pictures(*_draw(name, drawing, classes, n, seed, part))
+        splits = [numbered(*_draw(name, drawing, classes, n, seed, part))
                   for n, part in ((train, "train"), (test, "test"))]  # fmt: skip
-        prompts = [_an(prompt.format(c)) for c in classes]
+        prompts = [prompt.format(c).replace("a orange", "an orange") for c in classes]
         sets.append(Dataset(name, kind, classes, prompts, *splits))
-        if name in TOY_HELD_OUT:
+        if len(sets) <= 5:  # held out
             pool.append(splits[0])
         else:  # other pictures of every fourth class
             shuffled = np.random.default_rng((seed, len(name), 1)).permutation(len(classes))
             known = shuffled[: len(classes) // 4]
             few = [classes[k] for k in known]
             pixels, labels, captions = _draw(name, drawing, few, train * 3 // 4, seed, "pool")
-            pool.append(Pictures(pixels, known[labels], captions))
-    heldout = sets[: len(TOY_HELD_OUT)]
-    return World(sets[len(TOY_HELD_OUT) :], heldout, Concat(pool))
-
-
-# ------------------------------------------------------------------------------- words and names
-
-
-def _count(n, thing):
-    return f"{n:,} {thing}{'s' * (n != 1)}"
-
-
-def _twice(names):
-    return Counter(names).most_common(1)[0][0]
-
-
-def _same_form(text):
-    """File systems and people spell an accent as one character or as two."""
-    return unicodedata.normalize("NFC", text)
-
-
-def _spelt(names, known):
-    """The names, as those of them that are known are spelt there."""
-    forms = {_same_form(name): name for name in known}
-    return [forms.get(_same_form(name), name) for name in names]
+            pool.append(numbered(pixels, known[labels], captions))
+    note = f"a drawn world, 8 + 5 datasets of {train:,} training and {test:,} test pictures"
+    return World(sets[5:], sets[:5], joined(pool), [note])
 
 
 # ------------------------------------------------------------------------------- pictures in files
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that runs programs
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
-            ".ppm", ".pgm", ".pbm")  # fmt: skip
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, refuses: half a gigabyte of pixels
-
-
-class Changed(OSError):
-    """A file is no longer what the index was made from: going on would give other pictures."""
-
-
-class TooLarge(ValueError):
-    """A picture may be sound, and has more pixels than are decoded here."""
-
-
-@dataclass
-class Members:
-    """Where the pictures of a split lie in uncompressed tars."""
-
-    tars: list  # [path, what _stamp said of it]
-    places: np.ndarray  # int64 [N, 3]: which of the tars, offset in it, bytes
-    holes: dict  # number of a picture stored with holes -> [place in it, offset in the tar, bytes]
-
-    def read(self, i):
-        tar, offset, size = self.places[i].tolist()
-        path, stamp = self.tars[tar]
-        with open(path, "rb", buffering=0) as f:
-            if _stamped(os.fstat(f.fileno())) != stamp:
-                raise Changed(f"{path} has changed since it was opened: start the command again")
-            if i not in self.holes:
-                return os.pread(f.fileno(), size, offset)
-            picture = bytearray(size)
-            for place, at, length in self.holes[i]:
-                picture[place : place + length] = os.pread(f.fileno(), length, at)
-            return bytes(picture)
-
-
-class Files(Split):
-    """A split on disk: pictures as files below a folder, or read in place as members of tars."""
-
-    def __init__(self, folder, members, paths, labels, captions):
-        self.folder = str(folder)
-        self.members = members  # None: the paths are files
-        self.paths = Texts.pack(paths)  # below the folder, or names in the tar
-        self.labels = np.asarray(labels, np.int64)
-        self.captions = Texts.pack(captions)
-
-    def place(self, i):
-        if self.members is None:
-            return os.path.join(self.folder, self.paths[i])
-        return f"{self.members.tars[self.members.places[i, 0]][0]}: {self.paths[i]}"
-
-    def raw(self, i):
-        if self.members is not None:
-            return self.members.read(i)
-        with open(os.path.join(self.folder, self.paths[i]), "rb") as f:
-            return f.read()
-
-    def image(self, i):
-        try:
-            return decode(self.raw(i))
-        except Changed:
-            raise
-        except TooLarge as e:
-            raise ValueError(f"{self.place(i)} {e}") from None
-        except Exception as e:  # decoders of torn files raise whatever they stumble over
-            raise ValueError(f"{self.place(i)} does not decode as an image ({e}); "
-                             "replace it or leave it out") from e  # fmt: skip
-
-    def keys(self):
-        """Hashes of path and size: another picture in a file of the same name is another sample."""
-        if self.members is None:
-            sizes = _sizes_and_times(self.folder, self.paths)[:, 0]
-        else:
-            sizes = self.members.places[:, 2]
-        keys = (_key(f"{_same_form(p)} {size}") for p, size in zip(self.paths, sizes.tolist()))
-        return np.fromiter(keys, np.int64, len(self.paths))
-
-    def state(self):
-        digest = hashlib.sha256()
-        if self.members is None:
-            arrays = [*self.paths.arrays(), _sizes_and_times(self.folder, self.paths)]
-        else:
-            tars = [[os.path.basename(path), _stamped(os.stat(path))[1:]]
-                    for path, _ in self.members.tars]  # fmt: skip
-            digest.update(json.dumps(tars).encode())
-            arrays = [*self.paths.arrays(), self.members.places]
-        for array in arrays:
-            digest.update(hashlib.sha256(np.ascontiguousarray(array)).digest())
-        return digest.digest()
+SUFFIXES = tuple(s for s, f in Image.registered_extensions().items() if f in FORMATS)
+BESIDE = ("classnames.json", "classnames.txt", "metadata.csv", "metadata.jsonl")  # pictures, read
 
 
 def decode(raw):
     """A picture file's bytes -> uint8 [H, W, 3]. A picture that is turned by its EXIF stays so."""
-    png = raw[:8] == b"\x89PNG\r\n\x1a\n"
-    if png:  # Pillow would refuse one with long texts, and keep 8 of 16 bits
-        width, height = (int.from_bytes(raw[at : at + 4], "big") for at in (16, 20))
-        kind = "PNG"
-    else:
-        image = _open(raw)
-        width, height = image.size
-        kind = image.format
-    if width * height > MAX_PIXELS:
-        raise TooLarge(f"has {width * height:,} pixels, above the limit of {MAX_PIXELS:,}")
-    if kind not in ("PNG", "JPEG", "MPO"):
-        return np.asarray(_rgb(image))
-    deep = png and raw[24:25] == b"\x10"
-    mode = ImageReadMode.UNCHANGED if deep else ImageReadMode.RGB
-    try:  # equal to Pillow's pixels
-        pixels = decode_image(torch.frombuffer(bytearray(raw), dtype=torch.uint8), mode)
-    except RuntimeError:
-        return np.asarray(_rgb(_open(raw)))
-    if deep:  # scaled, not cut; the alpha channel goes
-        scaled = torch.from_numpy((pixels.numpy() // 257).astype(np.uint8))
-        pixels = scaled[:3] if len(scaled) > 2 else scaled[:1].expand(3, -1, -1)
-    return pixels.permute(1, 2, 0).numpy()
-
-
-def _open(raw):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-        try:
-            return Image.open(BytesIO(raw), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"it is none of {', '.join(FORMATS)}, or torn") from None
-        except Image.DecompressionBombError as e:
-            raise TooLarge(f"has more pixels than the limit of {MAX_PIXELS:,} ({e})") from None
-
-
-def _rgb(image):
+    image = Image.open(BytesIO(raw), formats=FORMATS)
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers, of no known range")
     if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _stamped(found):
-    """What tells one version of a file or folder from another."""
-    return [found.st_ino, found.st_size, found.st_mtime_ns]
+def _is_hidden(name):  # a system's, not the user's
+    return name.startswith(".") or name.lower() in ("@eadir", "__macosx", "thumbs.db")
 
 
-def _stamp(path):
+def _is_picture(name):
+    return name.lower().endswith(SUFFIXES) and not _is_hidden(name)
+
+
+def _mention(account, what, examples):
+    """Count what a user has to know: account[what] becomes how often, and the first three."""
+    if len(examples):
+        n, *first = account.get(what, [0])
+        account[what] = [n + len(examples), *[*first, *examples][:3]]
+
+
+def _pictures_below(folder, account):
+    """Sorted paths of the pictures within a folder, each once, whatever links lead to it."""
+    found = []
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        within = os.path.relpath(place, folder).removeprefix(".")
+        if os.path.realpath(place) in seen:
+            _mention(account, "folders read under another name", [within])
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        hidden = [name for name in (*folders, *files) if _is_hidden(name)]
+        _mention(account, "hidden or system files and folders", hidden)
+        folders[:] = [name for name in folders if name not in hidden]
+        pictures = {name for name in files if _is_picture(name)}
+        found += [os.path.join(within, name) for name in pictures]
+        stems = {os.path.splitext(name)[0] for name in pictures}
+        for name in sorted({*files} - {*pictures, *hidden, *BESIDE}):
+            stem, ending = os.path.splitext(name)
+            kind = f"{ending.lower()} files"
+            if stem in stems and ending in (".txt", ".caption", ".json"):
+                kind = "captions beside pictures, not read: name a table instead"
+            elif not re.fullmatch(r"\.\w+", ending):
+                kind = "names that do not end as a picture's"
+            _mention(account, kind, [os.path.join(within, name)])
+    return sorted(found)
+
+
+def in_files(place, paths, labels, captions, members=None):
+    """Split of files below a folder, or in a tar of these members. Unicode forms do not matter."""
+    stem = f"{_nfc(Path(place).stem)}/"  # a tar holds this folder, what is in it, or a path to it
+    longer = next((name for name in members or () if f"/{stem}" in name), "")
+    heads = (longer.partition(f"/{stem}")[0] + f"/{stem}", stem, "")
+    found = []
+    missing = []
+    for path in paths:
+        forms = [path] if path.isascii() else [unicodedata.normalize("NFD", path), path, _nfc(path)]
+        if members is None:
+            name = next((form for form in forms if os.path.isfile(f"{place}/{form}")), None)
+            found.append((name, -1, 0))
+        else:
+            name = next((head + forms[-1] for head in heads if head + forms[-1] in members), None)
+            found.append((path, *members.get(name, ())))
+        missing += [path] * (name is None)
+    if missing:
+        raise FileNotFoundError(f"{missing[0]!r} and {len(missing) - 1:,} more are not in {place}")
+    where = [(0, at, size) for _, at, size in found]
+    return Split([str(place)], where, labels, captions, [name for name, _, _ in found])
+
+
+def tar_members(path):
+    """Files of a plain tar: NFC name -> (offset, bytes), with holes (header's place, -1)."""
+    found = {}
+    links = {}
     try:
-        return _stamped(os.stat(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _sizes_and_times(folder, paths):
-    """Size and time of change of each file -> int64 [N, 2]; -1 if it is not there."""
-    found = np.full((len(paths), 2), -1, np.int64)
-    for i, path in enumerate(paths):
-        stamp = _stamp(os.path.join(folder, path))
-        if stamp:
-            found[i] = stamp[1:]
+        with tarfile.open(path, "r:", ignore_zeros=True) as tar:  # several tars may be one file
+            for member in iter(tar.next, None):
+                tar.members.clear()  # it would keep them all
+                name = _nfc(os.path.normpath(member.name).lstrip("/"))
+                if member.isreg():
+                    whole = member.offset_data, member.size
+                    found[name] = (member.offset, -1) if member.issparse() else whole
+                elif member.islnk() or member.issym():
+                    folder = os.path.dirname(name) if member.issym() else ""
+                    target = os.path.normpath(os.path.join(folder, member.linkname))
+                    links[name] = _nfc(target.lstrip("/"))
+        if not found:
+            raise tarfile.ReadError("no file in it")
+    except tarfile.TarError as e:
+        raise ValueError(f"{path} is no uncompressed tar, or damaged: {e}; unpack it") from None
+    for name, target in links.items():
+        for _ in range(40):  # as many as the system follows
+            target = links.get(target, target)
+        if target in found:
+            found[name] = found[target]
     return found
 
 
-class Folder:
-    """Finds files below a folder, whichever way Unicode spells their names; reads each once."""
-
-    def __init__(self, path):
-        self.path = str(path)
-        self.listings = {}  # folder below -> name -> whether it is a file
-        self.forms = {}  # folder below, whether of files -> NFC form of a name -> the name
-
-    def listing(self, head):
-        if head not in self.listings:
-            self.listings[head] = {}
-            place = os.path.join(self.path, head)
-            if os.path.isdir(place):
-                with os.scandir(place) as entries:
-                    self.listings[head] = {e.name: e.is_file() for e in entries}
-        return self.listings[head]
-
-    def find(self, path, file=True):
-        """-> the path of the file (or folder) as it is spelt on disk, or None."""
-        head, slash, name = path.rpartition("/")
-        head = head or slash  # of "/name", too
-        if self.listing(head).get(name) is file:
-            return path
-        if path.isascii():
-            return None
-        if head.strip("/"):
-            head = self.find(head, False)
-        if head is None:
-            return None
-        if (head, file) not in self.forms:
-            names = [n for n, is_file in self.listing(head).items() if is_file is file]
-            self.forms[head, file] = {_same_form(n): n for n in names}
-        spelt = self.forms[head, file].get(_same_form(name))
-        return spelt and posixpath.join(head, spelt)
-
-    def folders(self):
-        return {os.path.join(self.path, head) for head in self.listings}
-
-    def split(self, items, found, captions):
-        """-> Files of annotated items that find() found."""
-        return Files(self.path, None, found, items.labels, captions)
-
-
-# -------------------------------------------------------------------------------------------- tars
-# The headers are read here, since the standard library takes 15 times as long for them: of two
-# million members that is minutes. What is rare there, members with holes, is left to it.
-
-BLOCK = 512
-NOTHING = bytes(BLOCK)
-HARD = b"1"  # kinds of links
-SYMBOLIC = b"2"
-
-
-class Sparse(Exception):
-    """This tar has members with holes."""
-
-
-class Tar:
-    """The files in an uncompressed tar: name -> (offset, bytes, pieces if it has holes, else None).
-
-    Links are followed within the tar and nowhere else. ValueError or OSError if it is no tar, or
-    ends too early.
-    """
-
-    def __init__(self, path):
-        self.path = str(path)
-        with open(path, "rb", buffering=0) as f:
-            self.stamp = _stamped(os.fstat(f.fileno()))
-            try:
-                self._take(self._members(f.fileno(), self.stamp[1]))
-            except Sparse:
-                self._take(self._members_slowly())
-        for name in self.links:
-            place = self.follow(name)
-            if place:
-                self.files[name] = place
-
-    def _take(self, members):
-        """members: kind, name, what a link points to, place of what is no link."""
-        self.files = {}
-        self.links = {}  # symbolic: name -> what it points to
-        for kind, name, target, place in members:
-            self.files.pop(name, None)  # a later one of the same name counts
-            self.links.pop(name, None)
-            if kind == SYMBOLIC:
-                self.links[name] = target
-            elif kind == HARD:
-                place = self.files.get(_cleaned(target))
-            if place:
-                self.files[name] = place
-
-    def _members(self, file, length):
-        at = 0
-        said = {}  # what the headers before a member say of it
-        header = None
-        while at < length:
-            header = os.pread(file, BLOCK, at)
-            at += BLOCK
-            if header == NOTHING:  # the end, or that of one of several put together
-                continue
-            if len(header) < BLOCK:
-                break
-            kind = header[156:157]
-            size = self._size(header)
-            if kind in b"123456":  # links, folders and devices
-                size = 0
-            elif kind in b"0\x007":
-                size = int(said.get("size", size))
-            if not 0 <= size <= length - at:
-                raise self._truncated(self._name(header, said))
-            if kind in b"LKxg":
-                self._heed(kind, os.pread(file, size, at), said)
-            elif kind == b"S":
-                raise Sparse
-            elif kind in b"12":
-                target = said.get("linkpath", _decoded(header[157:257].split(b"\0", 1)[0]))
-                yield kind, self._name(header, said), target, None
-            elif kind in b"0\x007":
-                yield kind, self._name(header, said), None, (at, size, None)
-            at += -(-size // BLOCK) * BLOCK
-            if kind not in b"LKxg":
-                said = {}
-        if header != NOTHING:
-            raise ValueError(f"{self.path} lacks the end mark of a tar: it is truncated, or no "
-                             "uncompressed tar; unpack it, or download it again")  # fmt: skip
-
-    def _size(self, header):
-        """Of what follows a header: octal digits or, of large files, in binary."""
-        text = header[124:136]
+def _indexed(cache, key, files, make):
+    """make() -> (JSON, splits), or what the folder `cache` has of it while the files stay so."""
+    stamps = [[str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
+    hashes = [hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16] for x in (key, [5, stamps])]
+    path = Path(cache or "").expanduser() / f"index-{'-'.join(hashes)}.npz"
+    if cache is None or not path.exists():
+        gc.disable()  # it would go through millions of live objects again and again
         try:
-            if header[257:262] != b"ustar" and not _checked(header):
-                raise ValueError("a header's check sum is wrong")
-            if text[0] & 128:
-                return int.from_bytes(text[1:], "big")
-            return int(text.strip(b" \0") or b"0", 8)
-        except ValueError as e:
-            raise ValueError(f"{self.path} is not an uncompressed tar, or damaged ({e}); unpack it,"
-                             " or copy or download it again") from None  # fmt: skip
-
-    def _heed(self, kind, text, said):
-        """A long name, a long link or a pax header, which are about the next member."""
-        if kind in b"LK":
-            said["path" if kind == b"L" else "linkpath"] = _decoded(text.split(b"\0", 1)[0])
-            return
-        while text.strip(b"\0"):
-            length, _, _ = text.partition(b" ")
-            if not length.isdigit() or not 0 < int(length) <= len(text):
-                raise ValueError(f"{self.path} has a torn pax header: copy or download it again")
-            key, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
-            text = text[int(length) :]
-            if key.startswith(b"GNU.sparse"):
-                raise Sparse
-            if kind == b"x":  # those of the whole archive name no file
-                said[_decoded(key)] = _decoded(value)
-
-    def _name(self, header, said):
-        name = said.get("path")
-        if name is None:
-            name = _decoded(header[:100].split(b"\0", 1)[0])
-            if header[257:263] == b"ustar\0" and header[345]:
-                name = f"{_decoded(header[345:500].split(bytes(1), 1)[0])}/{name}"
-        return _cleaned(name)
-
-    def _members_slowly(self):
-        try:
-            with tarfile.open(self.path, "r:", ignore_zeros=True) as tar:
-                for member in tar:
-                    place = None
-                    if member.isreg():
-                        pieces = _pieces(member) if member.issparse() else None
-                        place = member.offset_data, member.size, pieces
-                        stored = sum(n for _, _, n in pieces) if pieces else member.size
-                        if member.offset_data + stored > self.stamp[1]:
-                            raise self._truncated(member.name)
-                    yield member.type, _cleaned(member.name), member.linkname, place
-        except tarfile.TarError as e:
-            raise ValueError(f"{self.path} cannot be read as a tar ({e}); unpack it") from None
-
-    def _truncated(self, name):
-        return ValueError(f"{self.path} ends within {name!r}: it is truncated; copy or download it "
-                          "again")  # fmt: skip
-
-    def follow(self, name):
-        """What the name stands for when links are followed: a place, or None."""
-        for _ in range(40):  # as many as the system follows
-            if name in self.files or not self.links:
-                break
-            parts = name.split("/")
-            heads = ["/".join(parts[:k]) for k in range(len(parts), 0, -1)]
-            head = next((h for h in heads if h in self.links), None)
-            if head is None:
-                break
-            rest = name[len(head) + 1 :]
-            name = posixpath.join(posixpath.dirname(head), self.links[head], rest)
-            name = posixpath.normpath(name).lstrip("/")
-        return self.files.get(name)
-
-    @cached_property
-    def roots(self):
-        """What a dataset's paths may begin with: its folder is called as the tar is, and the tar
-        holds it, what is in it, or it at the end of a longer path."""
-        stem = Path(self.path).stem
-        longer = next((n for n in self.files if f"/{stem}/" in n), None)
-        roots = [f"{stem}/", ""]
-        if longer is not None:
-            roots.insert(0, longer[: longer.index(f"/{stem}/") + len(stem) + 2])
-        return roots
-
-    @cached_property
-    def forms(self):
-        return {_same_form(name): name for name in self.files}
-
-    def find(self, path):
-        """-> where a path within the dataset's folder lies, or None."""
-        for root in self.roots:
-            place = self.follow(root + path)
-            if place is None and not path.isascii():
-                place = self.files.get(self.forms.get(_same_form(root + path)))
-            if place:
-                return place
-        return None
-
-    def split(self, items, found, captions):
-        """-> Files of annotated items that find() found."""
-        members = _members([[self.path, self.stamp]], [0] * len(found), found)
-        return Files(self.path, members, items.keys, items.labels, captions)
-
-
-def _checked(header):
-    """Whether the sum of a header's bytes, its own field as blanks, is what the field says."""
-    total = sum(header[:148]) + 8 * 32 + sum(header[156:])
-    said = re.match(rb" *([0-7]+)", header[148:156])
-    return said is not None and int(said[1], 8) == total
-
-
-def _decoded(name):
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _cleaned(name):
-    """A member's name without what means nothing within a tar: a slash or dots in front."""
-    if name[:1] in "./" or "//" in name or "/." in name:
-        name = posixpath.normpath(name).lstrip("/")
-    return name
-
-
-def _pieces(member):
-    """Of a file with holes: [place in the file, offset in the tar, bytes] of each stored piece."""
-    pieces = []
-    at = member.offset_data
-    for place, length in member.sparse:
-        pieces.append([place, at, length])
-        at += length
-    return [p for p in pieces if p[2]]
-
-
-# ------------------------------------------------------------------------------------- the index
-# What an annotation file says is kept in one file of arrays, which the next opening reads as it
-# is. It holds for as long as every file and folder that it was made from stays as it was.
-
-INDEX = 3  # of the format: what is kept by another is made anew
-
-
-def _keep(path, head, arrays):
-    """Write a head, which is JSON, and named arrays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as f:
-            np.savez(f, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _kept(path):
-    """-> head and arrays as _keep wrote them; None if there are none or they are torn."""
-    try:
-        with np.load(path) as kept:
-            arrays = dict(kept)
-        return json.loads(arrays.pop("head").tobytes()), arrays
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _indexed(cache, key, make):
-    """make() -> (head, arrays, paths it was made from), or what was kept of it under the key.
-
-    cache: the folder for it, None for none. The head's notes say if nothing can be kept there.
-    """
-    name = hashlib.sha256(json.dumps([INDEX, *key]).encode()).hexdigest()[:24]
-    path = cache and Path(cache).expanduser() / f"index-{name}.npz"
-    kept = _kept(path) if path else None
-    if kept and all(_stamp(p) == stamp for p, stamp in kept[0]["from"]):
-        return kept
-    collecting = gc.isenabled()
-    gc.disable()  # it would go through millions of live objects again and again: twice the time
-    try:
-        head, arrays, paths = make()
-    finally:
-        if collecting:
+            head, splits = make()
+        finally:
             gc.enable()
-    head["from"] = [[str(p), _stamp(p)] for p in paths]
-    if path:
-        try:
-            _keep(path, head, arrays)
-        except OSError as e:
-            head["notes"].append(f"no index can be kept in {path.parent} ({e.strerror}): "
-                                 "the next opening takes as long as this one")  # fmt: skip
-            return head, arrays
-        return _kept(path) or (head, arrays)  # not in memory twice
-    return head, arrays
-
-
-def _packed(files, prefix):
-    """A Files as a head and arrays, for the index."""
-    arrays = {"labels": files.labels}
-    for name, texts in (("paths", files.paths), ("captions", files.captions)):
-        for k, array in enumerate(texts.arrays()):
-            arrays[f"{name}{k}"] = array
-    head = {"folder": files.folder}
-    if files.members is not None:
-        arrays["places"] = files.members.places
-        head |= {"tars": files.members.tars, "holes": list(files.members.holes.items())}
-    return head, {prefix + name: array for name, array in arrays.items()}
-
-
-def _unpacked(head, arrays, prefix):
-    texts = [Texts(*(arrays[f"{prefix}{name}{k}"] for k in range(4)))
-             for name in ("paths", "captions")]  # fmt: skip
-    members = None
-    if "tars" in head:
-        members = Members(head["tars"], arrays[f"{prefix}places"], dict(head["holes"]))
-    return Files(head["folder"], members, texts[0], arrays[f"{prefix}labels"], texts[1])
+        if cache is None:
+            return head, splits
+        arrays = {f"{k} {n}": a for k, s in enumerate(splits) for n, a in s.arrays().items()}
+        head["stores"] = [split.stores for split in splits]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for outdated in path.parent.glob(f"index-{hashes[0]}-*.npz"):
+            outdated.unlink(missing_ok=True)
+        aside = path.with_name(f"{os.getpid()}.part.npz")
+        np.savez(aside, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+        os.replace(aside, path)
+        del splits, arrays  # not in memory twice
+    with np.load(path) as file:
+        arrays = dict(file)
+    head = json.loads(arrays.pop("head").tobytes())
+    parts = [{n: arrays[f"{k} {n}"] for n in Split().arrays()} for k in range(len(head["stores"]))]
+    return head, [Split.of(stores, part) for stores, part in zip(head["stores"], parts)]
 
 
 # ------------------------------------------------------------------------ FoMo-in-Flux's layout
-# <root>/<DATASET>/<path> or <root>/<DATASET>.tar; annotations in 00_info beside these or above.
 
 HELD_OUT = [  # the paper's 22
     "CALTECH101", "CALTECH256", "CARS196", "CIFAR10", "DOMAINNET_QUICKDRAW", "EuroSAT",
@@ -1092,1106 +595,653 @@ HELD_OUT = [  # the paper's 22
     "IMAGENET_R", "IMAGENET_S", "IMAGENET_V2", "MNIST", "MONKEYS10", "MSCOCO", "OXFORDPETS",
     "STL10", "SVHN",
 ]  # fmt: skip
-SPLITS = {  # the first whose pictures are there counts. The copies at 224 pixels have captions
-    # where the other annotations of AI2DIAGRAMS, DOLLARSTREET and IMAGENET_D have none
+SPLITS = {  # the first whose pictures are there: those at 224 pixels have the most captions
     "train": ("train_224", "train_mini_224", "train", "train_mini"),
     "test": ("test_224", "val_224", "test", "val"),
 }
 KINDS = ("default_caption", "synthetic_merged_caption", "synthetic_caption", "primer_caption")
-CAPTIONS = {  # --captions: which kind an item is asked for first, then KINDS in turn
-    "default": "default_caption",  # FoMo's own rule
-    "merged": "synthetic_merged_caption",
-    "synthetic": "synthetic_caption",
-    "prompt": "primer_caption",
-}
+CAPTIONS = dict(zip(("default", "merged", "synthetic", "prompt"), KINDS))  # asked for before KINDS
 
 
 def _read_json(path, kind):
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there") from None
-    except OSError as e:
-        raise OSError(f"{path} cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
+        value = json.loads(Path(path).read_text("utf-8-sig"))
+    except ValueError as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(value, kind):
-        found = type(value).__name__
-        raise ValueError(f"{path} holds a JSON {found}, expected a {kind.__name__}")  # noqa: TRY004
-    return value
+    if isinstance(value, kind):
+        return value
+    raise ValueError(f"{path} holds no JSON {kind.__name__}")
+
+
+def _annotations(root):
+    """What 00_info in a folder, or beside it, has of datasets there: name -> ending -> file."""
+    form = re.compile(r"(.+?)_((?:train|train_mini|test|val)(?:_224)?|classnames)\.json")
+    own = (root / "00_info").is_dir()
+    files = {}
+    for path in sorted((root if own else root.parent).glob("00_info/*.json")):
+        match = form.fullmatch(_nfc(path.name))
+        if match:
+            files.setdefault(match[1], {})[match[2]] = path
+    files = {name: found for name, found in files.items() if {*found} - {"classnames"}}
+    there = {_nfc(path.name.removesuffix(".tar")) for path in root.iterdir()}
+    return files if own or there & {*files} else {}
+
+
+def _fomo_sets(root, options):
+    """Datasets of <root>/<DATASET>[.tar], annotated in 00_info beside these or above."""
+    files = _annotations(root)
+    disk = {_nfc(path.name): path for path in sorted(root.iterdir())}
+    sets = {}
+    for name in tqdm(sorted(files), "reading", leave=False, disable=None):
+        places = [disk.pop(n) for n in (name, f"{name}.tar") if n in disk]
+        if places:
+            key = [str(root), name, options.captions, options.prompts_too]
+            make = partial(_read_fomo, places, files[name], options)
+            head, splits = _indexed(options.cache, key, [*files[name].values(), *places], make)
+            sets[name] = Dataset(name, *head["dataset"], *splits, head["account"])
+    account = {}
+    others = [n for n, p in disk.items() if n != "00_info" and (p.is_dir() or p.suffix == ".tar")]
+    _mention(account, "datasets annotated but not there", sorted(files.keys() - sets.keys()))
+    _mention(account, "folders and tars without annotations", others)
+    return sets, [f"{root}: FoMo-in-Flux's layout, {len(sets)} datasets", *_told(account)]
+
+
+def _read_fomo(places, files, options):
+    """One annotated dataset, for the index -> [kind, classes, prompts] and account, splits."""
+    classes = [*map(_nfc, _read_json(files["classnames"], list))] if "classnames" in files else []
+    account = {}
+    members = {place: None if place.is_dir() else tar_members(place) for place in places}
+    parts = [_read_part(which, files, members, len(classes), account, options) for which in SPLITS]
+    (train, own), (test, others) = parts
+    prompts = [(others | own).get(label, name) for label, name in enumerate(classes)]
+    if options.prompts_too and classes:
+        several = ([c] if isinstance(c, str) else c for c in train.captions)
+        train.captions = Texts([[*c, prompts[k]] for c, k in zip(several, train.labels)])
+    scored = others if len(test) else own  # own if --validation takes from the training split
+    kind = "classification" if classes and scored else "retrieval"
+    return {"dataset": [kind, classes, prompts], "account": account}, [train, test]
+
+
+def _read_part(which, files, members, classes, account, options):
+    """A split by the first of its annotations whose pictures are all there, {label: prompt}."""
+    kinds = [CAPTIONS[options.captions] if which == "train" else KINDS[0], *KINDS]
+    absent = None
+    for file, place in [(files[s], p) for s in SPLITS[which] if s in files for p in members]:
+        items = sorted(_read_json(file, dict).items())  # neither the file's order nor the disk's
+        try:
+            found = [_caption(item, kinds) for _, item in items]
+            labels = [int(item["target"]) for _, item in items]
+            prompts = {item["target"]: item.get("primer_caption") for _, item in items}
+            if labels and not 0 <= min(labels) <= max(labels) < (classes or math.inf):
+                raise ValueError(f"targets {min(labels)} to {max(labels)} of {classes} classes")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{file} does not describe pictures: {e!r}") from None
+        paths = [path for path, _ in items]
+        captions = [caption for caption, _ in found]
+        try:
+            split = in_files(place, paths, labels, captions, members[place])
+        except FileNotFoundError as e:
+            absent = FileNotFoundError(f"{file}: {e}")
+            continue
+        blank = [path for path, (_, passed) in zip(paths, found) if passed]
+        _mention(account, "blank captions, for which the next kind stands in", blank)
+        return split, {label: p for label, p in prompts.items() if not _is_blank(p)}
+    if absent:
+        raise absent
+    return Split(), {}
 
 
 def _is_blank(text):
-    """Whether a caption says nothing: white space, or the NaN that a table left."""
-    if isinstance(text, str):
-        return text.strip() in ("", "nan", "NaN")
-    return text is None or (isinstance(text, float) and math.isnan(text))
+    """Whether a caption says nothing: no text, white space, or the NaN that a table left."""
+    return not isinstance(text, str) or text.strip() in ("", "nan", "NaN")
 
 
-def _said(file, key, value):
-    """The texts in a caption that say something: a str, a list of str, or None."""
-    if isinstance(value, str):
-        return None if _is_blank(value) else value
-    several = value if isinstance(value, list) else [value]
-    texts = [text for text in several if not _is_blank(text)]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{file}: the caption of {key} is {value!r:.80}, expected text or a list "
-                         "of texts")  # fmt: skip
-    return texts or None
+def _caption(item, kinds):
+    """-> the first caption that says something, as str or list; whether one before does not."""
+    for n, kind in enumerate(kinds):
+        texts = _texts(item.get(kind))
+        if texts:
+            passed = [kind for kind in kinds[:n] if item.get(kind) is not None]
+            return texts if len(texts) > 1 else texts[0], bool(passed)
+    raise ValueError(f"the caption is blank in every kind: {item}")
 
 
-class Items:
-    """What an annotation file says of a split, in the order of its paths."""
-
-    def __init__(self, file, kinds):
-        said = _read_json(file, dict)
-        self.file = file
-        self.keys = sorted(said)  # neither the file's order nor the disk's
-        self.labels = []
-        self.captions = []
-        self.prompts = {}  # of a label
-        self.blank = 0  # items whose caption was looked for in another kind, for it was blank
-        self.bare = 0  # items that have no caption but the class prompt
-        for key in self.keys:
-            if key.startswith("/") or ".." in key.split("/"):
-                raise ValueError(f"{file} lists {key}, which is outside the dataset's folder")
-            item = said[key]
-            target = item.get("target") if isinstance(item, dict) else None
-            if type(target) is not int or not 0 <= target < 2**31:
-                raise ValueError(f"{file}: the target of {key} is {target!r:.80}, "
-                                 "expected a class's number")  # fmt: skip
-            self.labels.append(target)
-            self.captions.append(self._caption(key, item, kinds))
-            prompt = item.get("primer_caption")
-            if isinstance(prompt, str) and not _is_blank(prompt):
-                self.prompts[target] = prompt
-
-    def _caption(self, key, item, kinds):
-        """The first that says something. One of several that are blank in part is counted, too."""
-        passed = False
-        for kind in kinds:
-            value = item.get(kind)
-            if value is None:
-                continue
-            caption = _said(self.file, key, value)
-            if caption is None or (isinstance(value, list) and len(caption) < len(value)):
-                passed = True
-            if caption is not None:
-                self.blank += passed
-                self.bare += kind == "primer_caption"
-                return caption
-        raise ValueError(f"{self.file}: the caption of {key} is blank in every kind that it has, "
-                         "expected text or a list of texts")  # fmt: skip
-
-
-def _members(tars, which, found):
-    """Members of what Tar found of each, in the tars of these numbers."""
-    places = [(tar, offset, size) for tar, (offset, size, _) in zip(which, found)]
-    holes = {i: pieces for i, (_, _, pieces) in enumerate(found) if pieces}
-    return Members(tars, np.array(places, np.int64).reshape(-1, 3), holes)
-
-
-def _find_split(info, name, places, split, kinds):
-    """-> Items, the Folder or Tar of their pictures, what it finds of each; None: not annotated.
-
-    places: functions that return a Folder or Tar, since reading a tar takes time.
-    """
-    absent = None
-    for suffix in SPLITS[split]:
-        file = info / f"{name}_{suffix}.json"
-        if not file.exists():
-            continue
-        items = Items(file, kinds)
-        for open_place in places:
-            place = open_place()
-            found = [place.find(key) for key in items.keys]
-            missing = [key for key, at in zip(items.keys, found) if at is None]
-            if not missing:
-                return items, place, found
-            absent = FileNotFoundError(
-                f"{file} lists {missing[0]}, which is not in {place.path} "
-                f"({len(missing)} of {len(found)} are missing)"
-            )
-            if len(missing) < len(found):  # some are there, so these are meant
-                raise absent
-    if absent:
-        raise absent
-    return None
-
-
-def _class_names(file, splits):
-    """-> class names and the prompt of each, of the annotations."""
-    classes = _read_json(file, list) if file.exists() else []
-    odd = [c for c in classes if not isinstance(c, str)]
-    if odd:
-        raise ValueError(f"{file}: class names must be texts, got {odd[0]!r:.80}")
-    prompts = list(classes)
-    for items, _, _ in splits:
-        if not classes:
-            continue
-        worst = max(range(len(items.labels)), key=items.labels.__getitem__, default=None)
-        if worst is not None and items.labels[worst] >= len(classes):
-            raise ValueError(f"{items.file}: target {items.labels[worst]} of {items.keys[worst]} "
-                             f"is outside the {len(classes)} classes of {file}")  # fmt: skip
-        for label, prompt in items.prompts.items():
-            prompts[label] = prompt
-    return classes, prompts
-
-
-def _with_prompts(items, classes, prompts):
-    """The captions, the class prompt one of several."""
-    captions = []
-    for caption, label in zip(items.captions, items.labels):
-        several = [caption] if isinstance(caption, str) else caption
-        captions.append([*several, prompts[label]] if classes else several)
-    return captions
-
-
-def _remarks(info, name, items, captions):
-    """What a reader of the run has to know of a training split's captions."""
-    notes = []
-    if items.blank:
-        notes.append(f"{name}: {items.blank} of {len(items.keys)} training captions are blank or "
-                     "NaN, wholly or in part; the next kind was taken")  # fmt: skip
-    if items.keys and items.bare == len(items.keys) and captions != "prompt":
-        notes.append(f"{name}: its {len(items.keys)} training pictures have no captions but class "
-                     "prompts")  # fmt: skip
-        better = [info / f"{name}_{s}.json" for s in SPLITS["train"] if s.endswith("_224")]
-        better = [file.name for file in better if file.exists() and file != items.file]
-        if better:
-            notes[-1] += f"; {better[0]} has captions, but the pictures it lists are not there"
-    return notes
-
-
-def _read_dataset(root, info, name, captions, prompts_too):
-    """One annotated dataset, for the index: head, arrays, and what they were made from."""
-    disk = Folder(root)
-    folder_name = disk.find(name, False)
-    tar_name = disk.find(f"{name}.tar")
-    folder = Folder(root / (folder_name or name))
-    places = [lambda: folder] if folder_name else []
-    places += [lru_cache(lambda: Tar(root / tar_name))] if tar_name else []
-    kinds = {"train": dict.fromkeys([CAPTIONS[captions], *KINDS]), "test": KINDS}
-    splits = {s: _find_split(info, name, places, s, kinds[s]) for s in SPLITS}
-    splits = {s: found for s, found in splits.items() if found}
-    file = info / f"{name}_classnames.json"
-    classes, prompts = _class_names(file, reversed(splits.values()))
-    head = {"classes": classes, "prompts": prompts, "notes": [], "splits": {}}
-    filled = {split: items for split, (items, _, _) in splits.items() if items.keys}
-    scored = filled.get("test") or filled.get("train")  # train if --validation takes from it
-    head["retrieval"] = not classes or scored is None or not scored.prompts
-    arrays = {}
-    for split, (items, place, found) in splits.items():
-        texts = items.captions
-        if split == "train":
-            head["notes"] += _remarks(info, name, items, captions)
-            texts = _with_prompts(items, classes, prompts) if prompts_too else texts
-        said, packed = _packed(place.split(items, found, texts), f"{split}-")
-        head["splits"][split] = said
-        arrays |= packed
-    annotations = [info / f"{name}_{s}.json" for s in (*SPLITS["train"], *SPLITS["test"])]
-    made_from = {*annotations, file, folder.path, root / (tar_name or f"{name}.tar")}
-    return head, arrays, sorted(map(str, made_from | folder.folders()))
-
-
-def _is_dataset(path):
-    """Whether it may be one: a tar, or a folder and not of JSON alone, as those of streams are."""
-    if not path.is_dir():
-        return path.suffix == ".tar"
-    names = os.listdir(path)
-    return not names or not all(name.endswith(".json") for name in names)
-
-
-def _annotated(info):
-    """Names of the datasets that 00_info describes."""
-    form = re.compile(r"(.+?)_(train|train_mini|test|val)(_224)?")
-    matches = [form.fullmatch(path.stem) for path in info.glob("*.json")]
-    return {match[1] for match in matches if match}
-
-
-def _fomo_sets(root, names=None, also=(), captions="default", prompts_too=False, cache=None):
-    """-> datasets by name and notes, of FoMo-in-Flux's layout."""
-    root = Path(root).resolve()
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder, of <DATASET>/ or <DATASET>.tar")
-    if captions not in CAPTIONS:
-        raise ValueError(f"unknown captions {captions!r}; there are: {', '.join(CAPTIONS)}")
-    info = next((p for p in (root / "00_info", root.parent / "00_info") if p.is_dir()), None)
-    if info is None:
-        raise FileNotFoundError(f"{root / '00_info'} is not there: the annotations, "
-                                "<DATASET>_train.json and so on")  # fmt: skip
-    annotated = _annotated(info)
-    disk = {_same_form(p.name.removesuffix(".tar")) for p in root.iterdir() if _is_dataset(p)}
-    there = sorted(n for n in annotated if _same_form(n) in disk)
-    notes = []
-    absent = sorted(annotated - set(there))
-    if absent and names is None:
-        notes.append(f"annotated in {info} but not in {root}, so left out: {', '.join(absent)}")
-    foreign = sorted(disk - {_same_form(n) for n in annotated})
-    if foreign and names is None:
-        notes.append(f"in {root} but not annotated in {info}, so left out: {', '.join(foreign)}")
-    wanted = dict.fromkeys(_spelt([*(there if names is None else names), *also], there))
-    for name in wanted:
-        if name not in there:
-            raise FileNotFoundError(f"no dataset {name} in {root}; "
-                                    f"there are: {', '.join(there) or 'none'}")  # fmt: skip
-    sets = {}
-    for name in tqdm(wanted, "reading", leave=False, disable=None):
-        key = [str(root), str(info), name, captions, prompts_too]
-        head, arrays = _indexed(
-            cache, key, lambda name=name: _read_dataset(root, info, name, captions, prompts_too)
-        )
-        parts = [_unpacked(head["splits"][s], arrays, f"{s}-") if s in head["splits"]
-                 else Files(root / name, None, [], [], []) for s in SPLITS]  # fmt: skip
-        kind = "retrieval" if head["retrieval"] else "classification"
-        sets[name] = Dataset(name, kind, head["classes"], head["prompts"], *parts)
-        notes += [note for note in head["notes"] if note not in notes]
-    return sets, notes
-
-
-def fomo_in_flux(root, names=None, heldout=None, pool=(), prompts_too=False, captions="default",
-                 cache=None):  # fmt: skip
-    """World from FoMo-in-Flux's layout.
-
-    names: the datasets, by default all that are both annotated and there. heldout: those never
-    trained on, by default the paper's 22. pool: those whose training split is the pretraining pool.
-    captions: a key of CAPTIONS. prompts_too: a training picture's class prompt is one of its
-    captions, for captions that name no class. cache: folder of the index, for a fast next time.
-    FileNotFoundError or ValueError in a sentence if anything is missing, torn or not text.
-    """
-    also = [*pool, *(heldout or ())]
-    sets, notes = _fomo_sets(root, names, also, captions, prompts_too, cache)
-    return _world(sets, notes, heldout, pool, names)
-
-
-def _world(sets, notes, heldout=None, pool=(), names=None):
-    """World of datasets by name; roles as in fomo_in_flux. names: those adapted to or scored."""
-    pool = _spelt(pool, sets)
-    held = _spelt(HELD_OUT if heldout is None else heldout, sets)
-    asked = [*_spelt(names or (), sets), *(held if heldout is not None else ())]
-    for name in [*pool, *asked]:
-        if name not in sets:
-            shards = "; shards are named as in 'folder/*.tar'" if name in pool else ""
-            there = ", ".join(sets) or "none"
-            role = " to hold out" if name in held else ""
-            raise FileNotFoundError(f"there is no dataset {name}{role}; there are: {there}{shards}")
-    world = World([], [], notes=list(notes))
-    for name in dict.fromkeys(asked if names is not None else [*sets, *asked]):
-        d = sets[name]
-        if len(d.test):
-            (world.heldout if name in held else world.adaptation).append(d)
-        elif name in asked:
-            raise FileNotFoundError(f"{name} has no test pictures to be scored on: leave it out, "
-                                    "or score on training pictures: --validation .2")  # fmt: skip
-        elif name not in pool:
-            world.notes.append(f"{name} has no test pictures to be scored on, so it is left out")
-    for d in world.adaptation + world.heldout:
-        if d.kind == "classification" and len(d.classes) == 1:
-            raise ValueError(f"{d.name} holds one class, {d.classes[0]!r}: scoring takes two or "
-                             "more, each in a folder of its own")  # fmt: skip
-    if not world.adaptation and not world.heldout:
-        raise ValueError("no dataset has test pictures; "
-                         "--validation .2 scores on training pictures")  # fmt: skip
-    if pool:
-        world.pool = Concat(sets[n].train for n in dict.fromkeys(pool))
-        if not len(world.pool):
-            raise ValueError(f"the pool, {', '.join(pool)}, has no training sample")
-    return world
-
-
-# --------------------------------------------------------------------------------- class folders
+# ------------------------------------------------------------------------- class folders, tables
 
 TEMPLATE = "A photo of a {}."
 TRAIN = ("train", "training")
 TEST = ("test", "testing", "val", "valid", "validation")  # the first that is there
+ALIASES = {"file_name": "filepath", "text": "caption", "label": "class"}  # of a table's columns
 
 
 def _prompts(template, classes):
     """The template's one {} filled with each class name, underscores as blanks."""
-    try:
-        fields = [f for _, f, _, _ in string.Formatter().parse(template) if f is not None]
-        named = next((f for f in fields if f), None)
-        fault = f"has the unknown field {{{named}}}" if named else f"has {len(fields)} times {{}}"
-        if fields == [""]:
-            return [template.format(name.replace("_", " ")) for name in classes]
-    except ValueError as e:
-        fault = f"cannot be read ({e})"
-    raise ValueError(f"the template {template!r} {fault}: it takes one {{}}, where the class name "
-                     f"stands, as in {TEMPLATE!r}")  # fmt: skip
+    if template.count("{}") != 1 or template.count("{") != 1:
+        raise ValueError(f"the template {template!r} takes one {{}}, as in {TEMPLATE!r}")
+    return [template.replace("{}", name.replace("_", " ")) for name in classes]
 
 
-def _pictures_below(folder):
-    """Pictures in a folder and those within it, as sorted relative paths."""
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        inside = os.path.relpath(place, folder)
-        kept = [f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
-        found += [posixpath.normpath(posixpath.join(inside, f)) for f in sorted(kept)]
-    return found
-
-
-def _subfolders(folder):
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+def _subfolders(root):
+    return sorted(p for p in root.iterdir() if p.is_dir() and not _is_hidden(p.name))
 
 
 def _split_folders(root):
-    """-> the names of root's folders for training and testing, None where there is none, and of
-    those that are for testing, too, and not the first."""
-    there = {name.lower(): name for name in _subfolders(root)}
-    train = next((there[n] for n in TRAIN if n in there), None)
-    tests = [there[n] for n in TEST if n in there] or [None]
-    return [train, tests[0]], tests[1:]
+    """root's folders of training and test pictures, by split, where it has them."""
+    there = {path.name.lower(): path for path in _subfolders(root)}
+    found = {"train": [*filter(there.get, TRAIN)], "test": [*filter(there.get, TEST)]}
+    return {which: there[names[0]] for which, names in found.items() if names}
 
 
-def _name_of(folder):
-    """Of a dataset or class: the folder's name as text, whatever bytes and form the disk has."""
-    return _same_form(os.fsencode(folder).decode("utf-8", "replace"))
+def _folder_sets(root, options):
+    """One dataset of root/{train,test}/<class>/* or root/<class>/*, or one of each such folder."""
+    roots = []
+    for path in [root, *_subfolders(root)]:
+        names = [name for folder in _subfolders(path) for name in os.listdir(folder)]
+        if root not in roots and (_split_folders(path) or any(map(_is_picture, names))):
+            roots.append(path)
+    if not roots:
+        raise FileNotFoundError(f"{root} has no 00_info/, nor class folders, alone or in train/ "
+                                "and test/, nor folders with these; or name a .csv, .tsv, .jsonl")
+    account = {}
+    others = {*_subfolders(root)} - {*roots} if root not in roots else ()
+    _mention(account, "folders that hold no folders of pictures", sorted(p.name for p in others))
+    note = f"{root}: class folders, {len(roots)} datasets"
+    return {_nfc(p.name): _folder_set(p, options) for p in roots}, [note, *_told(account)]
 
 
-def _folder_set(name, root, template):
-    """One dataset of root/{train,test}/<class>/*."""
-    places = [place and root / place for place in _split_folders(root)[0]]
-    below = [_subfolders(place) if place else [] for place in places]
-    classes = sorted({_name_of(folder) for folder in chain(*below)})
-    if not classes:
-        raise ValueError(f"{root} has no folders of classes below train/ and test/")
-    prompts = _prompts(template, classes)
+def _folder_set(root, options):
+    """Dataset of one folder, by its class folders."""
+    account = {}
+    rows = []
+    titles = {}  # class folder -> class
+    places = _split_folders(root) or {None: root}
+    for which, place in places.items():
+        titles |= {path.name: _nfc(path.name) for path in _subfolders(place)}
+        paths = _pictures_below(place, account)
+        within = "" if which is None else f"{place.name}/"
+        own = [(which, within + p, titles[p.partition("/")[0]], []) for p in paths if "/" in p]
+        if not own:
+            raise ValueError(f"{place} has no class folders; if it is a class itself, rename it")
+        rows += own
+        _mention(account, "pictures in no class folder", [p for p in paths if "/" not in p])
+    beside = {*_subfolders(root)} - {*places.values()} if None not in places else ()
+    _mention(account, "folders beside train and test", sorted(path.name for path in beside))
+    names = {}  # class -> another name for it
+    folders = sorted({*titles.values()})
+    for file in [place / name for place in (root, *places.values()) for name in BESIDE[:2]]:
+        if file.exists() and file.suffix == ".json":
+            names = {_nfc(key): _nfc(name) for key, name in _read_json(file, dict).items()}
+        elif file.exists():
+            lines = _nfc(file.read_text("utf-8-sig")).strip().split("\n")
+            fits = len(lines) == len(folders)
+            names = dict(zip(folders if fits else lines, map(str.strip, lines)))
+        if not names.keys() <= {*folders}:
+            unknown = min(names.keys() - {*folders})
+            raise ValueError(f"{file}: {len(names)} names, {len(folders)} folders, no {unknown!r}")
+    return _dataset(root, rows, options, account, names)
+
+
+def _dataset(root, rows, options, account, names):
+    """Dataset of rows (split, path below root, class, captions); the prompt stands in for captions.
+    Without classes it is for retrieval, without splits a fifth of each class is for testing."""
+    folder = root if root.is_dir() else root.parent
+    name = _nfc(root.name if root.is_dir() else root.stem)
+    taught = {row[2] for row in rows if row[0] != "test"}
+    untaught = sorted({row[2] for row in rows if taught} - taught)
+    if untaught and name not in options.scored:
+        _mention(account, "classes in test only, not scored", untaught)
+        rows = [row for row in rows if row[2] in taught]
+    found = sorted({row[2] for row in rows}, key=str)
+    classes = [names.get(c, c or name) for c in found]
+    prompts = _prompts(options.template, classes)
+    number = {c: k for k, c in enumerate(found)}
+    samples = {"train": {}, "test": {}}
+    for which, path, c, texts in rows:
+        label, captions = samples[which or "train"].setdefault(path, (number[c], []))
+        if label != number[c]:
+            raise ValueError(f"{root}: {path} is of two classes, {found[label]!r} and {c!r}")
+        captions += texts or [prompts[label]]
     splits = []
-    for place, found in zip(places, below):
-        paths = []
-        labels = []
-        for folder in found:
-            within = [f"{folder}/{path}" for path in _pictures_below(place / folder)]
-            paths += within
-            labels += [classes.index(_name_of(folder))] * len(within)
-        if place and not paths:
-            raise ValueError(f"{place} holds no picture in a folder of its class "
-                             f"({', '.join(SUFFIXES)})")  # fmt: skip
-        splits.append(Files(place or root, None, paths, labels, [prompts[k] for k in labels]))
-    return Dataset(name, "classification", classes, prompts, *splits)
+    for own in samples.values():
+        captions = [texts[0] if len(texts) == 1 else texts for _, texts in own.values()]
+        splits.append(in_files(folder, list(own), [label for label, _ in own.values()], captions))
+    forms = Counter(c.lower() for c in classes)
+    mute = "classes whose names say nothing to a text tower: give classnames.json or classnames.txt"
+    _mention(account, mute, [c for c in classes if re.fullmatch(r"\d+|n\d{8}", c)])
+    _mention(account, "classes alike but for case", [c for c in classes if forms[c.lower()] > 1])
+    _mention(account, "combinations of labels, a class each", [c for c in classes if "|" in c])
+    kind = "retrieval" if found == [None] else "classification"
+    dataset = Dataset(name, kind, classes, prompts, *splits, account)
+    if any(row[0] is None for row in rows):
+        dataset = _validated(dataset, 0.2, options.held)
+        _mention(account, "test pictures, a fifth of each class", [*dataset.test.paths])
+    return dataset
 
 
-def _folder_sets(root, template=TEMPLATE):
-    root = Path(root).resolve()
-    candidates = {root.name: root}
-    if not any(_split_folders(root)[0]):
-        candidates = {name: root / name for name in _subfolders(root)}
-    sets = {}
-    others = []
-    notes = []
-    for name, folder in candidates.items():
-        found, unused = _split_folders(folder)
-        if any(found):
-            sets[_name_of(name)] = _folder_set(_name_of(name), folder, template)
-        else:
-            others.append(name)
-        if unused:
-            notes.append(f"{folder}: {found[1]} is for testing, {', '.join(unused)} left out")
-    if not sets:
-        raise FileNotFoundError(f"{root} holds neither train/<class>/ and test/<class>/ nor "
-                                "folders <DATASET> that do")  # fmt: skip
-    if others:
-        notes.append(f"in {root} but without train/ or test/, so left out: {', '.join(others)}")
-    what = f"class folders, {_count(len(sets), 'dataset')}; captions are prompts, {template!r}"
-    return sets, [f"{root}: {what}", *notes]
+def _tables(root):
+    """{table: split or None}: the path, or what lies beside pictures as Hugging Face has it."""
+    if not root.is_dir():
+        return {root: None} if root.suffix.lower() in (".csv", ".tsv", ".jsonl") else {}
+    places = [(None, root), *_split_folders(root).items()]
+    tables = {place / name: which for which, place in places for name in BESIDE[2:]}
+    return {file: which for file, which in tables.items() if file.exists()}
 
 
-def folders(root, template=TEMPLATE, heldout=None, pool=()):
-    """World from root/<DATASET>/{train,test}/<class>/* or root/{train,test}/<class>/*.
-
-    test may be called val. Captions and prompts are the template's.
-    """
-    return _world(*_folder_sets(root, template), heldout, pool)
-
-
-# ---------------------------------------------------------------------------------------- tables
-
-
-def _table_rows(path):
-    """-> a table's column names, in small letters, and its rows: line, cells by column."""
-    mark = "\t" if path.suffix.lower() == ".tsv" else ","
-    named = "tabs" if mark == "\t" else "commas"
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.reader(f, delimiter=mark, strict=True)
-            header = [name.strip().lower() for name in next(reader, [])]
-            cells = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there") from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} cannot be read as a table in UTF-8: {e}") from None
-    except csv.Error as e:
-        raise ValueError(f"{path}, line {reader.line_num}: {e}; a text that holds quotes stands in "
-                         "quotes, its own doubled") from None  # fmt: skip
-    if "filepath" not in header:
-        found = ", ".join(header) or "none at all"
-        raise ValueError(f"{path} has no column filepath, but {found}; its first line should name "
-                         f"the columns, divided by {named}")  # fmt: skip
-    if not {"title", "caption"} & set(header):
-        raise ValueError(f"{path} has no column title or caption, but {', '.join(header)}: add one "
-                         "with the captions")  # fmt: skip
-    if not cells:
-        raise ValueError(f"{path} has no rows below its header")
-    for line, row in cells:
-        if any(row[len(header) :]):
-            raise ValueError(f"{path}, line {line} has {len(row)} cells for {len(header)} columns: "
-                             f"a text that holds {named} stands in quotes")  # fmt: skip
-    return header, [(line, dict(zip(header, row))) for line, row in cells]
+def _table_sets(root, options):
+    """One dataset from the tables of a path."""
+    account = {}
+    rows = []
+    folder = root if root.is_dir() else root.parent
+    for file, own in _tables(root).items():
+        for row in _read_table(file):
+            path = os.path.relpath(file.parent / str(row.get("filepath") or "").strip(), folder)
+            which = own or (row.get("split") or "").strip().lower() or None
+            if root.is_dir() and which is None and path.partition("/")[0] in TRAIN + TEST:
+                which = path.partition("/")[0]
+            name = None if "class" not in row else _nfc(f"{row['class']}").strip()
+            if which not in (*TRAIN, *TEST, None) or name in ("", "None", "nan"):
+                raise ValueError(f"{file}: {path} is of split {which!r} and class {name!r}")
+            captions = [_texts(row[column]) for column in ("caption", "title") if column in row]
+            if len(captions) > 1 and all(captions):
+                _mention(account, "titles not read, since there is a caption", [path])
+            if captions and not any(captions):
+                _mention(account, "blank captions", [path])
+            if any(captions) or name is not None:
+                rows.append((which, path, name, next(filter(None, captions), [])))
+    scored = next((split for split in TEST if split in {row[0] for row in rows}), None)
+    for which in {*TEST} - {scored}:
+        _mention(account, f"rows of the split {which}", [row[1] for row in rows if row[0] == which])
+    if any(row[0] for row in rows):
+        rows = [("test" if which in TEST else "train", *row) for which, *row in rows
+                if which == scored or which not in TEST]  # fmt: skip
+    dataset = _dataset(root, rows, options, account, {})
+    return {dataset.name: dataset}, [f"{root}: a table, {len(rows):,} rows"]
 
 
-def _table_splits(path, rows):
-    """-> of each row "train", "test", or the name of a further split."""
-    said = [(row.get("split") or "train").strip().lower() for _, row in rows]
-    for (line, _), name in zip(rows, said):
-        if name not in TRAIN + TEST:
-            raise ValueError(f"{path}, line {line}: its split is {name!r}, not train or test")
-    test = next((name for name in TEST if name in said), None)
-    return ["train" if name in TRAIN else "test" if name == test else name for name in said]
+def _read_table(file):
+    """-> a table's rows: {column: cell}."""
+    mark = {".tsv": "\t"}.get(file.suffix.lower(), ",")
+    with open(file, encoding="utf-8-sig", newline="") as f:
+        try:
+            if file.suffix.lower() == ".jsonl":
+                rows = [json.loads(line) for line in f if line.strip()]
+            else:
+                rows = [*csv.DictReader(f, delimiter=mark, strict=True, restkey="more")]
+            rows = [{k.strip().lower(): cell for k, cell in row.items()} for row in rows]
+        except (ValueError, AttributeError, csv.Error) as e:
+            raise ValueError(f"{file} cannot be read as a table in UTF-8: {e}") from None
+    rows = [{ALIASES.get(k, k): cell for k, cell in row.items()} for row in rows]
+    columns = {*rows[0]} if rows else set()
+    if "filepath" not in columns or not columns & {"caption", "title", "class"}:
+        raise ValueError(f"{file} needs a column filepath, and caption or class; it has {columns}")
+    for row in rows:
+        if "more" in row:
+            raise ValueError(f"{file}: {row['filepath']} has cells beyond the columns; quote texts")
+    return rows
 
 
-def _table_classes(path, header, rows):
-    """-> of each row its class's name, None where there is no column class."""
-    if "class" not in header:
-        return [None] * len(rows)
-    nameless = [line for line, row in rows if _is_blank(row.get("class"))]
-    if nameless:
-        raise ValueError(f"{path}, line {nameless[0]}: its class is blank ({len(nameless)} in all)")
-    return [_same_form(row["class"].strip()) for _, row in rows]
-
-
-def _table_sets(path, template=TEMPLATE, held=None):
-    path = Path(path).resolve()
-    header, rows = _table_rows(path)
-    notes = [f"{path}: a table of {_count(len(rows), 'row')}"]
-    splits = _table_splits(path, rows)
-    for name, n in Counter(splits).items():
-        if name not in ("train", "test"):
-            notes.append(f"{path}: test is for testing, {_count(n, 'row')} of {name} left out")
-    named = _table_classes(path, header, rows)
-    classed = "class" in header
-    classes = sorted(set(named)) if classed else [path.stem]
-    prompts = _prompts(template, classes)
-    number = {name: k for k, name in enumerate(classes)}
-    columns = [name for name in ("caption", "title") if name in header]
-    samples = {"train": {}, "test": {}}  # file -> label, captions
-    blank = 0
-    for (line, row), split, name in zip(rows, splits, named):
-        if split not in samples:
-            continue
-        file = (row["filepath"] or "").strip()
-        label = number[name] if classed else 0
-        texts = [row[c] for c in columns if not _is_blank(row.get(c))]
-        blank += _is_blank(row.get(columns[0]))
-        if classed:
-            texts.append(prompts[label])
-        known, captions = samples[split].setdefault(file, (label, []))
-        if known != label:
-            raise ValueError(f"{path}, line {line}: {file} is of two classes, {classes[known]} and "
-                             f"{classes[label]}")  # fmt: skip
-        captions += texts[:1]
-    if blank:
-        instead = [f"the {name}" for name in [*columns[1:], *(["class prompt"] if classed else [])]]
-        instead = f"{' or '.join(instead)} stands in" if instead else "these are left out"
-        notes.append(f"{path}: {blank} of {len(rows)} captions are blank or NaN; {instead}")
-    found = [_table_split(path, samples[split]) for split in samples]
-    kind = "classification" if classed else "retrieval"
-    dataset = Dataset(path.stem, kind, classes, prompts, *found)
-    if not classed:
-        notes.append(f"{path} has no column class: it is one concept, for one task (--tasks 1)")
-    if "split" not in header:
-        notes.append(f"{path} has no column split: up to a fifth of each class is for testing")
-        dataset = _validated(dataset, 0.2, held)
-    return {path.stem: dataset}, notes
-
-
-def _table_split(path, samples):
-    chosen = {file: sample for file, sample in samples.items() if sample[1]}
-    disk = Folder(path.parent)
-    found = [disk.find(file) for file in chosen]
-    missing = [file for file, at in zip(chosen, found) if at is None]
-    if missing:
-        number = f"{len(missing)} of {len(chosen)} are missing"
-        raise FileNotFoundError(f"{path} lists {missing[0]!r}, which is not there seen from "
-                                f"{path.parent} ({number})")  # fmt: skip
-    labels = [label for label, _ in chosen.values()]
-    captions = [texts[0] if len(texts) == 1 else texts for _, texts in chosen.values()]
-    return Files(path.parent, None, found, labels, captions)
-
-
-def table(path, template=TEMPLATE, heldout=None, pool=()):
-    """World of one dataset from a .csv or .tsv with a header: filepath, title or caption, and where
-    known class and split (train, test). Paths are seen from the table's folder. A picture in
-    several rows has several captions. Without a column class it is one concept, for retrieval."""
-    return _world(*_table_sets(path, template), heldout, pool)
+def _texts(cell):
+    """The captions in a cell: a text, or those in a list, as JSON or Python writes it."""
+    starts_a_list = isinstance(cell, str) and cell.lstrip()[:1] == "["
+    for read in (json.loads, ast.literal_eval) if starts_a_list else ():
+        try:
+            cell = read(cell) if isinstance(cell, str) else cell
+        except (ValueError, SyntaxError):
+            continue  # a text that begins with a bracket
+    return [t for t in (cell if isinstance(cell, list) else [cell]) if not _is_blank(t)]
 
 
 # ------------------------------------------------------------------------ torchvision's formats
 
-# name in torchvision -> name in the paper, template, the arguments of its training and test split;
-# where there is one split only, three tenths of each class are for testing, about as in the paper
-TORCHVISION = {
-    "CIFAR100": ("CIFAR100", "A photo of a {}.", {"train": True}, {"train": False}),
-    "Country211": ("COUNTRY211", "A photo representing the country of {}.", {"split": "train"},
-                   {"split": "test"}),
-    "DTD": ("DTD", "A photo of a {} texture.", {"split": "train"}, {"split": "test"}),
-    "FGVCAircraft": ("FGVCAircraft", "A photo of a {}, a type of aircraft.", {"split": "train"},
-                     {"split": "test"}),
-    "Flowers102": ("FLOWERS102", "A photo of a {}, a type of flower.", {"split": "test"},
-                   {"split": "train"}),  # the paper, too, trains on the larger
-    "SUN397": ("SUN397", "A photo of a {}.", {}),
-    "Caltech101": ("CALTECH101", "A photo of a {}.", {}),
-    "Caltech256": ("CALTECH256", "A photo of a {}.", {}),
-    "CIFAR10": ("CIFAR10", "A photo of a {}.", {"train": True}, {"train": False}),
-    "EuroSAT": ("EuroSAT", "A centered satellite photo of a {}.", {}),
-    "FashionMNIST": ("FashionMNIST", "A black-and-white photo of a {}, a type of clothing.",
-                     {"train": True}, {"train": False}),
-    "Food101": ("Food101", "A photo of a {}, a type of food.", {"split": "train"},
-                {"split": "test"}),
-    "GTSRB": ("GTSRB", 'A centered photo of a "{}" traffic sign.', {"split": "train"},
-              {"split": "test"}),
-    "MNIST": ("MNIST", 'A black-and-white photo of the number: "{}".', {"train": True},
-              {"train": False}),
-    "OxfordIIITPet": ("OXFORDPETS", "A photo of a {}, a type of pet.", {"split": "trainval"},
-                      {"split": "test"}),
-    "STL10": ("STL10", "A photo of a {}.", {"split": "train"}, {"split": "test"}),
-    "SVHN": ("SVHN", 'A photo of the number: "{}".', {"split": "train"}, {"split": "test"}),
+PROMPTS = {  # the paper's for torchvision's datasets; those of others are the template's
+    "Country211": "A photo representing the country of {}.", "DTD": "A photo of a {} texture.",
+    "FGVCAircraft": "A photo of a {}, a type of aircraft.", "SVHN": 'A photo of the number: "{}".',
+    "Flowers102": "A photo of a {}, a type of flower.",
+    "Food101": "A photo of a {}, a type of food.", "EuroSAT": "A centered satellite photo of a {}.",
+    "FashionMNIST": "A black-and-white photo of a {}, a type of clothing.",
+    "GTSRB": 'A centered photo of a "{}" traffic sign.',
+    "MNIST": 'A black-and-white photo of the number: "{}".',
+    "OxfordIIITPet": "A photo of a {}, a type of pet.",
 }  # fmt: skip
-SIGNS = [  # GTSRB's classes have numbers alone
-    "speed limit 20", "speed limit 30", "speed limit 50", "speed limit 60", "speed limit 70",
-    "speed limit 80", "end of speed limit 80", "speed limit 100", "speed limit 120", "no passing",
-    "no passing for trucks", "right of way at the next crossing", "priority road", "yield", "stop",
-    "no vehicles", "no trucks", "no entry", "danger", "curve to the left", "curve to the right",
-    "double curve", "bumpy road", "slippery road", "road narrows on the right", "road works",
-    "traffic lights", "pedestrians", "children crossing", "bicycles crossing", "ice or snow",
-    "wild animals", "end of all limits", "turn right ahead", "turn left ahead", "straight ahead",
-    "straight or right", "straight or left", "keep right", "keep left", "roundabout",
-    "end of no passing", "end of no passing for trucks",
-]  # fmt: skip
+LABELS = ("targets", "_labels", "labels", "y", "_samples")  # attributes, the first that is there
+PARTS = {"Flowers102": ("test", "train"), "OxfordIIITPet": ("trainval", "test")}  # as in the paper
+SIGNS = (  # noqa: SIM905 - names for GTSRB's classes, which have numbers alone
+    "speed limit 20, speed limit 30, speed limit 50, speed limit 60, speed limit 70, speed limit "
+    "80, end of speed limit 80, speed limit 100, speed limit 120, no passing, no passing for "
+    "trucks, right of way at the next crossing, priority road, yield, stop, no vehicles, no "
+    "trucks, no entry, danger, curve to the left, curve to the right, double curve, bumpy road, "
+    "slippery road, road narrows on the right, road works, traffic lights, pedestrians, children "
+    "crossing, bicycles crossing, ice or snow, wild animals, end of all limits, turn right ahead, "
+    "turn left ahead, straight ahead, straight or right, straight or left, keep right, keep left, "
+    "roundabout, end of no passing, end of no passing for trucks"
+).split(", ")
 
 
-class _Plain(pickle.Unpickler):
-    """Reads CIFAR's pickles, of arrays and lists, and runs nothing else that a file names."""
-
-    NAMES = ("_reconstruct", "ndarray", "dtype", "encode", "scalar", "_frombuffer")
-
-    def find_class(self, module, name):
-        if module.partition(".")[0] in ("numpy", "_codecs") and name in self.NAMES:
-            return super().find_class(module, name)
-        raise ValueError(f"it asks for {module}.{name}, which is not data")
-
-
-class _Cifar:
-    """CIFAR10's and 100's own format, as torchvision's classes hold it once they are read."""
-
-    def __init__(self, root, name, train):
-        folder, files, labels, meta, names = {
-            "CIFAR10": ("cifar-10-batches-py", "data_batch_*" if train else "test_batch", "labels",
-                        "batches.meta", "label_names"),
-            "CIFAR100": ("cifar-100-python", "train" if train else "test", "fine_labels", "meta",
-                         "fine_label_names"),
-        }[name]  # fmt: skip
-        batches = [self._read(file) for file in sorted((Path(root) / folder).glob(files))]
-        if not batches:
-            raise FileNotFoundError(f"{Path(root) / folder / files} is not there")
-        self.data = np.concatenate([b["data"] for b in batches]).reshape(-1, 3, 32, 32)
-        self.targets = [label for b in batches for label in b[labels]]
-        self.classes = self._read(Path(root) / folder / meta)[names]
-
-    def _read(self, file):
-        with open(file, "rb") as f:
-            try:
-                return _Plain(f, encoding="latin1").load()
-            except (pickle.UnpicklingError, ValueError, EOFError) as e:
-                raise OSError(f"{file} is not one of CIFAR's pickles: {e}") from None
-
-
-def _torchvision_set(root, name, options, download):
-    make = getattr(torchvision.datasets, name)
-    if name.startswith("CIFAR"):
-        if download:  # checks the sums, too
-            make(str(root), download=True, **options)
-        return _Cifar(root, name, **options)
-    if not download:  # people's own data in this format have other check sums
-        make = type(name, (make,), {"_check_integrity": lambda self: True})
-    return make(str(root), download=download, **options)
-
-
-def _torchvision_split(root, name, dataset, prompts):
-    """Pictures, or Files in the order of their paths."""
-    labels = next(getattr(dataset, a) for a in ("targets", "_labels", "labels", "y", "_samples")
-                  if hasattr(dataset, a))  # fmt: skip
-    labels = np.asarray([k[1] if isinstance(k, tuple) else k for k in labels], np.int64)
-    captions = [prompts[k] for k in labels]
-    if hasattr(dataset, "data"):
-        pixels = np.asarray(dataset.data)
-        if pixels.ndim == 3:  # grey
-            pixels = np.repeat(pixels[..., None], 3, axis=3)
-        elif pixels.shape[3] != 3:
-            pixels = pixels.transpose(0, 2, 3, 1)
-        return Pictures(pixels, labels, captions)
-    if name.startswith("Caltech"):
-        number = name.removeprefix("Caltech")
-        place = Path(dataset.root) / f"{number}_ObjectCategories"
-        start = "image" if number == "101" else None
-        paths = [place / dataset.categories[y] / f"{start or f'{y + 1:03}'}_{k:04}.jpg"
-                 for y, k in zip(dataset.y, dataset.index)]  # fmt: skip
-    else:
-        paths = next(getattr(dataset, a) for a in ("_image_files", "_images", "samples", "_samples")
-                     if hasattr(dataset, a))  # fmt: skip
-        paths = [p[0] if isinstance(p, tuple) else p for p in paths]
-    paths = [os.path.relpath(path, root) for path in paths]
-    ranks = sorted(range(len(paths)), key=paths.__getitem__)  # SUN397's come in the disk's order
-    return Files(root, None, [paths[i] for i in ranks], labels[ranks], [captions[i] for i in ranks])
-
-
-def _torchvision_classes(name, dataset):
-    if name == "GTSRB":
-        return list(SIGNS)
-    if name == "SVHN":
-        return list("0123456789")
-    classes = getattr(dataset, "classes", None) or dataset.categories
-    if name == "Caltech256":
-        classes = [c.partition(".")[2].removesuffix("-101") for c in classes]  # "001.ak47"
-    if name == "MNIST":
-        classes = [c.partition(" ")[0] for c in classes]  # "0 - zero"
-    return [c.replace("_", " ").replace("/", " ").strip() for c in classes]
-
-
-def _torchvision_dataset(root, name, download):
-    folder, template, *parts = TORCHVISION[name]
-    found = [_torchvision_set(root, name, options, download) for options in parts]
-    classes = _torchvision_classes(name, found[0])
-    prompts = _prompts(template, classes)
-    splits = [_torchvision_split(root, name, one, prompts) for one in found]
-    kind = "classification"
-    if len(splits) == 2:
-        return Dataset(folder, kind, classes, prompts, *splits)
-    return _validated(Dataset(folder, kind, classes, prompts, *splits, Subset(splits[0], [])), 0.3)
-
-
-def _torchvision_sets(root, names, download=False):
-    if len(set(names)) < len(names):
-        raise ValueError(f"torchvision:{','.join(names)} names two datasets {_twice(names)}")
-    sets = []
-    for name in names:
-        if name not in TORCHVISION:
-            raise ValueError(f"torchvision:{name} is unknown; there are: {', '.join(TORCHVISION)}")
+def _torchvision_sets(spec, options):
+    """Datasets of torchvision's, by its names, in its formats; what is missing is downloaded."""
+    root, _, wanted = spec.removeprefix("torchvision:").rpartition("/")
+    root = Path(root or Path(options.cache or "~/.cache/fomo") / "torchvision").expanduser()
+    sets = {}
+    for name in re.split(r"\s*,\s*", wanted):
         try:
-            sets.append(_torchvision_dataset(root, name, download))
-        except ImportError as e:
-            raise ValueError(f"torchvision's {name} needs the package {e.name}") from None
-        except (RuntimeError, OSError, ValueError, LookupError, TypeError) as e:
-            fault = str(e).partition("\n")[0] or type(e).__name__
-            advice = "is the network there?" if download else "--download fetches it"
-            raise FileNotFoundError(f"torchvision's {name} cannot be read below {root} ({fault}); "
-                                    f"{advice}") from None  # fmt: skip
-    notes = [f"torchvision's {', '.join(names)} below {root}; captions are prompts"]
-    return {dataset.name: dataset for dataset in sets}, notes
-
-
-def torchvision_sets(root, names, download=False, heldout=None, pool=()):
-    """World from datasets of torchvision's, by its names, in its formats below root."""
-    return _world(*_torchvision_sets(root, names, download), heldout, pool)
+            make = getattr(torchvision.datasets, name)
+            known = inspect.signature(make).parameters
+            parts = [{"train": True}, {"train": False}] if "train" in known else [{}]
+            if "split" in known:
+                parts = [{"split": split} for split in PARTS.get(name, ("train", "test"))]
+            more = {"download": options.download} if "download" in known else {}
+            found = [make(str(root), **part, **more) for part in parts]
+            classes = getattr(found[0], "classes", None) or getattr(found[0], "categories", None)
+            classes = classes or (SIGNS if name == "GTSRB" else "0123456789")
+            classes = [re.sub(r"^\d+\.| - .*|-101$", "", c) for c in classes]  # 001.ak47, 0 - zero
+            classes = [re.sub("[_/]", " ", c).strip() for c in classes]
+            prompts = _prompts(PROMPTS.get(name, options.template), classes)
+            splits = []
+            for one in found:  # labels are attributes, so that no picture is opened
+                labels = next(getattr(one, a) for a in LABELS if hasattr(one, a))
+                labels = np.array([k[1] if isinstance(k, tuple) else int(k) for k in labels])
+                split = numbered(one, labels, [prompts[k] for k in labels])
+                files = [str(file) for file in getattr(one, "_image_files", ())]
+                splits.append(split.take(np.argsort(files)) if files else split)
+        except Exception as e:  # each of its datasets fails in its own way
+            raise FileNotFoundError(f"torchvision's {name} cannot be had below {root}: {e}") from e
+        paper = {"OXFORDIIITPET": "OXFORDPETS"} | {n.upper(): n for n in [*HELD_OUT, *TIMES]}
+        name = paper.get(name.upper(), name)
+        sets[name] = Dataset(name, "classification", classes, prompts, *[*splits, Split()][:2])
+        if len(found) == 1:
+            sets[name] = _validated(sets[name], 0.3)  # about as in the paper
+    return sets, [f"{root}: torchvision's {', '.join(sets)}"]
 
 
 # ---------------------------------------------------------------------------------------- shards
 
 
 def _shard_files(pattern):
-    """Files of a pattern with {000..331} or {a,b}, *, ? and [], in order."""
-    brace = re.search(r"\{([^{}]*)\}", pattern)
+    """Files of a pattern with {000..331}, *, ? and [], in order."""
+    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if brace:
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
-        choices = brace[1].split(",")
-        if numbers:
-            width = len(numbers[1]) if numbers[1].startswith("0") else 0
-            choices = [f"{k:0{width}}" for k in range(int(numbers[1]), int(numbers[2]) + 1)]
-        patterns = [pattern[: brace.start()] + c + pattern[brace.end() :] for c in choices]
-        return [file for p in patterns for file in _shard_files(p)]
-    path = os.path.expanduser(pattern)
-    files = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        numbers = (f"{k:0{len(brace[1])}}" for k in range(int(brace[1]), int(brace[2]) + 1))
+        return [file for n in numbers for file in _shard_files(pattern.replace(brace[0], n, 1))]
+    files = sorted(glob.glob(os.path.expanduser(pattern)))
     if not files:
         raise FileNotFoundError(f"there is no shard {pattern}")
-    return files
-
-
-def _shard_caption(path, key, texts):
-    """The caption in key.txt or, if that is blank, in key.json; "" if all are blank."""
-    with open(path, "rb", buffering=0) as f:
-        for suffix in ("txt", "json"):
-            if suffix not in texts:
-                continue
-            offset, size, _ = texts[suffix]
-            text = os.pread(f.fileno(), size, offset)
-            try:
-                said = text.decode("utf-8-sig").strip()
-                if suffix == "json":
-                    said = json.loads(said).get("caption")
-            except (ValueError, AttributeError) as e:
-                raise ValueError(f"{path}: {key}.{suffix} holds no caption ({e})") from None
-            caption = _said(path, key, said)
-            if caption:
-                return caption
-    return ""
+    return [os.path.abspath(file) for file in files]
 
 
 def _read_shards(files):
-    """For the index: head, arrays and what they were made from."""
-    tars = []
-    names = []
+    """For the index -> {account}, [split]."""
+    where = []
     captions = []
-    which = []
-    places = []
-    blank = 0
+    paths = []
+    account = {}
     for number, path in enumerate(tqdm(files, "indexing shards", leave=False, disable=None)):
-        tar = Tar(path)
-        tars.append([str(path), tar.stamp])
         samples = {}  # key -> suffix -> place
-        for name, place in tar.files.items():
-            folder, base = posixpath.split(name)
-            stem, _, suffix = base.partition(".")
-            if not base.startswith("."):  # as what macOS adds
-                samples.setdefault(posixpath.join(folder, stem), {})[suffix.lower()] = place
-        for key, parts in samples.items():
-            picture = next((s for s in parts if f".{s}" in SUFFIXES), None)
-            if picture is None:
-                continue
-            if not {"txt", "json"} & set(parts):
-                raise ValueError(f"{path} holds {key}.{picture} and no {key}.txt or {key}.json "
-                                 "with its caption")  # fmt: skip
-            caption = _shard_caption(path, key, parts)
-            if not caption:
-                blank += 1
-                continue
-            names.append(f"{key}.{picture}")
-            captions.append(caption)
-            which.append(number)
-            places.append(parts[picture])
-    files_split = Files("", _members(tars, which, places), names, [0] * len(names), captions)
-    head, arrays = _packed(files_split, "")
-    notes = []
-    if blank:
-        notes.append(f"{blank} pictures of {files[0]} and so on have a blank caption: left out")
-    return {"split": head, "notes": notes}, arrays, files
+        for name, place in tar_members(path).items():
+            folder, base = os.path.split(name)
+            key, _, suffix = base.partition(".")  # at the first dot, as WebDataset has it
+            samples.setdefault(os.path.join(folder, key), {})[suffix.lower()] = place
+        with open(path, "rb", buffering=0) as f:
+            for key, parts in samples.items():
+                caption = _shard_caption(f, key, parts, account)
+                picture = next((s for s in parts if f".{s}" in SUFFIXES), None)
+                for suffix in sorted(parts.keys() - {"txt", "json", picture if caption else None}):
+                    what = f".{suffix} files"
+                    if suffix == picture:
+                        what = "pictures without a caption"
+                    elif _is_picture(f"_.{suffix}"):
+                        what = "pictures whose key, up to the first dot, another has"
+                    _mention(account, what, [f"{key}.{suffix}"])
+                if picture and caption:
+                    where.append((number, *parts[picture]))
+                    captions.append(caption)
+                    paths.append(f"{key}.{picture}")
+    return {"account": account}, [Split(files, where, np.zeros(len(where)), captions, paths)]
 
 
-def _shards(pattern, cache=None):
-    files = [os.path.abspath(f) for f in _shard_files(str(pattern))]
-    if not files:
-        raise FileNotFoundError(f"the pattern {pattern} stands for no shard")
-    head, arrays = _indexed(cache, ["shards", *files], lambda: _read_shards(files))
-    split = _unpacked(head["split"], arrays, "")
-    if not len(split):
-        raise ValueError(f"the shards {pattern} hold no picture with a caption")
-    return split, head["notes"]
-
-
-def shards(pattern, cache=None):
-    """Split from WebDataset tars of key.jpg (png, ...) and key.txt, or key.json with "caption".
-
-    pattern: '{00000..00331}.tar', a glob, or one file. cache: folder of the index.
-    """
-    return _shards(pattern, cache)[0]
+def _shard_caption(shard, key, parts, account):
+    """The caption in key.txt or, if that is blank, in key.json; None if there is none."""
+    for suffix in [s for s in ("txt", "json") if s in parts]:
+        at, size = parts[suffix]
+        try:
+            said = os.pread(shard.fileno(), size, at).decode("utf-8-sig").strip()
+            found = {"caption": said} if suffix == "txt" else dict(json.loads(said))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{shard.name}: {key}.{suffix} holds no caption ({e})") from None
+        texts = _texts(found.get("caption"))
+        if texts:
+            return texts if len(texts) > 1 else texts[0]
+        if "caption" not in found:
+            _mention(account, "without the key caption", [f"{key}.json has {', '.join(found)}"])
+    return None
 
 
 # ------------------------------------------------------------------------------------- any source
 
 
+def _told(account):
+    """The line of an account that says what was left out, or what else has to be known."""
+    told = [f"{n:,} {what} ({', '.join(first) + ', ...' * (n > 3)})"
+            for what, (n, *first) in account.items()]  # fmt: skip
+    return [f"  {'; '.join(told)}"] if told else []
+
+
+def _account(d, role):
+    """What was taken of a dataset, and what was left out and why: one or two lines."""
+    account = dict(d.account)
+    train, test = ({*np.unique(split.labels).tolist()} for split in (d.train, d.test))
+    if role == "adapted to" and d.kind == "classification" and train:
+        for labels, what in ((train - test, "classes in train only, never scored"),
+                             (test - train, "classes in test only, scored untaught")):
+            _mention(account, what, [d.classes[k] for k in sorted(labels)])
+    some = range(0, len(d.train) * bool(d.classes), len(d.train) // 100 + 1)
+    if some and all(d.train.captions[i] == d.prompts[d.train.labels[i]] for i in some):
+        account["captions that are class prompts"] = [len(d.train), d.prompts[0]]
+    counts = f"{len(d.train):,} training and {len(d.test):,} test pictures"
+    return [f"{d.name}: {role}, {d.kind}, {counts} in {len(d.classes):,} classes", *_told(account)]
+
+
 def _validated(dataset, share, held=None):
-    """The dataset scored on a share of each class's training pictures, at least one of a class that
-    has two, not trained on these, nor on any that an earlier task held."""
-    rng = np.random.default_rng((7, zlib.crc32(dataset.name.encode())))
+    """The dataset scored on a share of each class's training pictures that no earlier task held."""
     labels = dataset.train.labels
-    shuffled = rng.permutation(len(labels))
-    known = np.isin(shuffled, located(held, [dataset])[1])
-    by_class = np.lexsort((known, labels[shuffled]))  # each shuffled, what was held last
-    shuffled = shuffled[by_class]
-    _, starts, counts = np.unique(labels[shuffled], return_index=True, return_counts=True)
-    places = np.arange(len(labels)) - np.repeat(starts, counts)  # of each within its class
-    wanted = np.maximum(np.floor(counts * share), counts > 1)
-    chosen = (places < np.repeat(wanted, counts)) & ~known[by_class]
-    if not chosen.any():
-        unheld = " that no earlier task held" if known.any() else ""
-        raise ValueError(f"{dataset.name} has no class of two training pictures{unheld}, so that "
-                         "none can be kept to score on")  # fmt: skip
-    train = Subset(dataset.train, np.sort(shuffled[~chosen]))
-    test = Subset(dataset.train, np.sort(shuffled[chosen]))
-    return Dataset(dataset.name, dataset.kind, dataset.classes, dataset.prompts, train, test)
+    rng = np.random.default_rng((7, zlib.crc32(dataset.name.encode())))
+    free = rng.permutation(fresh([dataset], held)[0])
+    chosen = []
+    for label in np.unique(labels):
+        own = free[labels[free] == label]
+        n = int((labels == label).sum())
+        chosen += own[: max(int(n * share), n > 1)].tolist()
+    train = dataset.train.take(np.setdiff1d(np.arange(len(labels)), chosen))
+    return replace(dataset, train=train, test=dataset.train.take(np.sort(chosen)))
 
 
-def _sets_of(spec, options):
-    """-> datasets by name and notes, of one thing that --data may say."""
-    template = options["template"]
-    if spec.startswith("torchvision:"):
-        root, _, wanted = spec.removeprefix("torchvision:").rpartition("/")
-        root = Path(root or Path(options["cache"] or "~/.cache/fomo") / "torchvision").expanduser()
-        return _torchvision_sets(root, re.split(r"\s*,\s*", wanted), options["download"])
-    path = Path(spec).expanduser()
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return _table_sets(path, template, options["held"])
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder and no .csv or .tsv; --data takes those, or "
-                                "torchvision:NAME,NAME, and --pool shards")  # fmt: skip
-    path = path.resolve()
-    above = {_same_form(name) for name in _annotated(path.parent / "00_info")}
-    disk = {_same_form(name.removesuffix(".tar")) for name in os.listdir(path)}
-    if (path / "00_info").is_dir() or disk & above:
-        fomo = options["captions"], options["prompts_too"], options["cache"]
-        sets, notes = _fomo_sets(path, None, (), *fomo)
-        return sets, [f"{path}: FoMo-in-Flux's layout, {_count(len(sets), 'dataset')}", *notes]
-    try:
-        return _folder_sets(path, template)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is no data known here. There should be 00_info/ with <DATASET>_test.json "
-            "beside <DATASET>/ or <DATASET>.tar; or train/<class>/ and test/<class>/, or folders "
-            "<DATASET>/ with those; or name a table, .csv or .tsv"
-        ) from None
-
-
-def _all_sets(sources, options, grows):
-    """-> datasets by name and notes, of all sources."""
-    sets = {}
-    notes = []
-    for source in sources:
-        found, said = _sets_of(str(source), options)
-        notes += said
-        for name, d in found.items():
-            if name in sets and not grows:
-                raise ValueError(f"{source} holds a dataset {name}, and so does another source of "
-                                 "--data: rename one, or leave one out")  # fmt: skip
-            sets[name] = _grown(sets[name], d) if name in sets else d
-    return sets, notes
-
-
-def _grown(one, other):
-    """A dataset and what another of its name adds: classes, and samples that the first lacks."""
-    if one.kind != other.kind:
-        raise ValueError(f"there are two datasets {one.name}, one for {one.kind} and one for "
-                         f"{other.kind}: rename one")  # fmt: skip
-    new = [k for k, name in enumerate(other.classes) if name not in one.classes]
-    classes = one.classes + [other.classes[k] for k in new]
-    prompts = one.prompts + [other.prompts[k] for k in new]
-    alike = one.classes == other.classes  # names may repeat in them
-    number = None if alike else np.array([classes.index(name) for name in other.classes], np.int64)
-    splits = []
-    for old, more in ((one.train, other.train), (one.test, other.test)):
-        known = {key: i for i, key in enumerate(old.keys().tolist())}
-        same = [known.get(key) for key in more.keys().tolist()]
-        ids = [i for i, k in enumerate(same) if k is None or old.raw(k) != more.raw(i)]
-        labels = None if alike else number[more.labels[ids]]
-        splits.append(Concat([old, Subset(more, ids, labels)]) if ids else old)
-    return Dataset(one.name, one.kind, classes, prompts, *splits)
-
-
-def _are_copies(sets, old, held):
-    """Whether some of the held pictures of `old` are in `sets` too, their bytes the same: those are
-    the old data in another place, and not only files called alike."""
-    for name in sets.keys() & old.keys():
-        _, now = located(held, [sets[name]])
-        _, then = located(held, [old[name]])
-        both = np.flatnonzero((now >= 0) & (then >= 0)).tolist()
-        for k in both[:: max(1, len(both) // 100)]:
-            if sets[name].train.raw(int(now[k])) == old[name].train.raw(int(then[k])):
-                return True
-    return False
+SOURCES = (  # what a source is -> what reads it; the first that fits counts
+    (lambda source: str(source).startswith("torchvision:"), _torchvision_sets),
+    (lambda source: _tables(source), _table_sets),
+    (lambda source: source.is_dir() and _annotations(source), _fomo_sets),
+    (lambda source: source.is_dir(), _folder_sets),
+)
 
 
 def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=False,
-               template=TEMPLATE, validation=0.0, download=False, cache=None, held=None,
+               template=TEMPLATE, validation=0.0, download=True, cache=None, held=None,
                before=()):  # fmt: skip
     """World of what --data names: a source or a list of them, each of which may be
 
-    a folder in FoMo-in-Flux's layout; class folders (see folders); a .csv or .tsv (see table); or
-    torchvision:NAME,NAME, its files below cache/torchvision, torchvision:FOLDER/NAME elsewhere.
+    a folder in FoMo-in-Flux's layout; class folders, root/{train,test}/<class>/* or root/<class>/*,
+    or a folder of such, with classnames.json or .txt where their names say nothing; a table, .csv,
+    .tsv or .jsonl, of columns filepath, caption (a cell may list several) and where known class and
+    split, or a folder with such a metadata.csv or .jsonl; or torchvision:NAME,NAME, its files below
+    cache/torchvision, torchvision:FOLDER/NAME elsewhere.
 
-    heldout: datasets never trained on; by default those of the paper's 22 that are there. pool:
-    datasets whose training split is the pretraining pool, and patterns of shards (*.tar). captions,
-    prompts_too, cache: as in fomo_in_flux. template: of prompts that the source does not have.
-    validation: score on this share of each training split, which is then not trained on; a dataset
-    without one is scored on its test split. Datasets of one name in two sources are refused. notes
-    of the World say what was found and what was left out.
-
-    held: what Mixture.held() gave of an earlier run, whose sources were `before`. Then datasets of
-    one name are one, and a source adds to those named before it what they lack. Where spec names
-    none of these sources and holds none of their samples, those that are still there are opened
-    too; World.sources are the open ones.
+    heldout: datasets never trained on, by default the paper's 22. pool: datasets whose training
+    split is the pretraining pool, and patterns of WebDataset shards (folder/{000..331}.tar), of
+    key.jpg (png, ...) and key.txt, or key.json with "caption". captions: a key of CAPTIONS.
+    prompts_too: class prompts are captions, too. template: of prompts where the source has none.
+    validation: score on this share of each training split, not trained on. cache: folder of the
+    index. held: what Mixture.held() gave of a run from the sources `before`, which are opened too
+    if they are there and spec names none of them.
     """
-    if not 0 <= validation < 1:
-        raise ValueError(f"the share for validation is 0 or more and below 1, got {validation:g}")
-    options = {"captions": captions, "prompts_too": prompts_too, "template": template,
-               "download": download, "cache": cache, "held": held}  # fmt: skip
-    sources = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
-    sets, notes = _all_sets(sources, options, held is not None)
-    if held is not None and not set(before) & set(map(str, sources)):
+    if captions not in CAPTIONS or not 0 <= validation < 1:
+        raise ValueError(f"captions {captions!r}, not {[*CAPTIONS]}, or validation {validation}")
+    sources = [str(s) for s in ([spec] if isinstance(spec, (str, os.PathLike)) else spec)]
+    if not {*before} & {*sources}:
         there = [s for s in before if s.startswith("torchvision:") or Path(s).expanduser().exists()]
-        old, _ = _all_sets(there, options, True)
-        if there and not _are_copies(sets, old, held):
-            sources = [*there, *sources]
-            sets, notes = _all_sets(sources, options, True)
-            notes.append("nothing there was held by an earlier task, so these tasks' own data are "
-                         f"opened too: {', '.join(there)}")  # fmt: skip
+        sources = [*there, *sources]
+    fixed = [*map(_nfc, HELD_OUT if heldout is None else heldout)]
+    options = SimpleNamespace(captions=captions, prompts_too=prompts_too, template=template,
+                              download=download, cache=cache, held=held,
+                              scored=[*fixed, *(held["names"] if held else ())])  # fmt: skip
+    sets = {}
+    world = World([], [], sources=sources)
+    for source in sources:
+        if not source.startswith("torchvision:"):
+            source = Path(source).expanduser().resolve()
+        read = next((read for fits, read in SOURCES if fits(source)), None)
+        if read is None:
+            raise FileNotFoundError(f"{source} is no folder, .csv, .tsv, .jsonl, torchvision:NAME")
+        found, notes = read(source, options)
+        world.notes += notes
+        for name in sets.keys() & found.keys() if held is None else ():
+            raise ValueError(f"{source} and another source hold a dataset {name}: rename one")
+        sets |= found
     if validation:
-        bare = [name for name, d in sets.items() if not len(d.train)]
-        sets |= {n: _validated(d, validation, held) for n, d in sets.items() if len(d.train)}
-        notes.append(f"scores are on {validation:g} of each training split, not trained on")
-        if bare:
-            notes[-1] += f"; without one, on their test split: {', '.join(bare)}"
-    patterns = [p for p in pool if p.endswith(".tar") or set(p) & set("*?{")]
-    world = _world(sets, notes, heldout, [p for p in pool if p not in patterns])
-    world.sources = sources
-    for pattern in patterns:
-        split, said = _shards(pattern, cache)
-        world.pool = split if world.pool is None else Concat([world.pool, split])
-        world.notes += [f"pool: {len(split)} pictures of {pattern}", *said]
-    return world
+        sets = {n: _validated(d, validation, held) if len(d.train) else d for n, d in sets.items()}
+        world.notes.append(f"scores are on {validation:g} of each training split, not trained on")
+    return _with_roles(world, sets, fixed, heldout or (), pool, cache)
 
+
+def _with_roles(world, sets, fixed, asked, pool, cache):
+    """Sort datasets into what is adapted to, held out and the pool, and account for them."""
+    patterns = [p for p in pool if p.endswith(".tar") or {*p} & {*"*?{"}]
+    names = [_nfc(p) for p in pool if p not in patterns]
+    for name in [*names, *map(_nfc, asked)]:
+        if name not in sets:
+            raise FileNotFoundError(f"no dataset {name}, but {', '.join(sets)}; shards end on .tar")
+    for name, d in sets.items():
+        role = "held out" if name in fixed else "adapted to"
+        if not len(d.test):
+            role = "pool" if name in names else "left out, for it has no test pictures"
+        elif d.kind == "classification" and len(d.classes) == 1:
+            raise ValueError(f"{name} holds one class, {d.classes[0]!r}: scoring takes two or more")
+        else:
+            (world.heldout if name in fixed else world.adaptation).append(d)
+        world.notes += _account(d, role)
+    if not world.adaptation and not world.heldout:
+        raise ValueError("\n".join(["no test pictures: score on --validation .2", *world.notes]))
+    parts = [sets[name].train for name in names]
+    for pattern in patterns:
+        files = _shard_files(pattern)
+        head, (split,) = _indexed(cache, files, files, lambda files=files: _read_shards(files))
+        note = f"pool: {len(split):,} pictures of {pattern}, {len(files):,} shards"
+        world.notes += [note, *_told(head["account"])]
+        if not len(split):
+            raise ValueError(f"no picture with a caption; {' '.join(world.notes[-2:])}")
+        parts.append(split)
+    return replace(world, pool=joined(parts) if parts else None)
+
+
+fomo_in_flux = open_world  # by its most common layout
 
 # --------------------------------------------------------------------------------------- streams
 
-TIMES = {  # of the paper's datasets, oldest first. It says their order in time, not their years
-    "FLOWERS102": 0, "CIFAR100": 1, "SUN397": 2, "CUB200": 3, "FGVCAircraft": 4, "BIRDSNAP": 5,
-    "DTD": 5, "ZAPPOS50k": 5, "MITSTATES": 6, "PLANTVILLAGE": 6, "AI2DIAGRAMS": 7, "OPENIMAGES": 7,
-    "CLEVR": 8, "DSPRITES": 8, "FRU92": 8, "PLACES365": 8, "VEG200": 8, "PATTERNNET": 9,
-    "SHAPES3D": 9, "DOMAINNET_CLIPART": 10, "DOMAINNET_INFOGRAPH": 10, "DOMAINNET_PAINTING": 10,
-    "DOMAINNET_SKETCH": 10, "MVTECAD_Adapt": 10, "MVTECAD_Eval": 10, "OBJECTNET": 10, "CLRS": 11,
-    "ISICMELANOMA": 11, "MTSD": 11, "COUNTRY211": 12, "DF20MINI": 12, "iNATURALIST2021": 12,
-    "RESISC45": 12, "ARTBENCH10": 13, "DOLLARSTREET": 13, "SNAKECLEF": 13, "FSCOCO": 13,
-    "OBSC_ANIMALS": 14, "OBSC_THINGS": 14, "QUILT": 14, "SynthCLIP106": 14,
+TIMES = {  # of the paper's datasets, oldest first: it says their order in time, not their years
+    name: year for year, names in enumerate([
+        "FLOWERS102", "CIFAR100", "SUN397", "CUB200", "FGVCAircraft", "BIRDSNAP DTD ZAPPOS50k",
+        "MITSTATES PLANTVILLAGE", "AI2DIAGRAMS OPENIMAGES", "CLEVR DSPRITES FRU92 PLACES365 VEG200",
+        "PATTERNNET SHAPES3D", ("DOMAINNET_CLIPART DOMAINNET_INFOGRAPH DOMAINNET_PAINTING "
+        "DOMAINNET_SKETCH MVTECAD_Adapt MVTECAD_Eval OBJECTNET"), "CLRS ISICMELANOMA MTSD",
+        "COUNTRY211 DF20MINI iNATURALIST2021 RESISC45", "ARTBENCH10 DOLLARSTREET SNAKECLEF FSCOCO",
+        "OBSC_ANIMALS OBSC_THINGS QUILT SynthCLIP106",
+    ]) for name in names.split()
 }  # fmt: skip
-ORDERS = {  # how -> what its key is, one a concept
-    "random": None,
-    "performance": "the loss of theta_0, ascending",
-    "frequency": "occurrences in the pretraining captions, rarest first",
-    "similarity": "a feature vector, for a path from neighbour to neighbour",
-    "time": "the year of its dataset, oldest first",
-    "dataset": None,
-}
+ORDERS = ("random", "performance", "frequency", "similarity", "time", "dataset")
 
 
 def fresh(datasets, held=None):
-    """For each dataset the ids of its training samples that no earlier task held, see
-    Mixture.held()."""
+    """Of each dataset the ids of training samples that no earlier task held: see Mixture.held()."""
     origin, index = located(held, datasets)
     return [np.setdiff1d(np.arange(len(d.train)), index[(origin == k) & (index >= 0)])
             for k, d in enumerate(datasets)]  # fmt: skip
 
 
 def located(held, datasets):
-    """Where the samples that earlier tasks held are now: int16 [M], number of the dataset, -1 if it
-    is not among these; int64 [M], id in its training split, -1 if it has gone."""
-    if held is None:
-        return np.zeros(0, np.int16), np.zeros(0, np.int64)
-    origin = np.full(len(held["keys"]), -1, np.int16)
-    index = np.full(len(held["keys"]), -1, np.int64)
+    """Where what earlier tasks held is: int16 [M] dataset, int64 [M] id in its training; or -1."""
+    n = 0 if held is None else len(held["keys"])
+    origin = np.full(n, -1, np.int16)
+    index = np.full(n, -1, np.int64)
     for k, d in enumerate(datasets):
-        name = _same_form(d.name)
-        if name not in held["names"]:
-            continue
-        mine = held["origin"].numpy() == held["names"].index(name)
-        origin[mine] = k
-        keys = d.train.keys()
-        by_key = np.argsort(keys)
-        places = np.searchsorted(keys[by_key], held["keys"].numpy()[mine])
-        ids = by_key[np.minimum(places, len(keys) - 1)] if len(keys) else places
-        same = keys[ids] == held["keys"].numpy()[mine] if len(keys) else False
-        index[mine] = np.where(same, ids, -1)
+        if n and d.name in held["names"]:
+            mine = held["origin"].numpy() == held["names"].index(d.name)
+            place = {key: i for i, key in enumerate(d.train.keys().tolist())}
+            origin[mine] = k
+            index[mine] = [place.get(key, -1) for key in held["keys"].numpy()[mine].tolist()]
     return origin, index
 
 
 def concepts(datasets, held=None):
-    """All (dataset name, class name) that have a training sample, the unit of a stream (sec. 3.3).
-    held: that have one that no earlier task held, see Mixture.held().
-
-    Within a dataset a stream tells classes apart by their names, so that these must be unique.
-    """
+    """(dataset, class) names that have a training sample that no earlier task held (sec. 3.3)."""
     found = []
     for d, ids in zip(datasets, fresh(datasets, held)):
-        labels = np.unique(d.train.labels[ids])
-        if len(labels) and not d.classes:
-            raise ValueError(f"{d.name} has no class names, so a stream cannot name its concepts: "
-                             "hold it out, or leave it out")  # fmt: skip
-        names = [d.classes[c] for c in labels]
-        if len(set(map(_same_form, names))) < len(names):
-            twice = _twice(map(_same_form, names))
-            raise ValueError(f"{d.name} names {twice!r} more than once, and a stream cannot tell "
-                             "them apart: rename one, or hold the dataset out")  # fmt: skip
+        names = [d.classes[c] for c in np.unique(d.train.labels[ids])] if d.classes else []
+        if len({*names}) < len(names) or (len(d.train) and not d.classes):
+            twice = Counter(names).most_common(1)
+            raise ValueError(f"{d.name}: classes without a name or of one {twice}; hold it out")
         found += [(d.name, name) for name in names]
     return found
 
 
 def order(concepts, how="random", seed=0, key=None, reverse=False):
-    """The concepts in an order (sec. 3.3), a pure function of its arguments.
+    """The concepts in an order (sec. 3.3), a pure function of its arguments; reverse: backwards.
 
-    key: one a concept, as ORDERS says. "frequency" keeps equal class names together; "similarity"
-    is the shortest of the greedy nearest-neighbour paths by cosine from every start (of more than
-    2,000 concepts, from 64 starts drawn by the seed); "time" pools the datasets of a year and
-    shuffles; "dataset" shuffles within each, the datasets in the order of their first concept.
-    reverse: the same, backwards.
+    key: one a concept, for "performance" (loss of theta_0, ascending), "frequency" (occurrences in
+    the pretraining captions, rarest first, equal class names together), "time" (years; those of one
+    are shuffled) and "similarity" (feature vectors; the shortest of the greedy nearest-neighbour
+    paths by cosine from all starts, of more than 2,000 from 64). "dataset" shuffles within each.
     """
-    if how not in ORDERS:
-        raise ValueError(f"unknown order {how!r}; there are: {', '.join(ORDERS)}")
-    if ORDERS[how] and (key is None or len(key) != len(concepts)):
-        raise ValueError(f"the order {how!r} needs a key for each concept: {ORDERS[how]}")
+    if how not in ORDERS or (key is None and how not in ("random", "dataset")):
+        raise ValueError(f"no order {how!r}, or no key for it; orders are {', '.join(ORDERS)}")
     shuffled = np.random.default_rng((seed, 2)).permutation(len(concepts)).tolist()
-    if how == "random":
-        ranks = shuffled
-    elif how == "performance":
-        ranks = np.argsort(np.asarray(key), kind="stable").tolist()
-    elif how == "frequency":
-        names = [_same_form(name).lower() for _, name in concepts]
-        ranks = sorted(range(len(concepts)), key=lambda i: (key[i], names[i], i))
-    elif how == "similarity":
-        ranks = _path(np.asarray(key, np.float32), seed)
-    elif how == "time":
-        ranks = sorted(shuffled, key=lambda i: key[i])
-    else:
-        names = list(dict.fromkeys(name for name, _ in concepts))
-        ranks = sorted(shuffled, key=lambda i: names.index(concepts[i][0]))
-    ordered = [concepts[i] for i in ranks]
-    return ordered[::-1] if reverse else ordered
+    sets = list(dict.fromkeys(name for name, _ in concepts))
+    names = [name.lower() for _, name in concepts]
+    ranks = {
+        "random": lambda: shuffled,
+        "performance": lambda: np.argsort(np.asarray(key), kind="stable").tolist(),
+        "frequency": lambda: sorted(range(len(key)), key=lambda i: (key[i], names[i])),
+        "similarity": lambda: _path(torch.as_tensor(np.asarray(key, np.float32)), seed),
+        "time": lambda: sorted(shuffled, key=lambda i: key[i]),
+        "dataset": lambda: sorted(shuffled, key=lambda i: sets.index(concepts[i][0])),
+    }[how]()
+    return [concepts[i] for i in (ranks[::-1] if reverse else ranks)]
 
 
-def _path(features, seed, most=2000, starts=64):
+def _path(features, seed):
     """Greedy nearest-neighbour paths over features [N, D]; the ids along the shortest."""
-    n = len(features)
-    if n == 0:
-        return []
-    unit = torch.nn.functional.normalize(torch.as_tensor(features), dim=1)
+    unit = torch.nn.functional.normalize(features, dim=1)
     near = unit @ unit.T  # [N, N] cosine: 18,381 concepts take 1.4 GB
-    first = torch.arange(n)
-    if n > most:
-        first = torch.as_tensor(np.random.default_rng((seed, 6)).permutation(n)[:starts])
-    best = None
-    for at in first.split(starts):
-        rows = torch.arange(len(at))
-        seen = torch.zeros(len(at), n, dtype=torch.bool)
-        paths = [at]
-        length = torch.zeros(len(at), dtype=torch.float64)
-        for _ in range(n - 1):
-            seen[rows, paths[-1]] = True
-            closest, following = near[paths[-1]].masked_fill_(seen, -2).max(dim=1)
-            length += 1 - closest.double()
-            paths.append(following)
-        k = int(length.argmin())
-        if best is None or length[k] < best[0]:
-            best = length[k], torch.stack(paths)[:, k]
-    return best[1].tolist()
+    at = torch.arange(len(near))
+    if len(at) > 2000:
+        at = torch.as_tensor(np.random.default_rng((seed, 6)).permutation(len(near))[:64])
+    seen = torch.zeros(len(at), len(near), dtype=torch.bool)
+    paths = [at]
+    length = torch.zeros(len(at), dtype=torch.float64)
+    for _ in range(len(near) - 1):
+        seen[torch.arange(len(at)), paths[-1]] = True
+        closest, following = near[paths[-1]].masked_fill_(seen, -2).max(dim=1)
+        length += 1 - closest.double()
+        paths.append(following)
+    return torch.stack(paths)[:, int(length.argmin())].tolist()
 
 
 def occurrences(concepts, captions):
     """How often each concept's class name occurs in the captions, as whole words of any case."""
-    names = [tuple(re.findall(r"\w+", _same_form(name).lower())) for _, name in concepts]
+    names = [tuple(re.findall(r"\w+", name.lower())) for _, name in concepts]
     lengths = {}  # of a name's first word: how long the names are that begin with it
-    for words in names:
-        if words:
-            lengths.setdefault(words[0], set()).add(len(words))
+    for words in filter(None, names):
+        lengths.setdefault(words[0], set()).add(len(words))
     counts = Counter()
     for caption in tqdm(captions, "counting names in captions", leave=False, disable=None):
         for text in [caption] if isinstance(caption, str) else caption:
-            words = re.findall(r"\w+", _same_form(text).lower())
+            words = re.findall(r"\w+", _nfc(text).lower())
             for i, word in enumerate(words):
                 for n in lengths.get(word, ()):
                     counts[tuple(words[i : i + n])] += i + n <= len(words)
@@ -2202,41 +1252,26 @@ def times(concepts):
     """When the dataset of each concept appeared, as TIMES has it: the key of the order "time"."""
     unknown = sorted({name for name, _ in concepts if name not in TIMES})
     if unknown:
-        raise ValueError(f"the order 'time' is known of the paper's datasets alone, not of "
-                         f"{', '.join(unknown)}: take another order, or a --stream")  # fmt: skip
+        raise ValueError(f"the order 'time' knows the paper's datasets, not {', '.join(unknown)}")
     return [TIMES[name] for name, _ in concepts]
 
 
 def trainable(stream, world):
-    """-> the stream, spelt as the world's names are, without what nobody may or can train on; notes
-    of what went."""
-    stream = [(_same_form(name), _same_form(c)) for name, c in stream]
-    names = {_same_form(d.name) for d in world.adaptation}
-    held = {_same_form(d.name) for d in world.heldout}
-    own = {(_same_form(d.name), _same_form(c)): (d.name, c)
-           for d in world.adaptation for c in d.classes}  # fmt: skip
-    kept = [own.get(concept, concept) for concept in stream if concept[0] in names]
-    heldout = sum(name in held for name, _ in stream)
-    absent = sorted({name for name, _ in stream} - names - held)
-    notes = []
-    if heldout:
-        notes.append(f"{heldout} of the stream's {len(stream)} concepts are of held-out datasets: "
-                     "left out")  # fmt: skip
-    if absent:
-        gone = len(stream) - len(kept) - heldout
-        notes.append(f"{gone} of the stream's {len(stream)} concepts are of datasets that are not "
-                     f"there: left out, with {', '.join(absent)}")  # fmt: skip
-    return kept, notes
+    """-> the stream without the datasets that are held out or not there, and a note if some are."""
+    names = {d.name for d in world.adaptation}
+    kept = [concept for concept in stream if concept[0] in names]
+    account = {}
+    for name, c in stream:
+        if name not in names:
+            role = "held-out" if name in {d.name for d in world.heldout} else "absent"
+            _mention(account, f"concepts of {role} datasets left out", [f"{name}+++{c}"])
+    return kept, _told(account)
 
 
 def tasks(concepts, n):
     """n contiguous chunks, the first len mod n of them one concept longer."""
-    if not concepts:
-        raise ValueError("the stream is empty: no concept of a dataset to adapt to has a sample "
-                         "(--heldout says which are not, by default the paper's)")  # fmt: skip
     if not 1 <= n <= len(concepts):
-        raise ValueError(f"{_count(len(concepts), 'concept')} cannot make {_count(n, 'task')}: "
-                         f"take {len(concepts):,} at most (--tasks)")  # fmt: skip
+        raise ValueError(f"{len(concepts)} concepts cannot make {n} tasks (--tasks, --heldout)")
     size, longer = divmod(len(concepts), n)
     ends = [i * size + min(i, longer) for i in range(n + 1)]
     return [concepts[a:b] for a, b in pairwise(ends)]
@@ -2244,31 +1279,23 @@ def tasks(concepts, n):
 
 def read_stream(path):
     """JSON list of "DATASET+++class name" -> list of (dataset name, class name)."""
-    stream = []
-    for entry in _read_json(path, list):
-        if not isinstance(entry, str) or "+++" not in entry:
-            raise ValueError(f"{path}: {entry!r:.80} is not of the form DATASET+++class name")
-        stream.append(tuple(entry.split("+++", 1)))
-    return stream
+    entries = _read_json(path, list)
+    if not all(isinstance(entry, str) and "+++" in entry for entry in entries):
+        raise ValueError(f"{path} is no list of DATASET+++class name")
+    return [tuple(_nfc(entry).split("+++", 1)) for entry in entries]
 
 
 def write_stream(concepts, path):
-    aside = Path(f"{path}.part")
     text = json.dumps(["+++".join(c) for c in concepts], indent=1, ensure_ascii=False)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------- mixture
 
 
 def endless(places, n, *key):
-    """What stands at `places` (int [N]) of an endless row of permutations of range(n) -> int [N].
-
-    The key picks the row. A Feistel network over a x b >= n, walked until it falls below n (Black
-    and Rogaway 2002, "Ciphers with arbitrary finite domains"), so that a pool of 400 M samples
-    needs no table of its permutation, in no worker.
-    """
+    """What stands at `places` (int [N]) of an endless row of permutations of range(n), by the key:
+    a Feistel network over a x b >= n, walked until it is below n (Black and Rogaway 2002)."""
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
     keys = np.random.SeedSequence(key).generate_state(8, np.uint64)
@@ -2293,10 +1320,7 @@ def _feistel(x, tweak, a, b, keys):
 
 
 def split_batch(batch_size, ratios):
-    """How many of a batch come from P, D and B: the floor of each share, then the rest in turn.
-
-    Only those that have a share take part. 512 at .33/.34/.33 is 169/175/168.
-    """
+    """Counts of P, D and B: floors of shares, the rest in turn; 512 at .33/.34/.33: 169/175/168."""
     counts = [math.floor(round(batch_size * r, 6)) for r in ratios]
     shares = [i for i in range(3) if ratios[i] > 0]
     for i in range(batch_size - sum(counts)):
@@ -2305,136 +1329,112 @@ def split_batch(batch_size, ratios):
 
 
 class Mixture:
-    """S_t = lambda_P P + lambda_D D_t + lambda_B B (sec. 3.1), without state.
+    """S_t = lambda_P P + lambda_D D_t + lambda_B B (sec. 3.1), without state: a batch's ids are a
+    pure function of (seed, task, step). Nothing of a source repeats before all of it was seen.
 
-    A batch's ids are a pure function of (seed, task, step). Each source is passed through in
-    permutations, so that nothing repeats before all was seen.
-
-    chunks: T lists of (dataset name, class name); ratios: lambda of P, D, B; replay: how many
-    samples of the pool are at hand, drawn once by the seed, 0 for all. B is no copy: in stream
-    order the samples of all tasks before t are one range. With nothing in B, D takes its share;
-    with ratios[0] = 0 no pool is needed.
-
-    samples: (dataset name, index in its training split) in stream order, of which task t owns
-    samples[ends[t] : ends[t + 1]]. held: what held() gave of an earlier run's tasks, which the
-    chunks follow; gone: {dataset name: how many of these samples are no longer there}.
+    chunks: T lists of (dataset name, class name). ratios: lambda of P, D, B; with nothing in B, D
+    takes its share. replay: how many samples of the pool are at hand, drawn by the seed; 0 for all.
+    held: what held() gave of an earlier run's tasks, which the chunks follow. Sample m in stream
+    order is number index[m] of the training split of dataset origin[m]; task t owns those from
+    ends[t] to ends[t + 1] - 1, B all before. gone: {dataset: how many held samples are not there}.
     """
 
     def __init__(self, world, chunks, batch_size, ratios=(0.33, 0.34, 0.33), replay=0, seed=0,
                  held=None):  # fmt: skip
         if len(ratios) != 3 or min(ratios) < 0 or not abs(sum(ratios) - 1) <= 1e-6:
-            shares = "/".join(map(str, ratios))
-            raise ValueError(f"the mixture P/D/B is three shares that sum to 1, got {shares}")
+            raise ValueError(f"the mixture P/D/B is three shares that sum to 1, got {ratios}")
         self.batch_size = batch_size
         self.ratios = ratios
         self.seed = seed
         self.pool_size = len(world.pool) if world.pool is not None else 0
         self.at_hand = min(replay, self.pool_size) or self.pool_size
         if ratios[0] > 0 and self.pool_size == 0:
-            raise ValueError("the mixture asks for pretraining data, and there is no pool: name it "
-                             "(--pool), or mix 0/D/B (--mixture)")  # fmt: skip
+            raise ValueError("the mixture needs a pool: name --pool, or mix 0/D/B (--mixture)")
         self.datasets = world.adaptation
         self.names = [d.name for d in world.adaptation]
         self.before = held or {"names": [], "origin": torch.zeros(0, dtype=torch.int16),
                                "keys": torch.zeros(0, dtype=torch.int64), "ends": [0]}  # fmt: skip
-        groups = _groups(world.adaptation, held)
-        stream = [(name, _same_form(c)) for chunk in chunks for name, c in chunk]
-        _check_stream(stream, groups, self.names, held is not None)
         origin, index = located(self.before, world.adaptation)
         there = index >= 0
         lost = self.before["origin"][torch.from_numpy(~there)].tolist()
         self.gone = dict(sorted(Counter(self.before["names"][k] for k in lost).items()))
-        ends = [int(there[:end].sum()) for end in self.before["ends"]]
-        sizes = [sum(len(groups[name, _same_form(c)][0]) for name, c in chunk) for chunk in chunks]
-        self.ends = [*ends, *(ends[-1] + np.cumsum(sizes, dtype=int)).tolist()]
-        number = {name: k for k, name in enumerate(self.names)}
-        new = [groups[concept][0] for concept in stream]
-        sets = [np.full(len(i), number[name], np.int16) for i, (name, _) in zip(new, stream)]
-        self.index = np.concatenate([index[there], *new])  # [M], in stream order
-        self.origin = np.concatenate([origin[there], *sets])  # [M], number of the dataset
-        self.samples = Lazy(self.ends[-1], lambda k: self._stream_ids([k])[0])
+        self.ends = [int(there[:end].sum()) for end in self.before["ends"]]
+        new = fresh(world.adaptation, held)
+        origins = [origin[there]]
+        indices = [index[there]]
+        seen = set()
+        for chunk in chunks:
+            for name, c in chunk:
+                k = self.names.index(name) if name in self.names else None
+                if k is None or c not in self.datasets[k].classes or (name, c) in seen:
+                    raise ValueError(f"the stream's {name}+++{c} is not there, or named before")
+                seen.add((name, c))
+                d = self.datasets[k]
+                ids = new[k][d.train.labels[new[k]] == d.classes.index(c)]
+                if not len(ids):
+                    raise ValueError(f"the stream's {name}+++{c} has no new training sample")
+                indices.append(ids)
+                origins.append(np.full(len(ids), k, np.int16))
+            self.ends.append(sum(map(len, indices)))
+        self.index = np.concatenate(indices)
+        self.origin = np.concatenate(origins)
 
     def counts(self, task):
         """Samples of P, D_t and B in a batch of this task."""
         p, d, b = self.ratios
-        nothing = self.ends[task] == 0  # in B
-        return split_batch(self.batch_size, (p, d + b, 0) if nothing else (p, d, b))
+        return split_batch(self.batch_size, (p, d, b) if self.ends[task] else (p, d + b, 0))
 
     def ids(self, task, step, skip=0):
-        """-> batch_size pairs (source, index): "pool" or a dataset's name, index in its training
-        split. skip: instead of each sample the one so many further on in its source's own order."""
+        """-> batch_size pairs of "pool" or a dataset's name, and index in its training split; with
+        skip of the samples so many later in their source's order."""
         first = self.ends[task]
-        last = self.ends[task + 1]
-        ranges = [(0, self.at_hand), (first, last), (0, first)]
+        ranges = [(0, self.at_hand), (first, self.ends[task + 1]), (0, first)]
         batch = []
         for source, (n, (a, b)) in enumerate(zip(self.counts(task), ranges)):
             if n == 0:
                 continue
             places = endless(np.arange(step * n, (step + 1) * n), b - a, self.seed, 4, source, task)
             places = a + (places + skip) % (b - a)
-            batch += self._pool_ids(places) if source == 0 else self._stream_ids(places)
+            if source == 0:
+                drawn = endless(places, self.pool_size, self.seed, 3)
+                batch += [("pool", i) for i in drawn.tolist()]
+            else:
+                names = [self.names[k] for k in self.origin[places].tolist()]
+                batch += zip(names, self.index[places].tolist())
         return batch
 
+    def few_captions(self):
+        """Notes of tasks with fewer than half as many captions as pairs in a batch."""
+        notes = []
+        for task in range(len(self.before["ends"]) - 1, len(self.ends) - 1):
+            n = self.counts(task)[1]
+            captions = set()
+            for k in range(self.ends[task], self.ends[task + 1]):
+                caption = self.datasets[self.origin[k]].train.captions[self.index[k]]
+                captions |= {caption} if isinstance(caption, str) else {*caption}
+                if 2 * len(captions) >= n:
+                    break
+            if 2 * len(captions) < n:
+                fits = f"--batch-size {2 * len(captions) * self.batch_size // n}"
+                notes.append(f"task {task + 1}: {n} pairs in a batch, {len(captions)} captions, "
+                             f"so most that count as wrong are right; {fits} fits")
+        return notes
+
     def held(self):
-        """What a Mixture of the next tasks has to know of these and all before: texts and tensors,
-        a key of eight bytes a sample."""
-        names = list(self.before["names"])
+        """What a Mixture of later tasks has to know of these: a key of eight bytes a sample."""
+        names = list(dict.fromkeys([*self.before["names"], *self.names]))
         first = self.ends[len(self.before["ends"]) - 1]
-        keys = np.zeros(len(self.index) - first, np.int64)
-        origin = np.zeros(len(keys), np.int16)
+        origin = self.origin[first:].copy()
+        keys = np.zeros(len(origin), np.int64)
         for k, d in enumerate(self.datasets):
             mine = self.origin[first:] == k
-            if not mine.any():
-                continue
-            name = _same_form(d.name)
-            names += [name] * (name not in names)
             keys[mine] = d.train.keys()[self.index[first:][mine]]
-            origin[mine] = names.index(name)
+            origin[mine] = names.index(d.name)
         earlier = self.before["ends"]
         later = [earlier[-1] + end - first for end in self.ends[len(earlier) :]]
         return {"names": names, "ends": [*earlier, *later],
                 "origin": torch.cat([self.before["origin"], torch.from_numpy(origin)]),
                 "keys": torch.cat([self.before["keys"], torch.from_numpy(keys)])}  # fmt: skip
-
-    def _pool_ids(self, places):
-        drawn = endless(places, self.pool_size, self.seed, 3)
-        return [("pool", i) for i in drawn.tolist()]
-
-    def _stream_ids(self, places):
-        names = [self.names[k] for k in self.origin[places].tolist()]
-        return list(zip(names, self.index[places].tolist()))
-
-
-def _groups(datasets, held=None):
-    """(dataset, class name in NFC) -> ids of its training samples that no earlier task held, number
-    of classes so called."""
-    groups = {}
-    for d, ids in zip(datasets, fresh(datasets, held)):
-        by_class = ids[np.argsort(d.train.labels[ids], kind="stable")]
-        found, starts = np.unique(d.train.labels[by_class], return_index=True)
-        for c, ids in zip(found, np.split(by_class, starts[1:])):
-            if d.classes:
-                concept = d.name, _same_form(d.classes[c])
-                _, before = groups.get(concept, (None, 0))
-                groups[concept] = ids, before + 1
-    return groups
-
-
-def _check_stream(stream, groups, names, again):
-    if len(set(stream)) < len(stream):
-        raise ValueError(f"the stream names {'+++'.join(_twice(stream))} more than once; "
-                         "tasks must be disjoint")  # fmt: skip
-    for concept in stream:
-        name = "+++".join(concept)
-        if concept[0] not in names:
-            raise ValueError(f"the stream names the dataset {concept[0]}; those to adapt to: "
-                             f"{', '.join(sorted(names))}")  # fmt: skip
-        if concept not in groups:
-            raise ValueError(f"the stream names {name}, and {concept[0]} has no {'new ' * again}"
-                             "training sample of it")  # fmt: skip
-        if groups[concept][1] > 1:
-            raise ValueError(f"the stream names {name}, and {concept[0]} has {groups[concept][1]} "
-                             "classes of this name: rename one, or hold the set out")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -2443,105 +1443,63 @@ TRIES = 100  # broken pictures in a row after which it is no accident
 
 
 def train_crop(image, size, interpolation="bicubic"):
-    """RandomResizedCrop as in sec. 3.2 and R, without flip -> uint8 [3, S, S].
-
-    image: PIL or uint8 [H, W, 3]. Drawn from torch's generator. The box is cut out before it is
-    resized.
-    """
+    """A PIL image or uint8 [H, W, 3] -> uint8 [3, S, S]: RandomResizedCrop as in sec. 3.2."""
     pixels = _tensor(image)
     top, left, height, width = v2.RandomResizedCrop.get_params(pixels, (0.9, 1.0), (3 / 4, 4 / 3))
-    return _resized(pixels[:, top : top + height, left : left + width], (size, size), interpolation)
+    box = pixels[None, :, top : top + height, left : left + width]
+    return torch.nn.functional.interpolate(box, (size, size), mode=interpolation, antialias=True)[0]
 
 
 def test_crop(image, size, resize="shortest", interpolation="bicubic"):
-    """A test picture -> uint8 [3, S, S], within a level on average of what Pillow makes of it.
-
-    resize: "shortest" resizes the short side, then cuts out the centre; "squash" both sides.
-    """
-    pixels = _tensor(image)
-    _, height, width = pixels.shape
-    if resize == "squash":
-        return _resized(pixels, (size, size), interpolation)
-    if resize != "shortest":
-        raise ValueError(f"unknown way to resize {resize!r}; there are: shortest, squash")
-    short, long = sorted((height, width))
-    rows, columns = (max(size, int(size * side / short)) if side > short else size
-                     for side in (height, width))  # fmt: skip
-    top = round((rows - size) / 2)
-    left = round((columns - size) / 2)
-    if long <= 4 * short:
-        whole = _resized(pixels, (rows, columns), interpolation)
-        return whole[:, top : top + size, left : left + size]
-    # of a long strip only the centre is resized
-    box = (left * width / columns, top * height / rows,
-           (left + size) * width / columns, (top + size) * height / rows)  # fmt: skip
-    crop = _pil(image).resize((size, size), Image.Resampling[interpolation.upper()], box=box)
-    return _tensor(crop)
-
-
-def _pil(image):
-    return _rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+    """-> uint8 [3, S, S]. resize: "shortest" side, then its centre is cut out; or "squash" both."""
+    edges = [size, size] if resize == "squash" else [size]
+    mode = v2.InterpolationMode(interpolation)
+    pixels = v2.functional.resize(_tensor(image), edges, mode, antialias=True)
+    return v2.functional.center_crop(pixels, [size, size])
 
 
 def _tensor(image):
-    """uint8 [3, H, W] of a PIL image or array [H, W, 3]."""
-    if isinstance(image, Image.Image):
-        image = np.array(_rgb(image))
-    if not image.flags.writeable:  # torch has no read-only tensors
-        image = image.copy()
-    return torch.from_numpy(image).permute(2, 0, 1)
-
-
-def _resized(pixels, size, interpolation):
-    if tuple(pixels.shape[1:]) == tuple(size):
-        return pixels
-    resize = torch.nn.functional.interpolate
-    return resize(pixels[None], size, mode=interpolation, antialias=True)[0]
-
-
-class _Lazily(torch.utils.data.Dataset):
-    """make(item) of each item, in a worker. An error travels as a value, so it arrives whole."""
-
-    def __init__(self, make, items):
-        self.make = make
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        try:
-            return self.make(self.items[i])
-        except (ValueError, OSError) as e:
-            return e
+    """uint8 [3, H, W] of a PIL image or array [H, W, 3]; torch has no read-only tensors."""
+    image = image.convert("RGB") if isinstance(image, Image.Image) else image
+    return torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)
 
 
 def _batches(make, items, workers, broken):
-    """Yields the batch of each (batch, faults) that make returns; the faults go to broken()."""
-    own = torch.Generator()  # else it draws from torch's global one
+    """Yields make(item, faults) of each item; broken, if there is one, is told the faults."""
     forks = workers and "fork" in multiprocessing.get_all_start_methods()  # `make` does not pickle
     how = {"num_workers": workers, "multiprocessing_context": "fork"} if forks else {}
+    def attempt(item):
+        faults = [] if broken else None
+        try:
+            return make(item, faults), faults
+        except ValueError as e:  # as a value it arrives whole
+            return e, None
+    own = torch.Generator()  # else the loader draws from torch's global one
     gc.freeze()  # a collection in a worker would write to, and so copy, all that is shared with it
-    results = iter(DataLoader(_Lazily(make, items), batch_size=None, generator=own, **how))
+    results = iter(DataLoader(items, None, collate_fn=attempt, generator=own, **how))
     gc.unfreeze()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-        batch, faults = result
-        if faults:
-            broken(faults)
-        yield batch
+    processes = multiprocessing.active_children()
+    try:
+        for batch, faults in results:
+            if isinstance(batch, ValueError):
+                raise batch
+            if faults:
+                broken(faults)
+            yield batch
+    except RuntimeError as e:
+        signals = [signal.Signals(-p.exitcode).name for p in processes if (p.exitcode or 0) < 0]
+        if not signals:
+            raise
+        raise ChildProcessError(f"a process that prepares batches ended by {signals[0]}") from e
 
 
-def _first_sound(candidates, faults, forgiving):
+def _first_sound(candidates, faults):
     """-> (split, number, picture) of the first of the (split, number) that can be read."""
     for split, i in candidates:
         try:
             return split, i, split.image(i)
-        except Changed:
-            raise
-        except (ValueError, OSError) as e:
-            if not forgiving:
+        except ValueError as e:
+            if faults is None:
                 raise
             faults.append(str(e))
     raise ValueError(f"{len(faults)} pictures in a row cannot be read, the last: {faults[-1]}")
@@ -2551,115 +1509,82 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0,
            resize="shortest", interpolation="bicubic", broken=None):  # fmt: skip
     """Batches of a task, steps start to steps - 1: images uint8 [B, 3, S, S], captions list[str].
 
-    A slot's sample, crop and caption are a pure function of (seed, task, step, slot), whatever the
-    workers and the part. part: (rank, processes); this process makes the slots from
-    rank B // processes to (rank + 1) B // processes alone.
-
-    broken: called in this process with sentences about pictures that cannot be read; each is
-    replaced by the next of its source that can. Without it the first raises ValueError or OSError.
-    resize: as in test_loader, so that both take a checkpoint's geometry; it changes nothing here.
+    A slot's sample, crop and caption are a pure function of (seed, task, step, slot). part: (rank,
+    processes); this process makes slots rank B // processes to (rank + 1) B // processes - 1 alone.
+    broken: called here with sentences about pictures that cannot be read, each replaced by the next
+    of its source; without it the first raises ValueError. resize: as in test_loader, unused.
     """
     splits = {d.name: d.train for d in world.adaptation} | {"pool": world.pool}
     rank, processes = part
     size = mixture.batch_size
     own = range(rank * size // processes, (rank + 1) * size // processes)
-
     def candidates(ids, step, slot):
         for skip in range(TRIES):
             source, i = mixture.ids(task, step, skip)[slot] if skip else ids[slot]
             yield splits[source], i
-
-    def make(step):
-        images = []
+    def make(step, faults):
+        images = [torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)]
         captions = []
-        faults = []
         ids = mixture.ids(task, step)
         rng = np.random.default_rng((mixture.seed, 5, task, step))
         chance = rng.integers(2**63, size=(size, 2)).tolist()  # of a slot: crop, caption
         with torch.random.fork_rng(devices=[]):
             for slot in own:
-                choice = candidates(ids, step, slot)
-                split, i, image = _first_sound(choice, faults, broken is not None)
+                split, i, image = _first_sound(candidates(ids, step, slot), faults)
                 torch.default_generator.manual_seed(chance[slot][0])
-                images.append(train_crop(image, image_size, interpolation))
+                images.append(train_crop(image, image_size, interpolation)[None])
                 several = split.captions[i]
                 several = [several] if isinstance(several, str) else several
                 captions.append(several[chance[slot][1] % len(several)])
-        empty = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
-        return (torch.stack(images) if images else empty, captions), faults
-
+        return torch.cat(images), captions
     return _batches(make, range(start, steps), workers, broken)
 
 
 def test_loader(split, ids, image_size, batch_size=256, workers=0, resize="shortest",
                 interpolation="bicubic", broken=None):  # fmt: skip
-    """The test pictures `ids` of a split, in order: uint8 [B, 3, S, S].
-
-    broken: as in loader; the next of the same class stands in, if there is none the next of all.
-    """
-    ids = [int(i) for i in ids]
-
+    """The test pictures `ids` of a split, in order: uint8 [B, 3, S, S]. broken: as in loader; the
+    next of the same class stands in, and if there is none the next of all."""
+    ids = list(map(int, ids))
     def candidates(i):
         yield split, i
         others = (i + np.arange(1, len(split))) % len(split)
-        same = np.asarray(split.labels)[others] == split.labels[i]
-        for j in np.concatenate([others[same], others[~same]])[: TRIES - 1].tolist():
-            yield split, j
-
-    def make(first):
-        images = []
-        faults = []
-        for i in ids[first : first + batch_size]:
-            _, _, image = _first_sound(candidates(i), faults, broken is not None)
-            images.append(test_crop(image, image_size, resize, interpolation))
-        return torch.stack(images), faults
-
+        foreign = split.labels[others] != split.labels[i]
+        for k in others[np.argsort(foreign, kind="stable")][: TRIES - 1].tolist():
+            yield split, k
+    def make(first, faults):
+        chosen = ids[first : first + batch_size]
+        images = (_first_sound(candidates(i), faults)[2] for i in chosen)
+        return torch.stack([test_crop(x, image_size, resize, interpolation) for x in images])
     return _batches(make, range(0, len(ids), batch_size), workers, broken)
 
 
-# ------------------------------------------------------------------------------- looking at it all
-
-
-def broken_pictures(split, workers=0, chunk=64):
+def broken_pictures(split, workers=0):
     """Reads every picture once -> a sentence about each that cannot be read, in order."""
-
-    def make(first):
-        faults = []
-        for i in range(first, min(first + chunk, len(split))):
-            try:
-                split.image(i)
-            except Changed:
-                raise
-            except (ValueError, OSError) as e:
-                faults.append(str(e))
-        return faults, None
-
-    firsts = range(0, len(split), chunk)
-    batches = _batches(make, firsts, workers, None)
-    bar = tqdm(batches, "reading", len(firsts), leave=False, disable=None)
-    return [fault for faults in bar for fault in faults]
+    found = []
+    def make(i, faults):
+        try:
+            split.image(i)
+        except ValueError as e:
+            faults.append(str(e))
+    batches = _batches(make, range(len(split)), workers, found.extend)
+    list(tqdm(batches, "reading", len(split), leave=False, disable=None))
+    return found
 
 
 def contact_sheet(split, seed=0, rows=4, columns=6, side=160):
     """An image of rows x columns pictures that the seed draws, each with a caption below it."""
-    text = 3 * 14 + 6
-    sheet = Image.new("RGB", (columns * side, rows * (side + text)), "white")
+    sheet = Image.new("RGB", (columns * side, rows * (side + 48)), "white")
     draw = ImageDraw.Draw(sheet)
     drawn = np.random.default_rng((seed, 8)).permutation(len(split))[: rows * columns].tolist()
     for k, i in enumerate(drawn):
         x = k % columns * side
-        y = k // columns * (side + text)
+        y = k // columns * (side + 48)  # of text
         caption = split.captions[i]
-        caption = caption if isinstance(caption, str) else caption[0]
-        lines = textwrap.wrap(caption, side // 6)[:3]
+        lines = textwrap.wrap(caption if isinstance(caption, str) else caption[0], side // 6)[:3]
         draw.multiline_text((x + 4, y + side + 2), "\n".join(lines), "black", _font(11), spacing=2)
         try:
-            picture = _pil(split.image(i))
-        except (ValueError, OSError):
+            pixels = test_crop(split.image(i), side - 8)
+            sheet.paste(v2.functional.to_pil_image(pixels), (x + 4, y + 4))
+        except ValueError:
             draw.text((x + 4, y + 4), "cannot be read", "red", _font(14))
-            continue
-        picture.thumbnail((side - 8, side - 8))
-        factor = (side - 8) // max(picture.size)  # of a small one each pixel becomes a square
-        picture = picture.resize([n * factor for n in picture.size], Image.Resampling.NEAREST)
-        sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
     return sheet
