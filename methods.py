@@ -1,12 +1,11 @@
-"""What a continual learner trains, how it is held back, and at which learning rate: one short class
-per method.
+"""Continual-learning methods for any nn.Module, one short class each, and their learning rates.
 
 The methods of Roth et al. 2024, "A Practitioner's Guide to Continual Multimodal Pretraining" (arXiv
-2408.14471, sec. 5) and its learning-rate meta-schedules (sec. 6.1). They know no CLIP: they choose
-parameters by name patterns, class attributes that a user of another model overrides. `Method` is
-plain finetuning, and every other class is a diff against it. (Joint training is finetuning on all
-data at once; merging happens between tasks and belongs to merge.py.) This file stands alone; copy
-it:
+2408.14471, sec. 5), and its learning-rate meta-schedules (sec. 6.1). `Method` is plain finetuning,
+and every other class is a diff against it. The classes know no CLIP: they choose parameters by name
+patterns, which are class attributes that a user of another model overrides. (Joint training is
+finetuning on all data at once; merging happens between tasks and belongs to merge.py.) This file
+stands alone; copy it:
 
     from methods import METHODS, learning_rate  # model: any nn.Module; loss(model, batch) -> scalar
     method = METHODS["ewc"](ewc_lambda=10.0)
@@ -23,105 +22,102 @@ it:
             method.after_backward(model, rate)
             optimizer.step()
             optimizer.zero_grad()
-        method.after_task(model, batches, loss)
+        method.after_task(model, batches, lambda model, batch: loss(model, batch).backward())
         weights = method.plain(model)  # name -> tensor, adapters merged in: evaluate, save these
 """
 
 import math
 from fnmatch import fnmatchcase
+from functools import partial
 from operator import attrgetter
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-OPTIONS = {  # name -> type, smallest value, what it is; the default stands in the method's class
-    "rank": (int, 1, "of the adapters (in the paper 4 or 64), or of galore's gradients (16)"),
-    "scale": (float, 0.0, "s, the factor on the adapters' product, or on galore's update"),
-    "gap": (int, 1, "optimizer steps from one projection to the next"),
-    "ewc_lambda": (float, 0.0, "weight of EWC's penalty"),
-    "ewc_gamma": (float, 0.0, "what a new task leaves of the Fisher of those before"),
-    "fisher_samples": (int, 1, "at most so many samples of a task enter its Fisher"),
-    "si_c": (float, 0.0, "weight of SI's penalty"),
-    "si_xi": (float, 1e-12, "SI's damping"),
-    "seed": (int, 0, "of the adapters' random matrices"),
+OPTIONS = {  # method -> {option: default}
+    "finetune": {},
+    "locked-text": {},
+    "locked-image": {},
+    "lnfit": {},
+    "bitfit": {},
+    # rank r (in the paper 4 or 64), factor s on the adapter, seed of its random matrices
+    "lora": {"rank": 4, "scale": 1.0, "seed": 0},
+    "dora": {"rank": 4, "scale": 1.0, "seed": 0},
+    "vera": {"rank": 4, "scale": 1.0, "seed": 0},
+    # rank of the gradients, factor on the update, steps from one projection to the next
+    "galore": {"rank": 16, "scale": 2.0, "gap": 200},
+    # weight of the penalty, share of the old Fisher that a task leaves, most samples for a Fisher
+    "ewc": {"ewc_lambda": 1.0, "ewc_gamma": 1.0, "fisher_samples": 50_000},
+    # weight of the penalty, damping
+    "si": {"si_c": 0.5, "si_xi": 1.0},
 }
-
-
-def used(method):
-    """-> names of the options that METHODS[method] uses: those that its class has a default for."""
-    return tuple(name for name in OPTIONS if hasattr(METHODS[method], name))
+# the smallest value of an option, where that is not 0
+SMALLEST = {"rank": 1, "gap": 1, "fisher_samples": 1, "si_xi": 1e-12}
 
 
 class Method:
-    """Plain finetuning: every parameter, no penalty. Each hook is called where the example above
-    calls it."""
+    """Plain finetuning: every parameter, no penalty. The example above calls every hook."""
 
-    train = ("*",)  # name patterns (fnmatch, * crosses dots) of what is trained,
-    freeze = ()  # save what fits one of these
+    options = OPTIONS["finetune"]
+    train = ("*",)  # name patterns of what is trained (fnmatch; * matches dots too),
+    freeze = ()  # except what matches one of these
     adapter = None  # module that re-parametrises a weight
     adapt = None  # name pattern of such weights -> how many matrices are stacked in them
-    kept = ()  # attributes, dicts from parameter name to tensor, that outlive a step: see state()
-    anew = ()  # those of them that before_task makes anew: after a task nobody needs them
+    state_names = ()  # attributes, each a dict from parameter name to tensor, that state() gives
 
     def __init__(self, **options):
-        """Takes every option of OPTIONS, used or not. None stands for the default."""
+        """An option that is not given has its default of OPTIONS. ValueError on an option that the
+        method does not have, or on a value out of range."""
         for name, value in options.items():
-            if value is not None:
-                _check_option(name, value)
-                setattr(self, name, value)
-        for name in self.kept:
+            _check_option(name, value, self.options)
+        vars(self).update(self.options | options)
+        for name in self.state_names:
             setattr(self, name, {})
 
     def prepare(self, model):
-        """Once per model: re-parametrise what is adapted, choose what is trained. Sets .trained,
-        name -> parameter. The model is on its device already. Raises ValueError where the patterns
-        fit nothing."""
+        """Once per model, which is on its device already: adds the adapters and chooses what is
+        trained. Sets .trained, name -> parameter. ValueError where the patterns match nothing."""
         self.names = list(model.state_dict())
-        self.adapted = {}  # name -> its adapter
-        shared = {}  # what adapters of one shape have in common: VeRA's random matrices, by shape
+        self.adapters = {}  # name of the weight -> its adapter
+        shared = {}  # shape -> what adapters of that shape have in common: VeRA's random matrices
         for name in self.names:
             for pattern, pieces in (self.adapt or {}).items():
                 if fnmatchcase(name, pattern):
                     self._adapt(model, name, pieces, shared)
                     break
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_fits(name, self.train) and not _fits(name, self.freeze))
+            parameter.requires_grad_(_match(name, self.train) and not _match(name, self.freeze))
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             patterns = ", ".join(self.adapt or self.train)
-            raise ValueError(f"no parameter fits the name patterns {patterns}: nothing to train")
+            raise ValueError(f"no parameter matches {patterns}: nothing to train")
         self._reset_adapters(model)
 
     def _adapt(self, model, name, pieces, shared):
         weight = attrgetter(name)(model)
         if weight.ndim != 2 or len(weight) % pieces:
-            raise ValueError(
-                f"{name} {list(weight.shape)} is not {pieces} matrices stacked: nothing to adapt"
-            )
+            raise ValueError(f"{name} {list(weight.shape)} is not {pieces} stacked matrices")
         owner, _, leaf = name.rpartition(".")
-        self.adapted[name] = self.adapter(weight, pieces, self.rank, self.scale, self.seed, shared)
-        parametrize.register_parametrization(model.get_submodule(owner), leaf, self.adapted[name])
+        adapter = self.adapter(weight, pieces, self.rank, self.scale, self.seed, shared)
+        self.adapters[name] = adapter
+        parametrize.register_parametrization(model.get_submodule(owner), leaf, adapter)
 
-    def load(self, model, start):
-        """Plain weights, named as before prepare, into the model. An adapter would add what it
-        learnt to weights that it was not learnt on, so it starts afresh: the model computes exactly
-        `start`."""
-        wrong = sorted(set(start) ^ set(self.names))
+    def load(self, model, weights):
+        """Loads plain weights, named as before prepare. An adapter starts afresh, since what it
+        learnt was learnt on other weights: the model computes exactly what `weights` do."""
+        wrong = sorted(set(weights) ^ set(self.names))
         if wrong:
-            raise ValueError(
-                f"weights do not fit the model, first at {', '.join(wrong[:5])}"
-                f" ({len(wrong)} in all)"
-            )
-        inside = {_inside(name) if name in self.adapted else name: t for name, t in start.items()}
-        model.load_state_dict(model.state_dict() | inside)
+            raise ValueError(f"weights and model differ in {len(wrong)} names, such as {wrong[0]}")
+        names = {name: _original_name(name) if name in self.adapters else name for name in weights}
+        model.load_state_dict(model.state_dict() | {names[name]: weights[name] for name in weights})
         self._reset_adapters(model)
 
     @torch.no_grad()
     def _reset_adapters(self, model):
-        generator = torch.Generator().manual_seed(self.seed) if self.adapted else None
-        for name, adapter in self.adapted.items():
-            adapter.reset(model.get_parameter(_inside(name)), generator)
+        generator = torch.Generator().manual_seed(self.seed) if self.adapters else None
+        for name, adapter in self.adapters.items():
+            adapter.reset(model.get_parameter(_original_name(name)), generator)
 
     @torch.no_grad()
     def plain(self, model):
@@ -129,13 +125,10 @@ class Method:
         return {name: attrgetter(name)(model).detach().clone() for name in self.names}
 
     def optimizer(self, model, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.2):
-        """AdamW over what is trained, and nothing else; a new one for every task. Its state_dict()
-        in the middle of a task, with state() and model.state_dict(), is all that continues it
-        exactly."""
+        """AdamW over what is trained; a new one for every task. In the middle of a task its
+        state_dict(), state() and model.state_dict() are all that is needed to continue exactly."""
         fused = all(p.device.type in ("cpu", "cuda") for p in self.trained.values())
-        return torch.optim.AdamW(
-            self._groups(weight_decay), lr=lr, betas=betas, eps=eps, fused=fused
-        )
+        return torch.optim.AdamW(self._groups(weight_decay), lr, betas, eps, fused=fused)
 
     def _groups(self, weight_decay):
         """Weights decay; gains, biases, vectors and logit_scale do not, as in CLIP (arXiv
@@ -143,63 +136,55 @@ class Method:
         magnitudes to 0, hence the model off its start."""
         matrices = [p for p in self.trained.values() if p.ndim >= 2]
         vectors = [p for p in self.trained.values() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        decayed = {"params": matrices, "weight_decay": weight_decay}
+        others = {"params": vectors, "weight_decay": 0.0}
+        return [group for group in (decayed, others) if group["params"]]
 
     def before_task(self, model, task):
         """The model holds the weights that the task starts from."""
 
     def penalty(self, model):
-        """-> scalar to add to the task's loss, or 0. Clipping sees its gradient, as in the authors'
-        code."""
+        """-> scalar to add to the task's loss, or 0. Its gradient is clipped with the loss's, as in
+        the authors' code."""
         return 0
 
     def after_backward(self, model, lr):
-        """Gradients are there and clipped, the step of rate lr is not yet done."""
+        """The clipped gradients are in .grad, and the optimizer's step with rate lr comes next."""
 
     def after_task(self, model, batches, loss):
-        """batches yields (batch, number of samples in it) of this task's own data and is read only
-        if needed. loss(model, batch) -> the task's loss, a scalar; or one that needs no gradient,
-        if the call has left its gradients, unscaled, in the parameters' grad."""
+        """batches yields (batch, samples in it) of this task's own data; finetuning reads none.
+        loss(model, batch) leaves the gradient of the task's loss, unscaled, in the parameters'
+        .grad; what it returns is not used."""
 
     def state(self):
-        """-> nested dict of tensors, not copies: all that the method has learnt so far, within a
-        task too."""
-        return {key: getattr(self, key) for key in self.kept}
+        """-> dict of dicts of tensors, not copies: all that the method has learnt, at any step."""
+        return {name: getattr(self, name) for name in self.state_names}
 
     def load_state(self, state):
-        """What state() gave, after prepare; tensors may come from another device."""
-        names = set(self.trained)
-        fits = set(state) == set(self.kept)
-        if not fits or any(set(tensors) not in (set(), names) for tensors in state.values()):
-            kind = type(self).__name__
-            raise ValueError(f"this is no state of {kind} on this model: it holds {sorted(state)}")
-        for key, tensors in state.items():
-            order = self.trained if tensors else ()
-            own = {name: tensors[name].to(self.trained[name], copy=True) for name in order}
-            setattr(self, key, own)
+        """Takes what state() gave, from any device, after prepare."""
+        for name in self.state_names:
+            copies = {n: t.to(self.trained[n], copy=True) for n, t in state[name].items()}
+            setattr(self, name, copies)
 
 
-def _check_option(name, value):
-    if name not in OPTIONS:
-        raise TypeError(f"methods have no option {name!r}; they have {', '.join(OPTIONS)}")
-    kind, least, _ = OPTIONS[name]
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        raise TypeError(f"option {name} must be {kind.__name__}, got {value!r}")
-    if not least <= value < math.inf:
-        raise ValueError(f"option {name} must be finite and at least {least}, got {value}")
+def _check_option(name, value, defaults):
+    if name not in defaults:
+        names = f"its options are {', '.join(defaults)}" if defaults else "it has no options"
+        raise ValueError(f"the method has no option {name}: {names}")
+    kinds = int if isinstance(defaults[name], int) else (int, float)
+    least = SMALLEST.get(name, 0)
+    good = isinstance(value, kinds) and not isinstance(value, bool)
+    if not good or not least <= value < math.inf:
+        number = "whole" if kinds is int else "finite"
+        raise ValueError(f"option {name} is {value!r}: a {number} number from {least} on is needed")
 
 
-def _fits(name, patterns):
+def _match(name, patterns):
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _inside(name):
-    """Where parametrize moves the tensor called name: a.weight ->
-    a.parametrizations.weight.original"""
+def _original_name(name):
+    """a.weight -> a.parametrizations.weight.original, where parametrize moves the tensor."""
     owner, dot, leaf = name.rpartition(".")
     return f"{owner}{dot}parametrizations.{leaf}.original"
 
@@ -232,28 +217,27 @@ class BitFit(Method):
 
 
 # ----------------------------------------------------------------------------------------- adapters
-# The effective weight W' is computed where the forward pass reads it, by
-# torch.nn.utils.parametrize: once per forward, freed with its graph. Autocast is off inside: a
-# 16-bit product B @ A would round the update before it is added, and plain() would differ from what
-# was trained.
+# parametrize computes the effective weight W' where the forward pass reads it: once a forward, and
+# W' is freed with the graph. Autocast is off inside: a 16-bit product B @ A would round the update
+# before it is added, and plain() would differ from what was trained.
 
 # parametrize keeps W, frozen, as attn.parametrizations.in_proj_weight.original, and the tensors of
-# the first and only adapter beside it as attn.parametrizations.in_proj_weight.0.A and so on: these
-# train, and nothing else does
+# the first and only adapter beside it as attn.parametrizations.in_proj_weight.0.A and so on: only
+# these train
 ADAPTERS = ("*parametrizations.*.0.*",)
-# q, k and v, which are stacked in one matrix, and the mlp's second one
+# q, k and v, which are stacked in one matrix, and the mlp's second matrix
 PROJECTIONS = {"*.attn.in_proj_weight": 3, "*.mlp.c_proj.weight": 1}
 
 
 def _kaiming(parameter, fan_in, a, generator):
-    """nn.init.kaiming_uniform_, which reads a wrong fan_in off stacked matrices, drawn on the CPU:
-    equal anywhere."""
+    """As nn.init.kaiming_uniform_, which reads a wrong fan_in off stacked matrices. The numbers are
+    drawn on the CPU: they are the same on every device."""
     bound = math.sqrt(6 / ((1 + a * a) * fan_in))
-    drawn = torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-    parameter.copy_(drawn)
+    numbers = torch.empty(parameter.shape, device="cpu")
+    parameter.copy_(numbers.uniform_(-bound, bound, generator=generator))
 
 
-def _added(weight, scale, B, A):
+def _add_product(weight, scale, B, A):
     """W + s B A, of B [pieces, out / pieces, r] and A [pieces, r, in] -> [out, in]."""
     with torch.autocast(weight.device.type, enabled=False):
         return torch.add(weight, (B @ A).flatten(0, 1), alpha=scale)
@@ -273,15 +257,15 @@ class LoRAWeight(nn.Module):
         self.B.zero_()
 
     def forward(self, weight):
-        return _added(weight, self.scale, self.B, self.A)
+        return _add_product(weight, self.scale, self.B, self.A)
 
 
 class DoRAWeight(LoRAWeight):
     """W' = m V / |V| by rows, V = W + s B A (arXiv 2402.09353, eq. 5, norm detached as in its sec.
     4.3); m [out]."""
 
-    def __init__(self, weight, *same):
-        super().__init__(weight, *same)
+    def __init__(self, weight, *settings):
+        super().__init__(weight, *settings)
         self.m = nn.Parameter(weight.new_empty(len(weight)))
 
     def reset(self, weight, generator):
@@ -304,11 +288,10 @@ def _row_norms(v):
 
 class VeRAWeight(nn.Module):
     """W' = W + s diag(b) B diag(d) A (arXiv 2310.11454, eq. 2). Trained are the vectors d [pieces *
-    r] and b [out]. A [r, in] and B [out / pieces, r] are random, frozen and one for all layers of a
-    shape (`shared` holds those drawn so far); the state dict holds them, so no run depends on
-    drawing them again. They are kaiming uniform with a = 0, as the paper and peft draw them. The
-    authors' have a = sqrt(r): their W' moves 5 times less per step at rank 4, 65 times at rank
-    64."""
+    r] and b [out]. A [r, in] and B [out / pieces, r] are random and frozen; all layers of a shape
+    have the same (`shared` holds those drawn so far). The state dict holds them, so no run depends
+    on drawing them again. They are kaiming uniform with a = 0, as the paper and peft draw them. The
+    authors' code has a = sqrt(r): its W' moves 5 times less a step at rank 4, 65 times at 64."""
 
     def __init__(self, weight, pieces, rank, scale, seed, shared):
         super().__init__()
@@ -340,26 +323,30 @@ class VeRAWeight(nn.Module):
     def forward(self, weight):
         d = self.d.view(self.pieces, -1, 1)
         b = self.b.view(self.pieces, -1, 1)
-        return _added(weight, self.scale, b * self.B, d * self.A)
+        return _add_product(weight, self.scale, b * self.B, d * self.A)
 
 
 class LoRA(Method):
     """One adapter for the whole stream, on q, k, v and the mlp's output of every block. logit_scale
     is frozen."""
 
+    options = OPTIONS["lora"]
     train = ADAPTERS
     adapter = LoRAWeight
     adapt = PROJECTIONS
-    rank = 4
-    scale = 1.0
-    seed = 0
 
 
 class DoRA(LoRA):
+    """LoRA that learns each row's magnitude apart from its direction."""
+
+    options = OPTIONS["dora"]
     adapter = DoRAWeight
 
 
 class VeRA(LoRA):
+    """LoRA whose matrices are random: only two vectors train."""
+
+    options = OPTIONS["vera"]
     adapter = VeRAWeight
 
 
@@ -372,8 +359,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     As the paper and its code: the moments stay as they are when the projection changes. As torch
     and unlike its code: eps is added after the bias correction and the decay precedes the update,
-    so that what is no matrix gets exactly AdamW. A rank above the smaller side of a matrix means
-    that side: a change of basis, which loses nothing."""
+    so that a tensor which is no matrix gets exactly AdamW. A rank above the smaller side of a
+    matrix means that side: a change of basis, which loses nothing."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, rank, gap, scale):
         adamw = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -413,8 +400,8 @@ def _top_singular_vectors(g, rank):
     """[rows, columns] -> [columns, r] right ones if rows >= columns, else [rows, r] left ones.
 
     Read off the smaller Gram matrix: a full SVD costs many times more, and the vectors differ only
-    below rounding of the largest singular value. Signs are arbitrary but outlived by the moments,
-    so the largest entry is positive."""
+    below rounding of the largest singular value. Signs are arbitrary, but the moments outlive a
+    projection, so the largest entry of each vector is made positive."""
     if not g.isfinite().all():
         raise ValueError("a gradient is not finite and has no singular vectors: lower the rate")
     largest = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
@@ -425,9 +412,9 @@ def _top_singular_vectors(g, rank):
 
 
 class GaLore(Method):
-    rank = 16
-    scale = 2.0
-    gap = 200
+    """Every parameter, the matrices by GaLoreAdamW. rank, scale and gap are its options."""
+
+    options = OPTIONS["galore"]
 
     def optimizer(self, model, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.2):
         groups = self._groups(weight_decay)
@@ -437,110 +424,70 @@ class GaLore(Method):
 # ------------------------------------------------------------------------------ quadratic penalties
 
 
-class Quadratic(torch.autograd.Function):
-    """weight / 2 sum F (theta - anchor)^2 over lists of tensors, with its gradient, weight F (theta
-    - anchor), computed at once: autograd would keep three tensors of the model's size and replay
-    them."""
-
-    @staticmethod
-    def forward(ctx, weight, importance, anchor, *theta):
-        total = 0.0
-        ctx.gradient = []
-        for F, a, t in zip(importance, anchor, theta):
-            change = (t - a).flatten()
-            pull = F.flatten() * change
-            total = total + torch.dot(pull, change)
-            ctx.gradient.append(pull.view_as(t))
-        ctx.weight = weight
-        return weight / 2 * total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        gradient = ctx.gradient
-        ctx.gradient = None  # used up: a second pass through this graph is an error, as elsewhere
-        torch._foreach_mul_(gradient, ctx.weight * upstream)
-        return None, None, None, *gradient
-
-
-def quadratic(weight, importance, anchor, trained):
-    """weight / 2 sum F (theta - anchor)^2; three dicts from name to tensor, in one order ->
-    scalar."""
-    constants = list(importance.values()), list(anchor.values())
-    return Quadratic.apply(weight, *constants, *trained.values())
+def quadratic(importance, anchor, trained):
+    """sum F (theta - anchor)^2, of three dicts from name to tensor -> scalar. mse_loss without a
+    reduction is the square, and keeps no copy of the difference for the backward."""
+    square = partial(nn.functional.mse_loss, reduction="none")
+    return sum((importance[n] * square(p, anchor[n])).sum() for n, p in trained.items())
 
 
 class EWC(Method):
     """Online elastic weight consolidation: L + lambda / 2 sum F (theta - theta*)^2 (arXiv
     1612.00796, eq. 3), with one Fisher for all tasks, F <- gamma F + F_task (arXiv 1805.06370).
     F_task is the mean over batches of the squared gradient of the batch's loss, as in the authors'
-    code: a contrastive loss has no gradient per sample. It shrinks as batches grow. Our batches are
-    full ones of the task's data; the authors' are a mixed batch's part of it, 98 times 175 of
-    512."""
+    code: a contrastive loss has no gradient per sample. F_task shrinks as batches grow. Our batches
+    are full ones of the task's data; the authors' are the task's part of a mixed batch, 98 times
+    175 of 512 samples."""
 
-    ewc_lambda = 1.0
-    ewc_gamma = 1.0
-    fisher_samples = 50_000
-    kept = ("fisher", "anchor")  # F and theta*
-    loss_scale = 2.0**14  # keeps float16 gradients from vanishing, and changes no bit of wider ones
+    options = OPTIONS["ewc"]
+    state_names = ("fisher", "anchor")  # F and theta*
 
     def penalty(self, model):
         if not self.fisher:
             return 0
-        return quadratic(self.ewc_lambda, self.fisher, self.anchor, self.trained)
+        return self.ewc_lambda / 2 * quadratic(self.fisher, self.anchor, self.trained)
 
     def after_task(self, model, batches, loss):
-        """Leaves every grad None. Batches whose gradient is not finite, as float16's may be, are
-        left out."""
-        squares = [torch.zeros_like(p) for p in self.trained.values()]
+        """Leaves every .grad None. A batch whose gradient is not finite, as float16's may be, does
+        not count."""
+        squares = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         samples = 0
         count = 0
         for batch, size in batches:
             if count and samples + size > self.fisher_samples:
                 break
-            gradients = self._gradients(model, batch, loss)
-            if gradients and torch.stack(torch._foreach_norm(gradients)).isfinite().all():
-                torch._foreach_addcmul_(squares, gradients, gradients)
+            model.zero_grad()
+            loss(model, batch)
+            if self._add_squared_gradients(squares):
                 samples += size
                 count += 1
-            del gradients  # before the next batch's
+        model.zero_grad()
         if not count:
-            raise ValueError("EWC needs batches of the task: none has a finite gradient")
-        for (name, p), square in zip(self.trained.items(), squares):
-            before = self.fisher.get(name, torch.zeros_like(p))
-            self.fisher[name] = self.ewc_gamma * before + square / count
+            raise ValueError("EWC needs a batch of the task that leaves a finite gradient in .grad")
+        for name, p in self.trained.items():
+            old = self.fisher.get(name, torch.zeros_like(p))
+            self.fisher[name] = self.ewc_gamma * old + squares[name] / count
             self.anchor[name] = p.detach().clone()
 
-    def _gradients(self, model, batch, loss):
-        """-> the batch's gradients in the order of .trained, whoever ran the backward; [] if nobody
-        did."""
-        parameters = list(self.trained.values())
-        for p in parameters:
-            p.grad = None
-        value = loss(model, batch)
-        scale = self.loss_scale if value.requires_grad else 1.0
-        if value.requires_grad:
-            (scale * value).backward()
-        ran = any(p.grad is not None for p in parameters)
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad.div_(scale) for p in parameters
-        ]
-        for p in parameters:
-            p.grad = None
-        return gradients if ran else []
+    def _add_squared_gradients(self, squares):
+        """-> False, and nothing is added, where there is no gradient or one that is not finite."""
+        gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+        if not gradients or not all(g.isfinite().all() for g in gradients.values()):
+            return False
+        for name, g in gradients.items():
+            squares[name].addcmul_(g, g)
+        return True
 
 
 class SI(Method):
     """Synaptic intelligence: L + c sum Omega (theta - theta_start)^2 (arXiv 1703.04200, eq. 4).
-    Variant lr * g^2, that of the authors' code: omega sums lr g^2, g as the optimizer sees it
-    (clipped, with the penalty's). Under SGD this is the original -g * dtheta; under AdamW it is not
-    the loss won along the path, but never negative, so the penalty stays convex, and it needs no
-    copy of the weights and gradients of the step before."""
+    The variant of the authors' code: omega sums lr g^2, where g is what the optimizer sees
+    (clipped, with the penalty's gradient). Under SGD this is the original -g * dtheta. Under AdamW
+    it is not the loss won along the path, but it is never negative, so the penalty stays convex,
+    and it needs no copy of the weights and gradients of the step before."""
 
-    si_c = 0.5
-    si_xi = 1.0
-    kept = ("omega", "path", "anchor")  # Omega, omega, and the weights at the task's start
-    anew = ("path", "anchor")
+    options = OPTIONS["si"]
+    state_names = ("omega", "path", "anchor")  # Omega, omega, and the weights at the task's start
 
     def before_task(self, model, task):
         self.anchor = {name: p.detach().clone() for name, p in self.trained.items()}
@@ -549,19 +496,18 @@ class SI(Method):
     def penalty(self, model):
         if not self.omega:
             return 0
-        return quadratic(2 * self.si_c, self.omega, self.anchor, self.trained)
+        return self.si_c * quadratic(self.omega, self.anchor, self.trained)
 
     def after_backward(self, model, lr):
-        reached = [name for name, p in self.trained.items() if p.grad is not None]
-        path = [self.path[name] for name in reached]
-        gradients = [self.trained[name].grad for name in reached]
-        torch._foreach_addcmul_(path, gradients, gradients, value=lr)
+        for name, p in self.trained.items():
+            if p.grad is not None:  # else the loss does not reach this parameter
+                self.path[name].addcmul_(p.grad, p.grad, value=lr)
 
     @torch.no_grad()
     def after_task(self, model, batches, loss):
         for name, p in self.trained.items():
-            won = self.path[name] / ((p - self.anchor[name]) ** 2 + self.si_xi)  # eq. 5
-            self.omega[name] = self.omega.get(name, torch.zeros_like(p)) + won
+            importance = self.path[name] / ((p - self.anchor[name]) ** 2 + self.si_xi)  # eq. 5
+            self.omega[name] = self.omega.get(name, torch.zeros_like(p)) + importance
 
 
 METHODS = {
@@ -590,9 +536,9 @@ SCHEDULES = {  # schedule -> the meta-schedules that are defined on it
 def learning_rate(
     step, steps, task, lr=1e-5, schedule="cosine", meta="none", warmup=0.1, cooldown=0.1, floor=1e-3
 ):
-    """-> rate of step 0..steps-1 of task 0, 1, ..; a pure function. lr is the peak; warmup and
-    cooldown (rsqrt only) are shares of a task's steps, floor is the share of lr that a decay ends
-    at. Paper sec. 6.1."""
+    """-> rate of a step (0 to steps - 1) of a task (0, 1, ...); a pure function. lr is the peak;
+    warmup and cooldown (rsqrt only) are shares of a task's steps; floor is the share of lr at which
+    a decay ends. Paper, sec. 6.1. ValueError where an argument is out of range."""
     if meta not in SCHEDULES.get(schedule, ()):
         valid = "; ".join(f"{name} with {', '.join(metas)}" for name, metas in SCHEDULES.items())
         raise ValueError(f"no schedule {schedule!r} with meta-schedule {meta!r}; there are {valid}")
@@ -626,8 +572,8 @@ def _cosine(n, steps, t, lr, meta, warm, low):
         return low + (top - low) * (1 + math.cos(math.pi * share)) / 2
 
     # where one cosine over tasks 0..t is at the end of task t's warm-up, but never at its very end
-    passed = (t * decay + 1) / ((t + 1) * decay) if decay > 1 else t / (t + 1)
-    peak = lr if t == 0 or meta == "none" else fall(passed, lr)
+    elapsed = (t * decay + 1) / ((t + 1) * decay) if decay > 1 else t / (t + 1)
+    peak = lr if t == 0 or meta == "none" else fall(elapsed, lr)
     # 1. warm-up: linear to the peak
     if n < warm:
         return peak * (n + 1) / warm
