@@ -1,257 +1,174 @@
-"""The paper's questions, asked of the drawn world: plain runs of fomo.py, and README's tables.
+"""The paper's questions, asked of the drawn world: plain runs of fomo.py, and README.md's tables.
 
     python study/study.py               all runs that runs.jsonl lacks, as many at a time as cores
     python study/study.py a b           those of two questions; --jobs 1 for one at a time
     python study/study.py --list a      the commands alone
-    python study/study.py --tables      writes README.md's tables from runs.jsonl
+    python study/study.py --tables      writes the tables of study/README.md, and methods.png
 
-A run lies in mine/study/ and goes on where it was stopped; when it is finished, its row is appended
+A run lies in runs/study/ and goes on where it was stopped; when it is finished, its row is appended
 to study/runs.jsonl: scores in percent as [KA, ZS, GM], theta_0's first, then after each task.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import re
 import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import data
 import evaluate
+import fomo
 
 ROWS = HERE / "runs.jsonl"
-README = HERE.parent / "README.md"
-ALWAYS = "--threads 1 --workers 0 --cache mine/cache"
-
-METHODS = {
-    "joint": "--method joint",
-    "finetune": "--method finetune",
-    "merge (ema-merge)": "--method merge",
-    "ft-merge": "--method ft-merge",
-    "zs-merge": "--method zs-merge",
-    **{m: f"--method {m}" for m in ("locked-text", "locked-image", "lnfit", "bitfit", "lora",
-                                    "dora", "vera", "galore", "ewc", "si")},
-}  # fmt: skip
+SEEDS = range(3)
+SMALL = " --weights runs/theta_0-small/model.safetensors"  # made as theta_0.safetensors, see README
 MIXTURES = ("0.33/0.34/0.33", "0.5/0.5/0", "0.05/0.48/0.47", "0/0.1/0.9", "0.8/0.1/0.1")
-SCHEDULES = {
-    "cosine": "",
-    "cosine, autoregressive": " --meta autoregressive",
-    "cosine, dynamic": " --meta dynamic",
-    "rsqrt": " --schedule rsqrt",
-    "rsqrt, autoregressive": " --schedule rsqrt --meta autoregressive",
-    "rsqrt, continued": " --schedule rsqrt --meta continued",
-    "rsqrt, recovered": " --schedule rsqrt --meta recovered",
-}
-STARTS = ("zero-shot", "latest", "ema", "all")
-DEPLOYED = ("latest", "ema", "all")
-KNOWN = {  # cells of TIME's grid that have a name: their runs are those of question a
-    ("latest", "latest"): "--method finetune",
-    ("ema", "ema"): "--method merge",
-    ("zero-shot", "ema"): "--method zs-merge",
-}
-TECHNIQUES = ("slerp", "task-arithmetic", "ties", "dare", "breadcrumbs", "magmax", "model-stock",
-              "random")  # fmt: skip
-SPREAD_OVER = {5: 0.66, 10: 0.81, 20: 0.9, 40: 0.95}  # tasks -> merge weight, .9 ** (20 / tasks)
+META = {"cosine": ("none", "autoregressive", "dynamic"),
+        "rsqrt": ("none", "autoregressive", "continued", "recovered")}
+CELLS = {"latest / latest": "finetune", "ema / ema": "merge", "zero-shot / ema": "zs-merge",
+         "zero-shot / all": "offline-merge"}  # of TIME's grid, that are methods
+SPREAD = {4: 0.59, 8: 0.77, 16: 0.88, 32: 0.94}  # T -> w, w^T being the share of theta_0 at the end
 
 
-def place(start, deployed):
-    named = KNOWN.get((start, deployed))
-    return named or f"--method finetune --merge-init {start} --merge-deploy {deployed}"
+def grid(methods, values):
+    """Every method with every value, {name: options}, as {name of a table's line: options}."""
+    return {f"{m}, {name}": f"--method {m} {options}"
+            for m in methods for name, options in values.items()}
 
 
-def option(text, name, value, usual):
-    """`text` with one more option, unless its value is the usual one."""
-    return text if value == usual else f"{text} {name} {value}"
-
-
-# question -> (what is asked, {line of the table: options}, seeds, most important question first)
+# question -> (what is asked, {line of the table: options})
 QUESTIONS = {
-    "a": ("methods", METHODS, 3),
-    "b": ("mixtures P/D/B, finetuning", {
-        m: option("--method finetune", "--mixture", m, MIXTURES[0]) for m in MIXTURES}, 3),
-    "c": ("schedules and meta-schedules, finetuning", {
-        name: f"--method finetune{options}" for name, options in SCHEDULES.items()}, 3),
-    "f-grid": ("where an update starts / what is deployed", {
-        f"{start} / {deployed}": place(start, deployed)
-        for start in STARTS for deployed in DEPLOYED}, 3),
-    "f-weight": ("the weight of the old model", {
-        f"{method}, w {w}": option(f"--method {method}", "--merge-weight", w, 0.77)
-        for method in ("merge", "ft-merge", "zs-merge") for w in (0.67, 0.77, 0.88)}, 3),
-    "f-technique": ("techniques, from the running merge to the running merge", {
-        "linear": "--method merge",
-        **{t: f"--method merge --merge-technique {t}" for t in TECHNIQUES},
-        "task-arithmetic, scale .1":
-        "--method merge --merge-technique task-arithmetic --merge-scale 0.1"}, 3),
-    "e-tasks": ("number of updates T, the same total budget", {
-        f"{method}, T {tasks}": f"--method {method} --tasks {tasks}" +
-        (f" --merge-weight {w}" if method == "merge" else "")
-        for method in ("finetune", "merge", "lora") for tasks, w in SPREAD_OVER.items()}, 3),
-    "e-budget": ("compute", {
-        f"{method}, {share} x": option(f"--method {method}", "--budget", round(3000 * share), 3000)
-        for method in ("joint", "finetune", "merge", "lora")
-        for share in (0.25, 0.5, 1, 1.5, 2, 4)}, 3),
-    "d": ("order of the concepts", {
-        f"{method}, {how}{', reversed' * back}":
-        option(f"--method {method}", "--order", how, "random") + " --reverse" * back
-        for method in ("finetune", "merge") for how in ("random", "dataset", "frequency")
-        for back in (False, True)}, 3),
+    "a": ("method", {m: f"--method {m}" for m in ("joint", *fomo.RUNS) if m not in (
+        "ema-merge", "offline-merge", "zero-shot")}),
+    "b": ("mixture P/D/B, finetune", {m: f"--method finetune --mixture {m}" for m in MIXTURES}),
+    "c": ("schedule and meta-schedule, finetune", {
+        f"{s}, {m}": f"--method finetune --schedule {s} --meta {m}"
+        for s, metas in META.items() for m in metas}),
+    "d": ("order", grid(("finetune", "merge"), {how: f"--order {how}" for how in (
+        "random", "dataset", "frequency", "performance", "similarity")})),
+    "e-tasks": ("number of tasks T, the same budget", {
+        f"{m}, T {t}": f"--method {m} --tasks {t}" + f" --merge-weight {w}" * (m == "merge")
+        for m in ("finetune", "merge") for t, w in SPREAD.items()}),
+    "e-budget": ("compute", grid(("joint", "finetune", "merge"), {
+        f"{x} x": f"--budget {4000 * x:g}" for x in (0.25, 0.5, 1, 2)})),
+    "f-grid": ("a task starts from / deployed is", {
+        f"{a} / {b}": f"--method {CELLS[f'{a} / {b}']}" if f"{a} / {b}" in CELLS else
+        f"--method finetune --merge-init {a} --merge-deploy {b}"
+        for a in fomo.merge.SOURCES for b in fomo.merge.SOURCES[1:]}),
+    "f-weight": ("w of the old weights", grid(("merge", "ft-merge", "wise-ft"), {
+        f"w {w}": f"--merge-weight {w}" for w in (0.1, 0.3, 0.5, 0.7, 0.9)})),
+    "f-technique": ("technique, running merge to running merge", {
+        t: f"--method merge --merge-technique {t}" for t in fomo.merge.TECHNIQUES}),
     "g": ("size of the model", {
-        f"{size}, {method}": f"--method {method}" + " --model small" * (size == "small")
-        for size in ("tiny", "small") for method in ("joint", "finetune", "merge", "lora")}, 3),
-    "i": ("step of the task", {"finetune": "--method finetune --eval-every 12"}, 3),
-}  # fmt: skip
+        f"{size}, {m}": f"--method {m}" + SMALL * (size == "small")
+        for size in ("tiny", "small") for m in ("joint", "finetune", "merge", "wise-ft")}),
+}
+USUAL = ("--mixture 0.33/0.34/0.33", "--schedule cosine", "--meta none", "--order random",
+         "--tasks 8", "--budget 4000", "--merge-weight 0.77", "--merge-technique linear")
 
 
-# ------------------------------------------------------------------------------------ the runs
-
-
-def runs(questions):
-    """(options, seed) of each run once, in the order in which they are wanted."""
-    wanted = [(options, seed) for q in questions for seed in range(QUESTIONS[q][2])
-              for options in QUESTIONS[q][1].values()]  # fmt: skip
-    return list(dict.fromkeys(wanted))
-
-
-def folder(options, seed):
-    words = options.removeprefix("--method ").replace("--", "").replace("/", "-")
-    return f"mine/study/{words.replace(' ', '_')}-{seed}"
+def plain(options):
+    """Options without those that are the default, so that a run serves several questions."""
+    for usual in USUAL:
+        options = re.sub(rf" {re.escape(usual)}(?= |$)", "", options)
+    return options.replace("wise-ft --merge-weight 0.5", "wise-ft")  # its default
 
 
 def command(options, seed):
-    return f"python fomo.py {ALWAYS} {options} --seed {seed} --out {folder(options, seed)}"
+    """-> the plain command of a run, and its folder."""
+    words = re.sub("--method |--|runs/", "", options).replace("/", "-").replace(" ", "_")
+    out = HERE.parent / "runs" / "study" / f"{words}-{seed}"
+    return f"python fomo.py {options} --seed {seed} --workers 0 --out {out}", out
 
 
 def run(options, seed):
     """Does a run that is not done, and appends its row."""
-    log = HERE.parent / f"{folder(options, seed)}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, *shlex.split(command(options, seed))[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(log, "a") as out:
-        status = subprocess.call(words, cwd=HERE.parent, env=environment, stdout=out, stderr=out)
-    if status:
-        return f"failed, see {log}: {command(options, seed)}"
-    results = json.loads((HERE.parent / folder(options, seed) / "results.json").read_text())
-    with open(ROWS, "a") as file:
-        file.write(json.dumps(row(options, seed, results), separators=(",", ":")) + "\n")
-    return f"{options} --seed {seed}: {results['final']['ka']:.1f} {results['final']['zs']:.1f}"
-
-
-def row(options, seed, results):
-    """A run's results.json in one line."""
-    def scores(rows):
-        return [[round(r[metric], 3) for metric in ("ka", "zs", "gm")] for r in rows]
-    config = json.loads((HERE.parent / folder(options, seed) / "config.json").read_text())
-    versions = {k: config["run"]["inputs"][k] for k in ("python", "torch", "numpy", "pillow")}
-    return {
-        "options": options,
-        "seed": seed,
-        "scores": scores([results["theta_0"], *results["tasks"]]),
-        **within_tasks(results),
+    data.toy = functools.cache(data.toy)  # drawn once a process
+    words, out = command(options, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not (out / "results.json").exists():
+        log = open(f"{out}.txt", "a")  # noqa: SIM115
+        with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            status = fomo.main(shlex.split(words)[2:])
+        if status:
+            return f"failed, see {out}.txt: {words}"
+    results = evaluate.read_results(out)
+    rows = [results["theta_0"], *results["tasks"]]
+    row = {
+        "options": options, "seed": seed,
+        "scores": [[round(r[metric], 3) for metric in evaluate.METRICS] for r in rows],
         "datasets": {name: round(v, 2) for name, v in results["final"]["datasets"].items()},
-        "steps": results["steps_per_task"],
-        "trained": results["trained_parameters"],
-        "seconds": round(results["seconds"]),
-        "theta_0": results["theta_0_sha256"][:8],
-        "versions": " ".join(f"{name} {version}" for name, version in versions.items()),
+        "steps": results["steps_per_task"], "trained": results["trained_parameters"],
+        "seconds": round(results["seconds"]), "theta_0": results["theta_0_sha256"][:8],
+        "torch": fomo.version("torch"),
     }
-
-
-def within_tasks(results):
-    """{"within": for each task [[step, KA, ZS], ...]}, of a run with --eval-every."""
-    rows = [[[r["step"], round(r["ka"], 3), round(r["zs"], 3)] for r in task["within"]]
-            for task in results["tasks"] if "within" in task]  # fmt: skip
-    return {"within": rows} if rows else {}
-
-
-# ---------------------------------------------------------------------------------- the tables
+    with open(ROWS, "a") as file:
+        file.write(json.dumps(row, separators=(",", ":")) + "\n")
+    return f"{options} --seed {seed}: {rows[-1]['ka']:.1f} {rows[-1]['zs']:.1f}"
 
 
 def read_rows():
-    """{(options, seed): row}; of a run that is there twice, the first."""
-    found = {}
-    for line in ROWS.read_text().splitlines() if ROWS.exists() else ():
-        one = json.loads(line)
-        found.setdefault((one["options"], one["seed"]), one)
-    return found
+    """{(options, seed): row}."""
+    rows = map(json.loads, ROWS.read_text().splitlines() if ROWS.exists() else ())
+    return {(row["options"], row["seed"]): row for row in rows}
 
 
 def number(values, form="{:.1f}"):
     """mean ± std of a sample, without the std of one."""
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return form.format(mean(values)) + spread
+    return form.format(mean(values)) + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def line(name, found, joint):
+def line(name, rows, joint):
     """A line of a table: the runs of one setting, that differ in their seed."""
-    theta_0 = found[0]["scores"][0]
-    ka, zs, gm = zip(*(r["scores"][-1] for r in found))
-    tasks = len(found[0]["scores"]) - 1
-    told = [name, number(ka), number(zs), number(gm), "", ""]
-    if tasks > 1 and joint:
-        ends = [(z, k) for k, z, *_ in (theta_0, joint)]
-        above = [evaluate.above_line(point, *ends) for point in zip(zs, ka)]
-        told[4] = number(above, "{:+.1f}")
+    theta_0 = rows[0]["scores"][0]
+    ka, zs, gm = zip(*(row["scores"][-1] for row in rows))
+    tasks = len(rows[0]["scores"]) - 1
+    above = first = ""
     if tasks > 1:
-        first = [mean(r["scores"][1][i] - theta_0[i] for r in found) for i in (0, 1)]
-        told[5] = "{:+.1f}, {:+.1f}".format(*first)
-    steps = f"{tasks} x {found[0]['steps']:,}"
-    return [*told, steps, f"{found[0]['trained']:,}", str(len(found))]
+        moves = [mean(row["scores"][1][i] - theta_0[i] for row in rows) for i in (0, 1)]
+        first = "{:+.1f}, {:+.1f}".format(*moves)
+        goal = [mean(row["scores"][-1][i] for row in joint) for i in (1, 0)]
+        points = zip(zs, ka)
+        above = number([evaluate.above_line(p, theta_0[1::-1], goal) for p in points], "{:+.1f}")
+    return [name, number(ka), number(zs), number(gm), above, first,
+            f"{tasks} x {rows[0]['steps']:,}", f"{rows[0]['trained']:,}", str(len(rows))]
 
 
 def table(question, rows):
     """The lines of a question that have been run, as markdown."""
-    if question == "i":
-        return within_table(rows)
-    what, lines, seeds = QUESTIONS[question]
-    told = []
+    what, lines = QUESTIONS[question]
+    cells = [[what, "KA", "ZS", "GM", "above line", "first update", "steps", "trained", "n"]]
     for name, options in lines.items():
-        found = [rows[options, seed] for seed in range(seeds) if (options, seed) in rows]
-        if found:
-            size = " --model small" * ("--model small" in options)
-            joint = [r["scores"][-1] for (o, _), r in rows.items() if o == f"--method joint{size}"]
-            theta_0 = [f"{score:.1f}" for score in found[0]["scores"][0]]
-            first = ["small, theta_0" if size else "theta_0", *theta_0, *[""] * 5]
-            if first not in told:
-                told.append(first)
-            told.append(line(name, found, [mean(values) for values in zip(*joint)]))
-    head = [what, "KA", "ZS", "GM", "above the line", "first update KA, ZS", "steps", "trained",
-            "n"]  # fmt: skip
-    told.insert(0, head)
-    left_out = {"trained"} if question not in ("a", "g") else set()
-    if question == "e-budget":  # whose lines would each need a joint run of their own
-        left_out.add("above the line")
-    kept = [i for i, title in enumerate(head) if title not in left_out]
-    return evaluate.aligned([[cells[i] for i in kept] for cells in told], "markdown")
+        size = SMALL * ("small" in options)
+        joint = [rows[key] for key in rows if key[0] == f"--method joint{size}"]
+        mine = [rows[plain(options), seed] for seed in SEEDS if (plain(options), seed) in rows]
+        if mine:
+            theta_0 = [f"{score:.1f}" for score in mine[0]["scores"][0]]
+            theta_0 = [("small, " if size else "") + "theta_0", *theta_0, *[""] * 5]
+            cells += [theta_0] * (theta_0 not in cells) + [line(name, mine, joint)]
+    return evaluate.aligned(cells, "markdown")
 
 
-def within_table(rows):
-    """KA / ZS of what is trained within the first three tasks, the mean over the seeds."""
-    found = [rows["--method finetune --eval-every 12", seed] for seed in range(3)
-             if ("--method finetune --eval-every 12", seed) in rows]  # fmt: skip
-    told = [["step of the task", "task 1", "task 2", "task 3"]]
-    for i, (step, _, _) in enumerate(found[0]["within"][0] if found else ()):
-        pairs = [[mean(r["within"][task][i][k] for r in found) for k in (1, 2)]
-                 for task in range(3)]  # fmt: skip
-        told.append([str(step), *("{:.1f} / {:.1f}".format(*pair) for pair in pairs)])
-    if found:
-        ends = [[mean(r["scores"][task][k] for r in found) for k in (0, 1)] for task in range(4)]
-        told.append([f"{found[0]['steps']}, the end",
-                     *("{:.1f} / {:.1f}".format(*pair) for pair in ends[1:])])  # fmt: skip
-        told.insert(1, ["0", *("{:.1f} / {:.1f}".format(*pair) for pair in ends[:3])])
-    return evaluate.aligned(told, "markdown")
-
-
-def with_tables(text, rows):
-    """README's text with the tables between its marks made anew."""
-    def renewed(found):
-        return f"{found[1]}\n{table(found[2], rows)}\n<!-- end -->"
-    return re.sub(r"(<!-- table (\S+) -->)\n.*?<!-- end -->", renewed, text, flags=re.DOTALL)
+def write_tables(rows):
+    """study/README.md with the tables between its marks made anew, and README's picture."""
+    readme = HERE / "README.md"
+    marks = re.compile(r"(<!-- table (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
+    readme.write_text(marks.sub(lambda m: f"{m[1]}\n{table(m[2], rows)}\n<!-- end -->",
+                                readme.read_text()))
+    tracks = {}
+    for name in ("joint", "finetune", "merge", "ft-merge", "wise-ft", "lora", "locked-image"):
+        mine = [row["scores"] for key, row in rows.items() if key[0] == f"--method {name}"]
+        tracks[name] = [[(zs, ka) for ka, zs, _ in scores] for scores in mine]
+    evaluate.plot(tracks, HERE / "methods.png")
 
 
 def main():
@@ -260,20 +177,22 @@ def main():
     parser.add_argument("questions", nargs="*", help=f"of {', '.join(QUESTIONS)}; default all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--list", action="store_true", help="print the commands")
-    parser.add_argument("--tables", action="store_true", help="write README.md's tables")
+    parser.add_argument("--tables", action="store_true", help="write the tables")
     args = parser.parse_args()
-    wanted = runs(args.questions or QUESTIONS)
+    lines = [QUESTIONS[question][1] for question in args.questions or QUESTIONS]
+    wanted = dict.fromkeys((plain(options), seed) for several in lines for seed in SEEDS
+                           for options in several.values())
     rows = read_rows()
     if args.tables:
-        README.write_text(with_tables(README.read_text(), rows))
+        write_tables(rows)
     elif args.list:
-        print("\n".join(command(*one) for one in wanted))
+        print("\n".join(command(*one)[0] for one in wanted))
     else:
         left = [one for one in wanted if one not in rows]
         print(f"{len(wanted)} runs, {len(left)} to do, {args.jobs} at a time", flush=True)
-        with ThreadPoolExecutor(args.jobs) as crew:
-            for said in crew.map(lambda one: run(*one), left):
-                print(said, flush=True)
+        with ProcessPoolExecutor(args.jobs) as pool:
+            for sentence in pool.map(run, *zip(*left)):
+                print(sentence, flush=True)
 
 
 if __name__ == "__main__":
