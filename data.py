@@ -603,7 +603,8 @@ KINDS = ("default_caption", "synthetic_merged_caption", "synthetic_caption", "pr
 CAPTIONS = dict(zip(("default", "merged", "synthetic", "prompt"), KINDS))  # asked for before KINDS
 
 
-def _read_json(path, kind):
+def read_json(path, kind):
+    """What a file holds. ValueError, with its path, where that is not of this kind, as dict."""
     try:
         value = json.loads(Path(path).read_text("utf-8-sig"))
     except ValueError as e:
@@ -648,7 +649,7 @@ def _fomo_sets(root, options):
 
 def _read_fomo(places, files, options):
     """One annotated dataset, for the index -> [kind, classes, prompts] and account, splits."""
-    classes = [*map(_nfc, _read_json(files["classnames"], list))] if "classnames" in files else []
+    classes = [*map(_nfc, read_json(files["classnames"], list))] if "classnames" in files else []
     account = {}
     members = {place: None if place.is_dir() else tar_members(place) for place in places}
     parts = [_read_part(which, files, members, len(classes), account, options) for which in SPLITS]
@@ -667,7 +668,7 @@ def _read_part(which, files, members, classes, account, options):
     kinds = [CAPTIONS[options.captions] if which == "train" else KINDS[0], *KINDS]
     absent = None
     for file, place in [(files[s], p) for s in SPLITS[which] if s in files for p in members]:
-        items = sorted(_read_json(file, dict).items())  # neither the file's order nor the disk's
+        items = sorted(read_json(file, dict).items())  # neither the file's order nor the disk's
         try:
             found = [_caption(item, kinds) for _, item in items]
             labels = [int(item["target"]) for _, item in items]
@@ -770,7 +771,7 @@ def _folder_set(root, options):
     folders = sorted({*titles.values()})
     for file in [place / name for place in (root, *places.values()) for name in BESIDE[:2]]:
         if file.exists() and file.suffix == ".json":
-            names = {_nfc(key): _nfc(name) for key, name in _read_json(file, dict).items()}
+            names = {_nfc(key): _nfc(name) for key, name in read_json(file, dict).items()}
         elif file.exists():
             lines = _nfc(file.read_text("utf-8-sig")).strip().split("\n")
             fits = len(lines) == len(folders)
@@ -1056,10 +1057,9 @@ def _validated(dataset, share, held=None):
 
 SOURCES = (  # what a source is -> what reads it; the first that fits counts
     (lambda source: str(source).startswith("torchvision:"), _torchvision_sets),
-    (lambda source: _tables(source), _table_sets),
+    (_tables, _table_sets),
     (lambda source: source.is_dir() and _annotations(source), _fomo_sets),
-    (lambda source: source.is_dir(), _folder_sets),
-)
+    (lambda source: source.is_dir(), _folder_sets))
 
 
 def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=False,
@@ -1279,7 +1279,7 @@ def tasks(concepts, n):
 
 def read_stream(path):
     """JSON list of "DATASET+++class name" -> list of (dataset name, class name)."""
-    entries = _read_json(path, list)
+    entries = read_json(path, list)
     if not all(isinstance(entry, str) and "+++" in entry for entry in entries):
         raise ValueError(f"{path} is no list of DATASET+++class name")
     return [tuple(_nfc(entry).split("+++", 1)) for entry in entries]

@@ -297,8 +297,13 @@ def parse(argv):
             raise ValueError(f"{flag(f.name)} must be a number of at least {least}, got {value}")
     if not c.data and {"heldout", "pool", "captions", "template", "validation"} & set(given):
         raise ValueError("the drawn world has datasets of its own: such options need --data")
+    timeline = c.of_timeline()
+    used = merge.timeline_used(timeline["init"], timeline["deploy"], c.merge_technique)
+    for name in {"weight", "technique"} - {*used}:
+        if f"merge_{name}" in given:
+            raise ValueError(f"{c.method} uses no --merge-{name}: leave it out, or merge otherwise")
     methods.learning_rate(0, 1, 0, schedule=c.schedule, meta=c.meta)  # says what is wrong with it,
-    merge.Timeline({}, **c.of_timeline())  # with merging, the method's options and the mixture
+    merge.Timeline({}, **timeline)  # with merging, the method's options and the mixture
     c.make_method()
     c.ratios()
     return c
@@ -357,22 +362,12 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
-    def largest(self, number):
-        """-> the largest number of all processes."""
-        return max(self.gathered(number))
-
 
 def progress(iterable, title, total, processes, start=0):
-    """The iterable, with a bar on a terminal; elsewhere, as in a log file, a line every 30 s."""
-    if not processes.leads or sys.stderr.isatty():
-        yield from tqdm(iterable, title, total, False, initial=start, disable=not processes.leads)
-        return
-    last_line = time.monotonic()
-    for done, item in enumerate(iterable, start + 1):
-        yield item
-        if time.monotonic() - last_line > 30:
-            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-            last_line = time.monotonic()
+    """The iterable, with a bar on a terminal; elsewhere, as in a log file, one every 30 s."""
+    wait = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(iterable, title, total, leave=False, initial=start, mininterval=wait,
+                delay=wait, disable=not processes.leads)
 
 
 # ---------------------------------------------------------------------- model, batches and stream
@@ -911,8 +906,8 @@ class Training:
 
     def pause(self, save=True):
         """Called where nothing is half done: saves if it is time to, and stops if a signal came."""
-        number = self.processes.largest(self.signal)
-        if save and (number or self.processes.largest(time.monotonic() >= self.due)):
+        number = max(self.processes.gathered(self.signal))
+        if save and (number or any(self.processes.gathered(time.monotonic() >= self.due))):
             self.save()
         if number:
             name = signal.Signals(number).name
@@ -1105,14 +1100,20 @@ def evaluate_command(argv):
     processes = Processes(c)
     learner = load_learner(c, processes)
     world = learner.world = load_world(c, processes, {})
-    before = json.loads(Path(args.baseline).read_text("utf-8"))["numbers"] if args.baseline else {}
+    old = data.read_json(args.baseline, dict) if args.baseline else {"numbers": {}}
+    if "numbers" not in old:
+        raise ValueError(f"{args.baseline} holds no scores that `fomo.py evaluate` wrote")
     numbers = score(learner, "scoring", templates)
     row, per_class = summary(world, numbers)
-    chance = evaluate.chance(world.adaptation, world.heldout)
+    before = {name: n for name, n in old["numbers"].items() if name in numbers
+              and n["samples"] == numbers[name]["samples"]
+              and [*old["per_class"][name]] == [*per_class[name]]}
+    for name in sorted(old["numbers"].keys() & numbers.keys() - before.keys()):
+        processes.say(f"{name}: {args.baseline} is of other classes or pictures, not compared")
     roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
     if processes.leads:
-        write_json(args.out, {"weights": c.weights, **row, "chance": chance, "numbers": numbers,
-                              "per_class": per_class})
+        more = {"per_class": per_class, "chance": evaluate.chance(world.adaptation, world.heldout)}
+        write_json(args.out, {"weights": c.weights, **row, "numbers": numbers, **more})
     processes.say(evaluate.score_table(numbers, roles, before))
     for d in world.sets:
         if args.per_class and numbers[d.name].get("per_class"):

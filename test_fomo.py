@@ -3093,6 +3093,21 @@ def test_scores_are_those_of_the_checkpoint_computed_plainly(drawn, capsys):
     assert "\nred circle " in said  # a class
 
 
+def test_scores_on_other_pictures_or_classes_are_not_compared(home, capsys):
+    fomo_pictures("pics", "BIRDS", ["owl", "tit"])
+    fomo_pictures("pics", "FISH", ["cod", "eel"])
+    command = "evaluate --weights w.safetensors --workers 0 --data pics --per-class"
+    assert fomo_main(f"{command} --out old.json") == 0
+    fomo_pictures("pics", "BIRDS", ["hen"])
+    fomo_pictures("pics", "FISH", ["cod"], range(4, 5))
+    capsys.readouterr()
+    assert fomo_main(f"{command} --baseline old.json --out new.json") == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}: old.json is of other" in said for name in ("BIRDS", "FISH"))
+    changes = re.findall(r"^(\w+) +KA +top-1.*?(\+0\.0)?$", said, re.MULTILINE)
+    assert changes == [("BIRDS", ""), ("FISH", ""), ("HELD", "+0.0"), ("PETS", "+0.0")]
+
+
 def test_the_loop_calls_every_hook_in_its_place_with_what_the_options_say(home, monkeypatch):
     """The penalty outweighs the loss, is in the clipped gradient, and once, not once a piece."""
     calls = []
@@ -3573,7 +3588,12 @@ FOMO_WRONG = [  # options of a run, or a command, and the name that its sentence
     ("merge w.safetensors w.safetensors --options density=.2 -o m.safetensors", "density"),
     ("evaluate --weights w.safetensors --data nowhere", "nowhere"),
     ("evaluate --weights w.safetensors --data flux --templates t.txt", "t.txt"),
+    ("evaluate --weights w.safetensors --data flux --baseline t.txt", "t.txt"),
+    ("evaluate --weights w.safetensors --baseline whole/config.json", "whole/config.json"),
     ("stream --data flux --order similarity -o s.json", "--weights"),
+    ("--method finetune --merge-weight .5", "--merge-weight"),
+    ("--method lora --merge-technique slerp", "--merge-technique"),
+    ("--method offline-merge --merge-weight .5", "--merge-weight"),
 ]  # fmt: skip
 
 
