@@ -1077,10 +1077,8 @@ def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=Fals
     split is the pretraining pool, and patterns of WebDataset shards (folder/{000..331}.tar), of
     key.jpg (png, ...) and key.txt, or key.json with "caption". captions: a key of CAPTIONS.
     prompts_too: class prompts are captions, too. template: of prompts where the source has none.
-    validation: score on this share of each training split, not trained on. cache: folder of the
-    index. held: what Mixture.held() gave of a run from the sources `before`, which are opened too
-    if they are there and spec names none of them.
-    """
+    validation: share of the training splits to score on. cache: folder of the index. held: what
+    Mixture.held() gave of a run from the sources `before`, opened too unless spec names one."""
     if captions not in CAPTIONS or not 0 <= validation < 1:
         raise ValueError(f"captions {captions!r}, not {[*CAPTIONS]}, or validation {validation}")
     sources = [str(s) for s in ([spec] if isinstance(spec, (str, os.PathLike)) else spec)]
@@ -1101,8 +1099,10 @@ def open_world(spec, heldout=None, pool=(), captions="default", prompts_too=Fals
             raise FileNotFoundError(f"{source} is no folder, .csv, .tsv, .jsonl, torchvision:NAME")
         found, notes = read(source, options)
         world.notes += notes
-        for name in sets.keys() & found.keys() if held is None else ():
-            raise ValueError(f"{source} and another source hold a dataset {name}: rename one")
+        for name in sets.keys() & found.keys():
+            keys = [joined([d.train, d.test]).keys() for d in (sets[name], found[name])]
+            if held is None or not np.isin(*keys).all():  # else a copy, perhaps with more pictures
+                raise ValueError(f"{source} is the second source of {name}: rename or join them")
         sets |= found
     if validation:
         sets = {n: _validated(d, validation, held) if len(d.train) else d for n, d in sets.items()}

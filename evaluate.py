@@ -345,10 +345,11 @@ class Line:
 
 
 def compare(runs, free=FREE):
-    """(folder, results) pairs -> list of Line, in the order of the runs. A folder given twice
-    counts once; a run that another one continues is in that one's rows already. ValueError where
-    runs do not compare. free: options in which the runs of one line may differ."""
-    runs = [*{Path(folder).resolve(): (str(folder), run) for folder, run in runs}.values()]
+    """(folder, results) pairs -> list of Line, in their order: a folder once, no run that another
+    continues. ValueError where runs do not compare. free: options that differ within a Line."""
+    runs = {Path(folder).resolve(): (str(folder), run) for folder, run in runs}.values()
+    continued = [run["parent"]["weights_sha256"] for _, run in runs if run["parent"]]
+    runs = [(folder, run) for folder, run in runs if run["weights_sha256"] not in continued]
     kinds = {}
     for folder, run in runs:
         kind = [run["theta_0_sha256"], run["test_sha256"], sorted(run["heldout"])]
@@ -356,14 +357,10 @@ def compare(runs, free=FREE):
     if len(kinds) != 1:
         raise ValueError("give runs of one theta_0, on the same test data, held-out datasets and"
                          f" --score-subset, not {', '.join(kinds.values()) or 'none'}")  # fmt: skip
-    updates = [rows(run) for _, run in runs if run["parent"]]
     groups = {}
     for folder, run in runs:
-        table = rows(run)
-        if any(update[: len(table)] == table != update for update in updates):
-            continue
         options = {name: value for name, value in run["config"].items() if name not in free}
-        tasks = [row["task"] for row in table]
+        tasks = [row["task"] for row in rows(run)]
         kind = json.dumps([options, tasks, run["train_sha256"]], sort_keys=True)
         while run["config"]["seed"] in groups.get(kind, {}):
             kind += ", again"  # a seed that was run twice is no second seed
@@ -418,6 +415,9 @@ def summarise(lines):
         for folder, run in zip(line.folders, runs):
             if run["gate_failed"]:
                 sentences.append(f"{folder} ships its old weights: {'; '.join(run['gate_failed'])}")
+            if run["before"]:
+                first = run["before"]["task"]
+                sentences.append(f"{folder}: rows up to task {first} are on other test data")
     theta_0 = {metric: lines[0].runs[0]["theta_0"][metric] for metric in METRICS}
     return {"theta_0": theta_0, "lines": summaries, "words": sentences}
 

@@ -80,7 +80,7 @@ class Config:
 
     method: str = option("merge", "merge is ema-merge, joint the upper bound", RUNS)
     tasks: int = option(None, "T, number of updates in the stream (sec. 4)", least=1)
-    budget: float = option(None, "memory-adjusted GFLOPs of the stream (sec. 3.2)", least=0)
+    budget: float = option(None, "memory-adjusted GFLOPs of a stream; default sec. 3.2's", least=0)
     steps: int = option(None, "steps a task, in place of --budget", least=1)
     batch_size: int = option(None, "image-text pairs a step", least=1)
     seed: int = option(0, "seed of the order of concepts and samples", least=0)
@@ -115,7 +115,7 @@ class Config:
     weight_decay: float = option(0.2, "of AdamW, whose betas are .9 and .999", least=0)
     method_options: tuple = option((), "options of the method, as rank=64")
 
-    merge_weight: float = option(None, "w of m_t = w m_(t-1) + (1-w) theta_t: it weighs the old")
+    merge_weight: float = option(None, "w of m_t = w m_(t-1) + (1-w) theta_t; in wise-ft .5")
     merge_init: str = option(None, "weights that a task starts from (TIME, sec. 3)", merge.SOURCES)
     merge_deploy: str = option(None, "weights to score and ship, likewise", merge.SOURCES[1:])
     merge_technique: str = option("linear", "how weights are merged", merge.TECHNIQUES)
@@ -337,7 +337,7 @@ class Processes:
         gpu = c.device == "cuda"
         if gpu and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no GPU; --device auto takes what there is")
-        torch.use_deterministic_algorithms(not c.any_order)
+        torch.use_deterministic_algorithms(not c.any_order)  # not warn_only: attention ignores it
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
         if c.precision == "auto":
             c.precision = "bf16" if gpu and torch.cuda.is_bf16_supported(False) else "fp32"
@@ -971,6 +971,7 @@ class Training:
             weights["latest"] = self.method.plain(self.learner.model)
         made_by = {f.name: getattr(c, f.name) for f in fields(c)
                    if f.name not in FREE and getattr(c, f.name) != f.default}
+        made_by |= {"theta_0_sha256": results["theta_0_sha256"], "task": self.task}
         for name, tensors in weights.items():
             self.deployed.model.load_state_dict(tensors)
             clip.save(self.deployed.model, self.path / f"{name}.safetensors",
@@ -1056,9 +1057,10 @@ def continued_config(given):
 
 # ------------------------------------------------------------------------------- sub-commands
 
-EVALUATE = ("activation", "bpe", "data", "heldout", "template", "device", "precision", "workers")
-WORLD = ("data", "heldout", "pool", "captions", "prompts_too", "template", "validation", "seed")
-STREAM = (*WORLD, "weights", "activation", "bpe", "device", "precision", "order", "reverse")
+MODEL = ("activation", "bpe", "device", "precision", "workers")
+DATA = ("data", "heldout", "template", "cache")
+WORLD = (*DATA, "pool", "captions", "prompts_too", "validation", "seed")
+STREAM = (*WORLD, *MODEL, "weights", "order", "reverse")
 
 
 def arguments(p, argv, out, default=None):
@@ -1090,7 +1092,7 @@ def report_command(argv):
 
 def evaluate_command(argv):
     """Scores of --weights on all test data of --data, the drawn world's without."""
-    p = command_parser("fomo.py evaluate", evaluate_command.__doc__, EVALUATE)
+    p = command_parser("fomo.py evaluate", evaluate_command.__doc__, (*MODEL, *DATA))
     p.add_argument("--weights", required=True, help="checkpoint, as for a run")
     p.add_argument("--templates", help="file of templates with {}, to average over")
     p.add_argument("--per-class", action="store_true", help="print the score of each class, too")
@@ -1196,18 +1198,15 @@ def convert_command(argv):
     print(f"{args.weights} in the layout of {args.layout}: {args.out}")
 
 
-COMMANDS = {
-    "report": report_command, "evaluate": evaluate_command, "merge": merge_command,
-    "convert": convert_command, "stream": stream_command, "inspect": inspect_command,
-    "budget": partial(budget.main, models=clip.CONFIGS, paper=PAPER, own=OWN),
-}
+COMMANDS = {"report": report_command, "evaluate": evaluate_command, "merge": merge_command,
+            "convert": convert_command, "stream": stream_command, "inspect": inspect_command,
+            "budget": partial(budget.main, models=clip.CONFIGS, paper=PAPER, own=OWN)}
 
 
 def main(argv=None):
     """Runs a command. What a user can mend: a sentence, exit status 2. A gate that fails: 3."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be deterministic
-    torch.use_deterministic_algorithms(True)  # not to warn only: attention would not follow
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds nothing here
     try:
         command = COMMANDS.get(argv[0]) if argv else None

@@ -2737,8 +2737,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line_of_text_markdown_and_
 def test_a_run_that_another_continues_is_in_that_ones_rows_and_logs_tell_of_tasks(tmp_path):
     first = evaluate_run()
     second = evaluate_run(moves=[(1, 10), (2, 20), (3, 22)])
-    second["parent"] = {"folder": "x", "weights_sha256": "0"}
+    second |= {"parent": {"folder": "x", "weights_sha256": "0"}, "weights_sha256": "1"}
     anew = evaluate_run(moves=[(1, 10), (3, 22)], lr=2)
+    anew |= {"parent": second["parent"], "weights_sha256": "2"}
     anew |= {"before": first["theta_0"] | {"ka": 31.0, "task": 1}, "tasks": anew["tasks"][1:]}
     anew["before"]["datasets"] = anew["theta_0"]["datasets"] | {"A0": 32.0}
     log = [{"event": "step", "task": 1}, {"event": "within", "task": 2, "step": 2, "ka": 5}]
@@ -2750,6 +2751,10 @@ def test_a_run_that_another_continues_is_in_that_ones_rows_and_logs_tell_of_task
     assert runs[0][1]["within"] == [{**log[1], "task": 1.4}]
     lines = {line.name: line.track("task")[0].tolist() for line in evaluate.compare(runs)}
     assert lines == {"y": [[0, 30], [1, 40], [2, 50], [3, 52]], "z": [[0, 30], [1, 31], [2, 52]]}
+    runs = [("x", first), ("z", anew | {"test_sha256": "1"})]
+    assert "z: rows up to task 1 are on other test data" in evaluate.report(runs)
+    with pytest.raises(ValueError, match="x, y"):
+        evaluate.compare([("x", first), ("y", evaluate_run() | {"test_sha256": "1"})])
 
 
 def test_what_runs_and_evaluate_print_names_scores_changes_and_classes():
@@ -3465,6 +3470,12 @@ def test_months_of_class_folders(home, monkeypatch, capsys):
     assert [{*row["datasets"]} for row in rows] == [{"PETS", "CARS", "HELD"}] * 3
     assert [row["task"] for row in third["tasks"]] == [4]
     assert {*third["per_class"]["before"]["PETS"]} == {*FOMO_SETS["PETS"], "yak"}
+    assert fomo_main("report m1 m2 m3 -o report.png") == 0
+    assert "m3: rows up to task 3 are on other test data" in capsys.readouterr().out
+    shutil.copytree("pics", "copy")  # stands for the old folder, which is opened too
+    fomo_pictures("copy", "PETS", ["gnu"], range(2))
+    fomo_run("m4", "--data copy", "--continue m3")
+    assert fomo_seen("m4") == [8, 8, 10, 12, 2] and "gone: none" in capsys.readouterr().out
     shutil.rmtree("pics/CARS")
     fomo_pictures("pics", "PETS", ["ant"], range(5))
     monkeypatch.chdir("m3")  # beside which it is written, by default
@@ -3488,6 +3499,7 @@ FOMO_REFUSED = [  # what is done, options, the name that is told
     (fomo_yak, "--merge-init latest", "--merge-init"), (fomo_yak, "--heldout PETS", "PETS"),
     (fomo_yak, "--method-options rank=3", "options"), (fomo_yak, "--gate 'kb > 1'", "kb"),
     (fomo_yak, "--gate 'ka up'", "ka up"), (fomo_yak, "--out whole", "whole"),
+    (lambda: fomo_pictures("new", "PETS", ["cat"], range(9)), "--data new", "PETS"),  # not all
 ]  # fmt: skip
 
 
