@@ -79,8 +79,7 @@ class Split:
     stores: where pictures lie: paths of folders and tars, pixels as uint8 [M, H, W, 3], datasets of
     torchvision's. where: int64 [N, 3], of each picture its store, its place there (offset in a tar,
     -1 in a folder, else its number) and its bytes in a tar (-1 of one stored with holes, whose
-    place is its header's). captions: a str each, or a list of which training draws one.
-    """
+    place is its header's). captions: a str each, or a list of which training draws one."""
 
     def __init__(self, stores=(), where=(), labels=(), captions=(), paths=None):
         self.stores = list(stores)
@@ -815,7 +814,7 @@ def _dataset(root, rows, options, account, names):
     dataset = Dataset(name, kind, classes, prompts, *splits, account)
     if any(row[0] is None for row in rows):
         dataset = _validated(dataset, 0.2, options.held)
-        _mention(account, "test pictures, a fifth of each class", [*dataset.test.paths])
+        _mention(account, "test pictures, about a fifth of each class", [*dataset.test.paths])
     return dataset
 
 
@@ -1042,15 +1041,17 @@ def _account(d, role):
 
 
 def _validated(dataset, share, held=None):
-    """The dataset scored on a share of each class's training pictures that no earlier task held."""
+    """The dataset scored on about this share of the training pictures that no earlier task held, at
+    least one and never all of a class. A picture's own hash decides: others to come change none."""
     labels = dataset.train.labels
-    rng = np.random.default_rng((7, zlib.crc32(dataset.name.encode())))
-    free = rng.permutation(fresh([dataset], held)[0])
+    hashes = dataset.train.keys().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci's
+    free = fresh([dataset], held)[0]
+    free = free[np.argsort(hashes[free], kind="stable")]
     chosen = []
     for label in np.unique(labels):
         own = free[labels[free] == label]
-        n = int((labels == label).sum())
-        chosen += own[: max(int(n * share), n > 1)].tolist()
+        n = np.clip((hashes[own] < share * 2.0**64).sum(), 1, (labels == label).sum() - 1)
+        chosen += own[:n].tolist()
     train = dataset.train.take(np.setdiff1d(np.arange(len(labels)), chosen))
     return replace(dataset, train=train, test=dataset.train.take(np.sort(chosen)))
 
@@ -1196,8 +1197,7 @@ def order(concepts, how="random", seed=0, key=None, reverse=False):
     key: one a concept, for "performance" (loss of theta_0, ascending), "frequency" (occurrences in
     the pretraining captions, rarest first, equal class names together), "time" (years; those of one
     are shuffled) and "similarity" (feature vectors; the shortest of the greedy nearest-neighbour
-    paths by cosine from all starts, of more than 2,000 from 64). "dataset" shuffles within each.
-    """
+    paths by cosine from all starts, of more than 2,000 from 64). "dataset" shuffles within each."""
     if how not in ORDERS or (key is None and how not in ("random", "dataset")):
         raise ValueError(f"no order {how!r}, or no key for it; orders are {', '.join(ORDERS)}")
     shuffled = np.random.default_rng((seed, 2)).permutation(len(concepts)).tolist()
@@ -1512,8 +1512,7 @@ def loader(world, mixture, task, steps, image_size, workers=0, start=0, part=(0,
     A slot's sample, crop and caption are a pure function of (seed, task, step, slot). part: (rank,
     processes); this process makes slots rank B // processes to (rank + 1) B // processes - 1 alone.
     broken: called here with sentences about pictures that cannot be read, each replaced by the next
-    of its source; without it the first raises ValueError. resize: as in test_loader, unused.
-    """
+    of its source; without it the first raises ValueError. resize: as in test_loader, unused."""
     splits = {d.name: d.train for d in world.adaptation} | {"pool": world.pool}
     rank, processes = part
     size = mixture.batch_size

@@ -106,7 +106,7 @@ class Config:
     template: str = option(data.TEMPLATE, "prompt of a class, for sources without prompts")
     validation: float = option(0.0, "share of the training data to score on instead", least=0)
     data: tuple = option((), "folders, tables, torchvision:NAME,...; default the drawn world")
-    heldout: tuple = option(None, "datasets never trained on, for ZS; default the paper's 22")
+    heldout: tuple = option(None, "datasets that no update teaches, for ZS; default the paper's 22")
     pool: tuple = option((), "pretraining data P: names of datasets, or shards ('{000..331}.tar')")
 
     lr: float = option(None, "peak learning rate (sec. 4)", least=0)
@@ -180,7 +180,7 @@ def train(training):
             method.before_task(model, task)
         model.train()
         optimizer, scaler = training.start_optimizer()
-        batches = learner.batches(training.mixture, task, training.steps, training.step)
+        batches = learner.batches(training.mixture, task, training.steps, training.step)  # P, D, B
         title = f"task {task + 1}/{len(training.task_concepts)}"
         for batch in progress(batches, title, training.steps, learner.processes, training.step):
             score_within(training)  # --eval-every
@@ -209,7 +209,7 @@ def train(training):
         training.task = task + 1
         training.step = 0
         training.save()
-        score_missing_rows(training)
+        score_missing_rows(training)  # of timeline.deploy()
 
 
 def run(config):
@@ -349,7 +349,7 @@ class Processes:
 
     def say(self, *lines):
         for line in lines if self.leads else ():
-            tqdm.write(line)
+            (tqdm.write if sys.stderr.isatty() else print)(line)  # above the bars
 
     def share(self, n):
         """-> (first, end) of this process's part of n things."""
@@ -900,6 +900,7 @@ class Training:
         """Pictures that cannot be read, and were replaced: logged once; too many end the run."""
         for fault in set(faults) - set(self.broken):
             self.log("broken picture", fault=fault)
+            self.processes.say(f"another picture stands in: {fault}")
             self.broken.append(fault)
         if len(self.broken) > MOST_BROKEN:
             raise ValueError(f"over {MOST_BROKEN} pictures cannot be read: {faults[-1]}")
@@ -1110,8 +1111,8 @@ def evaluate_command(argv):
     before = {name: n for name, n in old["numbers"].items() if name in numbers
               and n["samples"] == numbers[name]["samples"]
               and [*old["per_class"][name]] == [*per_class[name]]}
-    for name in sorted(old["numbers"].keys() & numbers.keys() - before.keys()):
-        processes.say(f"{name}: {args.baseline} is of other classes or pictures, not compared")
+    for name in numbers.keys() - before.keys() if args.baseline else ():
+        processes.say(f"{name}: not compared, {args.baseline} has other classes or pictures of it")
     roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
     if processes.leads:
         more = {"per_class": per_class, "chance": evaluate.chance(world.adaptation, world.heldout)}
@@ -1225,7 +1226,7 @@ def main(argv=None):
         sentence = explain(e)
         if sentence is None:
             raise
-        print(f"fomo: {sentence}", file=sys.stderr)
+        (tqdm.write if sys.stderr.isatty() else print)(f"fomo: {sentence}", file=sys.stderr)
         return 2
     return 3 if results and results["gate_failed"] else 0
 
