@@ -1416,8 +1416,8 @@ class Mixture:
                     break
             if 2 * len(captions) < n:
                 fits = f"--batch-size {2 * len(captions) * self.batch_size // n}"
-                notes.append(f"task {task + 1}: {n} pairs in a batch, {len(captions)} captions, "
-                             f"so most that count as wrong are right; {fits} fits")
+                notes.append(f"task {task + 1}: {n} pairs a batch share {len(captions)} captions,"
+                             f" so that many negatives are false; {fits} fits")
         return notes
 
     def held(self):

@@ -91,7 +91,7 @@ class Method:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             patterns = ", ".join(self.adapt or self.train)
-            raise ValueError(f"no parameter matches {patterns}: nothing to train")
+            raise ValueError(f"no parameter matches {patterns}: override adapt or train")
         self._reset_adapters(model)
 
     def _adapt(self, model, name, pieces, shared):
