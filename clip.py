@@ -4,7 +4,7 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
 (arXiv 2103.00020). State-dict keys are OpenAI's. This file stands alone; copy it. From a picture
 file to features:
 
-    import clip
+    import clip, torch
     from PIL import Image
     model = clip.load("openai:ViT-B-32")  # or hf:ORG/REPO[/FILE], https://...#sha256=..., a path
     tokenizer = clip.Tokenizer(clip.find_bpe("openai:ViT-B-32"))
@@ -471,7 +471,8 @@ class Tokenizer:
 
     def __call__(self, texts, context_length=77, truncate=True):
         """list of N strings -> int64 [N, context_length]: start, text, end, zeros. A text too long
-        is cut and keeps its end token, or with truncate=False is a ValueError."""
+        is cut and keeps its end token, or with truncate=False is a ValueError. A string is one."""
+        texts = [texts] if isinstance(texts, str) else texts
         tokens = np.zeros((len(texts), context_length), np.int64)
         for row, text in zip(tokens, texts):
             ids = self.encode(text)

@@ -145,12 +145,12 @@ class Split:
                 digest.update(f"{os.stat(part).st_size} {os.stat(part).st_mtime_ns}".encode())
         return digest.hexdigest()
 
-    def keys(self):
+    def keys(self, sized=True):
         """int64 [N] that tell samples apart, and stay theirs when others come or go: eight bytes of
-        the hash of path and size; without paths, the numbers."""
+        the hash of path and, if sized, size; without paths, the numbers."""
         if not len(self) or not self.paths[0]:
             return self.where[:, 1]
-        texts = (f"{_nfc(path)} {n}" for path, n in zip(self.paths, self.stamps()[:, 0].tolist()))
+        texts = map("{} {}".format, map(_nfc, self.paths), (self.stamps()[:, 0] * sized).tolist())
         raws = (text.encode("utf-8", "surrogatepass") for text in texts)
         digests = (hashlib.blake2b(raw, digest_size=8).digest() for raw in raws)
         return np.frombuffer(b"".join(digests), "<i8")
@@ -735,7 +735,8 @@ def _split_folders(root):
 def _folder_sets(root, options):
     """One dataset of root/{train,test}/<class>/* or root/<class>/*, or one of each such folder."""
     roots = []
-    for path in [root, *_subfolders(root)]:
+    nested = any(map(_split_folders, _subfolders(root))) and not _split_folders(root)
+    for path in [root, *_subfolders(root)][nested:]:
         names = [name for folder in _subfolders(path) for name in os.listdir(folder)]
         if root not in roots and (_split_folders(path) or any(map(_is_picture, names))):
             roots.append(path)
@@ -767,7 +768,7 @@ def _folder_set(root, options):
     beside = {*_subfolders(root)} - {*places.values()} if None not in places else ()
     _mention(account, "folders beside train and test", sorted(path.name for path in beside))
     names = {}  # class -> another name for it
-    folders = sorted({*titles.values()})
+    folders = sorted({*titles.values()}, key=lambda name: name.zfill(9 * name.isdecimal()))
     for file in [place / name for place in (root, *places.values()) for name in BESIDE[:2]]:
         if file.exists() and file.suffix == ".json":
             names = {_nfc(key): _nfc(name) for key, name in read_json(file, dict).items()}
@@ -798,8 +799,8 @@ def _dataset(root, rows, options, account, names):
     samples = {"train": {}, "test": {}}
     for which, path, c, texts in rows:
         label, captions = samples[which or "train"].setdefault(path, (number[c], []))
-        if label != number[c]:
-            raise ValueError(f"{root}: {path} is of two classes, {found[label]!r} and {c!r}")
+        if label != number[c] or all(path in own for own in samples.values()):
+            raise ValueError(f"{root}: {path} is of two splits or classes, {found[label]!r}, {c!r}")
         captions += texts or [prompts[label]]
     splits = []
     for own in samples.values():
@@ -836,8 +837,8 @@ def _table_sets(root, options):
         for row in _read_table(file):
             path = os.path.relpath(file.parent / str(row.get("filepath") or "").strip(), folder)
             which = own or (row.get("split") or "").strip().lower() or None
-            if root.is_dir() and which is None and path.partition("/")[0] in TRAIN + TEST:
-                which = path.partition("/")[0]
+            if root.is_dir() and which is None and path.partition("/")[0].lower() in TRAIN + TEST:
+                which = path.partition("/")[0].lower()
             name = None if "class" not in row else _nfc(f"{row['class']}").strip()
             if which not in (*TRAIN, *TEST, None) or name in ("", "None", "nan"):
                 raise ValueError(f"{file}: {path} is of split {which!r} and class {name!r}")
@@ -871,7 +872,8 @@ def _read_table(file):
         except (ValueError, AttributeError, csv.Error) as e:
             raise ValueError(f"{file} cannot be read as a table in UTF-8: {e}") from None
     rows = [{ALIASES.get(k, k): cell for k, cell in row.items()} for row in rows]
-    columns = {*rows[0]} if rows else set()
+    columns = set().union(*rows) - {"more"}
+    rows = [dict.fromkeys(columns) | row for row in rows]
     if "filepath" not in columns or not columns & {"caption", "title", "class"}:
         raise ValueError(f"{file} needs a column filepath, and caption or class; it has {columns}")
     for row in rows:
@@ -1042,9 +1044,9 @@ def _account(d, role):
 
 def _validated(dataset, share, held=None):
     """The dataset scored on about this share of the training pictures that no earlier task held, at
-    least one and never all of a class. A picture's own hash decides: others to come change none."""
+    least one and never all of a class. A picture's path decides: others to come change nothing."""
     labels = dataset.train.labels
-    hashes = dataset.train.keys().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci's
+    hashes = dataset.train.keys(False).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # mixed
     free = fresh([dataset], held)[0]
     free = free[np.argsort(hashes[free], kind="stable")]
     chosen = []
@@ -1336,8 +1338,7 @@ class Mixture:
     takes its share. replay: how many samples of the pool are at hand, drawn by the seed; 0 for all.
     held: what held() gave of an earlier run's tasks, which the chunks follow. Sample m in stream
     order is number index[m] of the training split of dataset origin[m]; task t owns those from
-    ends[t] to ends[t + 1] - 1, B all before. gone: {dataset: how many held samples are not there}.
-    """
+    ends[t] to ends[t + 1] - 1, B all before. gone: {dataset: held samples that are not there}."""
 
     def __init__(self, world, chunks, batch_size, ratios=(0.33, 0.34, 0.33), replay=0, seed=0,
                  held=None):  # fmt: skip

@@ -253,9 +253,9 @@ def conditions(gate):
     return [(match[1], match[2], float(match[3])) for match in matches]
 
 
-def check_gate(gate, datasets, heldout):
-    """ValueError where a gate asks for what is not scored. datasets: all names; heldout: names."""
-    names = [*METRICS, *TAUGHT] if heldout else ["ka", *TAUGHT]
+def check_gate(gate, datasets, heldout, taught=True):
+    """ValueError for what is not scored. datasets, heldout: names; taught: by earlier tasks?"""
+    names = [*(METRICS if heldout else ["ka"]), *(TAUGHT if taught else ())]
     for name, _, _ in conditions(gate):
         if name not in datasets and name.lower() not in names:
             raise ValueError(f"--gate: {name} is not scored, only {', '.join([*names, *datasets])}")

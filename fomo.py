@@ -57,7 +57,6 @@ THETA_0 = Path(__file__).with_name("study") / "theta_0.safetensors"  # of the dr
 TIMELINES = {"merge": merge.TIMELINES["ema-merge"], **merge.TIMELINES}
 RUNS = [*methods.METHODS, *(t for t in TIMELINES if t not in methods.METHODS), "joint", "zero-shot"]
 ACTIVATION = "activation, for checkpoints that do not record it"
-PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 METAS = sorted(set().union(*methods.SCHEDULES.values()))
 ACTIVATIONS = {"auto": None, "gelu": False, "quick_gelu": True}  # what clip.load calls quick_gelu
 SAVE_EVERY = 300  # seconds between two states, or 50 times what saving one takes
@@ -122,7 +121,7 @@ class Config:
     merge_options: tuple = option((), "of the technique and of merge.Timeline, as density=.2")
 
     device: str = option("auto", "auto takes a GPU where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("auto", "auto takes bf16 on a GPU that has it, else fp32", PRECISIONS)
+    precision: str = option("auto", "auto: bf16 if a GPU has it", ["auto", "fp32", "bf16", "fp16"])
     micro_batch: int = option(None, "pairs in memory at a time, same gradient", least=1)
     compile: bool = option(False, "torch.compile of the blocks: faster steps of a large model")
     any_order: bool = option(False, "faster sums on a GPU; the same command gives other bits")
@@ -513,8 +512,10 @@ def load_world(c, processes, parent):
                             c.validation, True, c.cache, seen_samples, old_sources)
     c.data = world.sources
     if parent:
-        origin, _ = data.located(seen_samples, world.heldout)
-        learnt = [d.name for k, d in enumerate(world.heldout) if (origin == k).any()]
+        taught = {tuple(concept) for task in parent["task_concepts"] for concept in task}
+        learnt = sorted({name for name, _ in taught} & {d.name for d in world.heldout})
+        world.notes += [f"{name} of {of} was taught and is no longer scored" for of, name in
+                        sorted(taught - {(d.name, name) for d in world.sets for name in d.classes})]
         if learnt:
             raise ValueError(f"{', '.join(learnt)} cannot be held out: an earlier task learnt it")
     processes.say(*world.notes)
@@ -525,11 +526,12 @@ def load_stream(learner, parent):
     """-> the concepts in order: of --stream, or in --order those with samples not seen before."""
     c = learner.c
     seen_samples = parent.get("seen_samples")
-    if c.stream is not None:
-        concepts, notes = data.trainable(data.read_stream(c.stream), learner.world)
-        learner.processes.say(*notes)
-        return concepts
     concepts = data.concepts(learner.world.adaptation, seen_samples)
+    if c.stream is not None:
+        stream, notes = data.trainable(data.read_stream(c.stream), learner.world)
+        left = len({*concepts} - {*stream})
+        learner.processes.say(*notes, f"{c.stream} leaves out {left:,} concepts that are new")
+        return stream
     if seen_samples is not None and not concepts:
         raise ValueError(f"nothing is new for {c.continue_}: it has seen all samples; add --data")
     return data.order(concepts, c.order, c.seed, order_key(learner, concepts), c.reverse)
@@ -575,7 +577,7 @@ def announce(learner, mixture, first, steps, costs):
     say = learner.processes.say
     count = learner.processes.count
     sets = learner.world.adaptation + learner.world.heldout
-    evaluate.check_gate(c.gate, [d.name for d in sets], [d.name for d in learner.world.heldout])
+    evaluate.check_gate(c.gate, [d.name for d in sets], learner.world.heldout, first > 0)
     tasks = len(mixture.ends) - 1 - first
     samples = mixture.ends[-1] - mixture.ends[first]
     passes = steps * sum(mixture.counts(first + t)[1] for t in range(tasks)) / max(1, samples)
@@ -674,8 +676,7 @@ def score(learner, title, templates=None, training=None):
             classifier = evaluate.classifier(learner.text_features, texts, templates)
             numbers[d.name] = evaluate.classification(image, classifier, labels)
         else:
-            captions = [d.test.captions[i] for i in ids]
-            captions = [[one] if isinstance(one, str) else one for one in captions]
+            captions = [[t] if isinstance(t, str) else t for t in (d.test.captions[i] for i in ids)]
             owner = [i for i, several in enumerate(captions) for _ in several]
             text = learner.text_features([one for several in captions for one in several])
             numbers[d.name] = evaluate.retrieval(image, text, owner, labels, len(d.classes))
@@ -806,7 +807,8 @@ class Training:
                     raise ValueError(f"another process is running in {self.path}") from None
             self.processes.gathered()  # the others read when the folder is locked
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                stack.callback(signal.signal, number, signal.signal(number, self.ask_to_stop))
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    stack.callback(signal.signal, number, signal.signal(number, self.ask_to_stop))
             yield
 
     def ask_to_stop(self, number, _):
@@ -834,7 +836,7 @@ class Training:
         if self.processes.leads:
             write_json(self.path / "config.json", asdict(self.c))
             self.log_file = open(self.path / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-            self.log_file.truncate(state["log_bytes"])  # rows that were written after the state go
+            self.log_file.truncate(min(state["log_bytes"], self.log_file.tell()))  # later rows go
 
     def restore(self, state, owner):
         """Stands where it was when save() made the state in the folder `owner`."""
@@ -883,9 +885,8 @@ class Training:
 
     def log(self, event, **row):
         if self.processes.leads:
-            seconds = time.monotonic() - self.began
-            self.log_file.write(json.dumps({"event": event, **row, "seconds": seconds}) + "\n")
-            self.log_file.flush()
+            row = {"event": event, **row, "seconds": time.monotonic() - self.began}
+            print(json.dumps(row), file=self.log_file, flush=True)
 
     def log_step(self, rate, loss, norm):
         """ValueError where loss or gradient is not finite; fp16's scaler leaves the latter out."""
@@ -900,7 +901,7 @@ class Training:
         """Pictures that cannot be read, and were replaced: logged once; too many end the run."""
         for fault in set(faults) - set(self.broken):
             self.log("broken picture", fault=fault)
-            self.processes.say(f"another picture stands in: {fault}")
+            print(f"another picture stands in: {fault}", file=sys.stderr)  # in any process
             self.broken.append(fault)
         if len(self.broken) > MOST_BROKEN:
             raise ValueError(f"over {MOST_BROKEN} pictures cannot be read: {faults[-1]}")
@@ -1103,14 +1104,13 @@ def evaluate_command(argv):
     processes = Processes(c)
     learner = load_learner(c, processes)
     world = learner.world = load_world(c, processes, {})
-    old = data.read_json(args.baseline, dict) if args.baseline else {"numbers": {}}
-    if "numbers" not in old:
+    old = data.read_json(args.baseline, dict) if args.baseline else {"tests": {}}
+    if "tests" not in old:
         raise ValueError(f"{args.baseline} holds no scores that `fomo.py evaluate` wrote")
     numbers = score(learner, "scoring", templates)
     row, per_class = summary(world, numbers)
-    before = {name: n for name, n in old["numbers"].items() if name in numbers
-              and n["samples"] == numbers[name]["samples"]
-              and [*old["per_class"][name]] == [*per_class[name]]}
+    tests = row["tests"] = {d.name: digest([d.classes, d.test.keys().tolist()]) for d in world.sets}
+    before = {name: old["numbers"][name] for name in tests if old["tests"].get(name) == tests[name]}
     for name in numbers.keys() - before.keys() if args.baseline else ():
         processes.say(f"{name}: not compared, {args.baseline} has other classes or pictures of it")
     roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}

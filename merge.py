@@ -21,11 +21,11 @@ aliased. theta_0 is the base, theta_i an expert, tau_i = theta_i - theta_0 its t
 A technique's name stands for several versions of it. These options give
 
              the paper's               the authors' of TIME                  mergekit's
-ties         density=.2 whole          density=.2 whole scale=.3             (default)
-dare         (default)                 drop=.7 elect                         elect (dare_ties)
-breadcrumbs  (default)                 bottom=.7 elect whole                 elect (.._ties)
+ties         density=.2 whole          density=.2 whole scale=.3             of weights 1, (default)
+dare         (default)                 drop=.7 elect                         elect, if it normalizes
+breadcrumbs  (default)                 bottom=.7 elect whole                 elect, if it normalizes
 lines        scale=1                   lines in place of scale               -
-model-stock  (default)                 no clamp of negative cosines          (default)
+model-stock  (default)                 no clamp of negative cosines          no clamp either
 tall-mask    strictness tuned a task   agree=2                               -
 
 TIME's yaml *prunes* .8, which is our density .2; the defaults of its code prune .2 offline and .7

@@ -79,6 +79,9 @@ class Method:
         """Once per model, which is on its device already: adds the adapters and chooses what is
         trained. Sets .trained, name -> parameter. ValueError where the patterns match nothing."""
         self.names = list(model.state_dict())
+        for patterns in (self.adapt or self.train, self.freeze):
+            if patterns and not any(_match(name, patterns) for name in self.names):
+                raise ValueError(f"no parameter matches {', '.join(patterns)}: override these")
         self.adapters = {}  # name of the weight -> its adapter
         shared = {}  # shape -> what adapters of that shape have in common: VeRA's random matrices
         for name in self.names:
@@ -89,9 +92,6 @@ class Method:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(_match(name, self.train) and not _match(name, self.freeze))
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.trained:
-            patterns = ", ".join(self.adapt or self.train)
-            raise ValueError(f"no parameter matches {patterns}: override adapt or train")
         self._reset_adapters(model)
 
     def _adapt(self, model, name, pieces, shared):
@@ -205,7 +205,7 @@ class LockedImage(Method):
 
 
 class LNFit(Method):
-    """LayerNorm gains and biases (arXiv 2308.12462)."""
+    """LayerNorm gains and biases (arXiv 2308.09610)."""
 
     train = ("*ln_*",)
 

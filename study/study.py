@@ -87,7 +87,7 @@ def command(options, seed):
     """-> the plain command of a run, and its folder."""
     words = re.sub("--method |--|runs/", "", options).replace("/", "-").replace(" ", "_")
     out = HERE.parent / "runs" / "study" / f"{words}-{seed}"
-    return f"python fomo.py {options} --seed {seed} --workers 0 --out {out}", out
+    return f"python fomo.py {options} --seed {seed} --workers 0 --out {shlex.quote(str(out))}", out
 
 
 def run(options, seed):
@@ -179,7 +179,8 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the commands")
     parser.add_argument("--tables", action="store_true", help="write the tables")
     args = parser.parse_args()
-    lines = [QUESTIONS[question][1] for question in args.questions or QUESTIONS]
+    asked = tuple(args.questions) or ""  # "e" asks for e-tasks and e-budget
+    lines = [lines for name, (_, lines) in QUESTIONS.items() if name.startswith(asked)]
     wanted = dict.fromkeys((plain(options), seed) for several in lines for seed in SEEDS
                            for options in several.values())
     rows = read_rows()
