@@ -604,7 +604,7 @@ class Timeline:
     all        ema      theta_t = train(M_{t-1})      deployed = m_t
     all        all      theta_t = train(M_{t-1})      deployed = M_t
 
-    Best of the nine cells in study/README.md (f) is latest / ema, which TIME puts behind ema / ema.
+    The best GM in study/README.md (f) is that of latest / ema, which TIME puts behind ema / ema.
 
     m_t = w m_{t-1} + (1-w) theta_t for linear: w, the weight, is that of the old weights. anchored
     puts theta_0 in the place of m_{t-1}: ft-merge trains on from m_t then, wise-ft (Wortsman et al.
