@@ -1111,7 +1111,7 @@ def evaluate_command(argv):
     row, per_class = summary(world, numbers)
     tests = row["tests"] = {d.name: digest([d.classes, d.test.keys().tolist()]) for d in world.sets}
     before = {name: old["numbers"][name] for name in tests if old["tests"].get(name) == tests[name]}
-    for name in numbers.keys() - before.keys() if args.baseline else ():
+    for name in sorted(numbers.keys() - before.keys()) if args.baseline else ():
         processes.say(f"{name}: not compared, {args.baseline} has other classes or pictures of it")
     roles = {d.name: "KA" for d in world.adaptation} | {d.name: "ZS" for d in world.heldout}
     if processes.leads:
