@@ -21,7 +21,7 @@ aliased. theta_0 is the base, theta_i an expert, tau_i = theta_i - theta_0 its t
 A technique's name stands for several versions of it. These options give
 
              the paper's               the authors' of TIME                  mergekit's
-ties         density=.2 whole          density=.2 whole scale=.3             density given, weights 1
+ties         density=.2 whole          density=.2 whole scale=.3             density set, weights 1
 dare         (default)                 drop=.7 elect                         elect, if it normalizes
 breadcrumbs  (default)                 bottom=.7 elect whole                 elect, if it normalizes
 lines        scale=1                   lines in place of scale               -
